@@ -1,0 +1,335 @@
+"""
+Packs: the one data structure of all three stages, and the log-probs of the tokens in them.
+
+A model call takes one row of tokens, a forest of segments without padding. A token attends to its own segment up to
+itself and to all of its segment's ancestors, so what several sequences share (the prompt, its image) is computed once:
+
+    SFT            root = a whole conversation                      (no children: block-diagonal)
+    policy         root = prompt, children = the N rollouts of its group
+    discriminator  root = prompt, children = the 2 spans of the reference and the 2N spans of the rollouts
+    prefill        root = prompt (sampler.py copies its keys and values to the N rows that continue it)
+
+    T tokens of a pack   S scored tokens   K children   H heads   D hidden   V vocabulary
+
+    trees = [Tree(prompt, [rollout_ids, ...]), ...]
+    for part in plan(trees, budget=16384):                 # a group longer than the budget is split, its root repeated
+        pack = make(trees, part, device)
+        hidden = run(hf.model, pack)                                                      # (T, D)
+        logp = token_logps(hidden[pack.source], hf.lm_head.weight, pack.target)           # (S,)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+if TYPE_CHECKING:
+    from data import Prompt
+
+
+@dataclass
+class Tree:
+    """A prompt and what continues it. `kinds`: span kind of each child (discriminator). `mask`: trained tokens of the
+    root itself, (T,) bool (SFT, where the root is the whole conversation)."""
+
+    prompt: Prompt
+    children: list[list[int]] = field(default_factory=list)
+    kinds: list[int] | None = None
+    mask: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.prompt.ids) + sum(map(len, self.children))
+
+
+@dataclass
+class Pack:
+    ids: torch.Tensor  # (T,)
+    positions: torch.Tensor  # (3, T) multimodal rotary: time, height, width
+    segment: torch.Tensor  # (T,) number of the token's segment
+    tree: torch.Tensor  # (T,) number of the token's tree, counted within the pack
+    kind: torch.Tensor  # (T,) span kind of the token; -1 in roots
+    parent: list[int]  # of each segment, -1 for a root
+    spans: list[tuple[int, int]]  # of each segment: first token, length
+    children: list[tuple[int, int]]  # of each child: (index of its tree in `trees`, index in tree.children)
+    ends: torch.Tensor  # (K,) last token of each child
+    source: torch.Tensor  # (S,) the token whose hidden state predicts ...
+    target: torch.Tensor  # (S,) ... this token id,
+    sequence: torch.Tensor  # (S,) of this child (or tree, where the root is scored), counted within the pack
+    pixel_values: torch.Tensor | None  # (P, C) patches of all images
+    grid_thw: torch.Tensor | None  # (images, 3)
+    weight: float = 1.0  # 0 for a pack that runs only so that all ranks run equally many
+    layout: object = None  # how attention is computed over it
+
+    def ancestors(self, segment):
+        """Segments that `segment` attends to besides itself, the root first."""
+        chain = []
+        while (segment := self.parent[segment]) >= 0:
+            chain.insert(0, segment)
+        return chain
+
+    def mask(self):
+        """The dense attention mask, (T, T) bool: the definition, which tests hold the layouts against."""
+        n = len(self.parent)
+        sees = torch.eye(n, dtype=torch.bool, device=self.ids.device)
+        for s in range(n):
+            sees[s, self.ancestors(s)] = True
+        causal = torch.ones(len(self.ids), len(self.ids), dtype=torch.bool, device=self.ids.device).tril()
+        return causal & sees[self.segment][:, self.segment]
+
+
+def plan(trees: list[Tree], budget: int) -> list[list[tuple[int, list[int]]]]:
+    """Which trees (and which of their children) share a pack: lists of (tree index, child indices).
+
+    A tree above the budget is split, its root repeated in each part; parts fill packs longest first, each into the
+    emptiest pack that still has room. A single root or child above the budget gets a pack of its own.
+    """
+    parts = []  # (tokens, tree, children)
+    for t, tree in enumerate(trees):
+        root = tokens = len(tree.prompt.ids)
+        children = []
+        for c, ids in enumerate(tree.children):
+            if children and tokens + len(ids) > budget:
+                parts.append((tokens, t, children))
+                tokens, children = root, []
+            tokens, children = tokens + len(ids), [*children, c]
+        parts.append((tokens, t, children))
+    packs, load = [], []
+    for tokens, t, children in sorted(parts, key=lambda p: (-p[0], p[1], p[2])):
+        room = [i for i in range(len(packs)) if load[i] + tokens <= budget]
+        i = min(room, key=load.__getitem__, default=len(packs))
+        if i == len(packs):
+            packs.append([])
+            load.append(0)
+        packs[i].append((t, children))
+        load[i] += tokens
+    return [sorted(pack) for pack in packs]
+
+
+def make(trees: list[Tree], part: list[tuple[int, list[int]]], device="cpu", pad_to=None) -> Pack:
+    """Lay `part` of `trees` out as one pack on `device`; on CUDA its tail is padded to a multiple of `pad_to` (128)
+    with a segment of its own that is never scored, so that compiled code sees few shapes."""
+    ids, positions, kind, tree_of, parent, spans, children = [], [], [], [], [], [], []
+    source, target, sequence, ends, pixels, grids = [], [], [], [], [], []
+    length = 0
+
+    def add(tokens, where, of_kind, tree, above):
+        nonlocal length
+        ids.append(tokens)
+        positions.append(where)
+        kind.append(torch.full((len(tokens),), of_kind))
+        tree_of.append(torch.full((len(tokens),), tree))
+        parent.append(above)
+        spans.append((length, len(tokens)))
+        length += len(tokens)
+
+    for n, (t, chosen) in enumerate(part):
+        tree = trees[t]
+        prompt, root, start = tree.prompt, len(parent), length
+        add(prompt.ids, prompt.positions, -1, n, -1)
+        if prompt.pixel_values is not None:
+            pixels.append(prompt.pixel_values)
+            grids.append(prompt.grid_thw)
+        if tree.mask is not None:
+            at = tree.mask.nonzero().squeeze(1)
+            source.append(start + at - 1)
+            target.append(prompt.ids[at])
+            sequence.append(torch.full((len(at),), n))
+        for c in chosen:
+            child = torch.tensor(tree.children[c], dtype=torch.long)
+            at = torch.arange(len(child))
+            source.append(torch.where(at == 0, start + len(prompt.ids), length + at) - 1)  # the root predicts the first
+            target.append(child)
+            sequence.append(torch.full((len(child),), len(children)))
+            add(child, (prompt.next_position + at).expand(3, -1), tree.kinds[c] if tree.kinds else 0, n, root)
+            ends.append(length - 1)
+            children.append((t, c))
+    device = torch.device(device)
+    tail = -length % (pad_to or (128 if device.type == "cuda" else 1))
+    if tail:
+        add(torch.zeros(tail, dtype=torch.long), torch.arange(tail).expand(3, -1), -1, len(part) - 1, -1)
+
+    def cat(parts, dim=0, empty=None):
+        return torch.cat(parts, dim).to(device, non_blocking=True) if parts else empty
+
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    pack = Pack(
+        ids=cat(ids), positions=cat(positions, 1), kind=cat(kind), tree=cat(tree_of),
+        segment=torch.repeat_interleave(torch.tensor([n for _, n in spans])).to(device),
+        parent=parent, spans=spans, children=children, ends=torch.tensor(ends, dtype=torch.long, device=device),
+        source=cat(source, empty=none), target=cat(target, empty=none), sequence=cat(sequence, empty=none),
+        pixel_values=cat(pixels), grid_thw=cat(grids),
+    )  # fmt: skip
+    pack.layout = (FlexLayout if device.type == "cuda" else SegmentLayout)(pack)
+    return pack
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+class SegmentLayout:
+    """Attention segment by segment: each against its ancestors' keys and its own, batched by length. On a CPU a dense
+    mask over the whole row costs five times as much."""
+
+    def __init__(self, pack):
+        device, groups = pack.ids.device, {}
+        for s in sorted(range(len(pack.parent)), key=lambda s: pack.spans[s][1]):
+            prefix = [i for a in pack.ancestors(s) for i in range(pack.spans[a][0], sum(pack.spans[a]))]
+            start, length = pack.spans[s]
+            batches = groups.setdefault(len(prefix), [])
+            if not batches or length > 1.25 * batches[-1][0][2] + 8:  # shortest of the batch: bounds the padding
+                batches.append([])
+            batches[-1].append((prefix, start, length))
+        self.groups, rows, offset = [], torch.empty(len(pack.ids), dtype=torch.long), 0
+        for prefix_length, batches in groups.items():
+            for batch in batches:
+                longest = batch[-1][2]
+                # Queries beyond a segment's end are its first token again: computed, never read. As keys they come
+                # after every real query of the row, so that the causal mask alone hides them.
+                own = torch.tensor([[s + i if i < n else s for i in range(longest)] for _, s, n in batch])
+                keys = torch.cat([torch.tensor([p for p, _, _ in batch], dtype=torch.long), own], 1)
+                for b, (_, s, n) in enumerate(batch):
+                    rows[s : s + n] = offset + b * longest + torch.arange(n)
+                offset += len(batch) * longest
+                mask = torch.ones(longest, prefix_length + longest, dtype=torch.bool).tril(prefix_length)
+                mask = mask.to(device) if prefix_length else None
+                self.groups.append((own.flatten().to(device), keys.flatten().to(device), len(batch), mask))
+        self.rows = rows.to(device)
+
+    def attend(self, query, key, value, scaling):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+        out = []
+        for own, keys, n, mask in self.groups:
+            qs, ks, vs = (
+                x.index_select(0, at).view(n, -1, *x.shape[1:]).transpose(1, 2)
+                for x, at in ((q, own), (k, keys), (v, keys))
+            )
+            o = F.scaled_dot_product_attention(
+                qs, ks, vs, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            out.append(o.transpose(1, 2).reshape(-1, *q.shape[1:]))
+        return torch.cat(out).index_select(0, self.rows).unsqueeze(0)
+
+
+class FlexLayout:
+    """The same through torch's FlexAttention: one kernel over the row, blocks that nobody attends to are skipped."""
+
+    kernel = None  # compiled once for the process
+
+    def __init__(self, pack):
+        n, device = len(pack.parent), pack.ids.device
+        sees = torch.eye(n, dtype=torch.bool)
+        for s in range(n):
+            sees[s, pack.ancestors(s)] = True
+        sees, segment = sees.to(device), pack.segment
+        size = len(pack.ids)
+        self.mask = create_block_mask(
+            lambda b, h, q, k: (q >= k) & sees[segment[q], segment[k]], None, None, size, size, device=device
+        )
+
+    def attend(self, query, key, value, scaling):
+        if FlexLayout.kernel is None:
+            FlexLayout.kernel = torch.compile(flex_attention, dynamic=False)
+        gqa = query.shape[1] != key.shape[1]
+        out = FlexLayout.kernel(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=gqa)
+        return out.transpose(1, 2)
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """What transformers calls in the text layers, (1, H, T, d) -> (1, T, H, d); `layout` is handed through `run`."""
+    if layout is None or not module.is_causal:
+        if attention_mask is None and module.is_causal and query.shape[2] > 1:
+            raise RuntimeError("this model was loaded for packs: call it through packs.run or sampler.generate")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return layout.attend(query, key, value, scaling), None
+
+
+AttentionInterface.register("packs", attention)
+
+
+def run(model, pack: Pack, **kwargs) -> torch.Tensor:
+    """Final hidden states (T, D) of `pack` under a transformers Qwen-VL base model (the one without a head)."""
+    out = model(
+        input_ids=pack.ids.unsqueeze(0), position_ids=pack.positions.unsqueeze(1), pixel_values=pack.pixel_values,
+        image_grid_thw=pack.grid_thw, layout=pack.layout, **kwargs,
+    ).last_hidden_state[0]  # fmt: skip
+    if pack.pixel_values is None and dist.is_initialized() and dist.get_world_size() > 1:
+        # All ranks run the vision tower in every forward, or the collectives of a sharded one never meet.
+        cfg = model.config.vision_config
+        size = cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2
+        grid = torch.tensor([[1, cfg.spatial_merge_size, cfg.spatial_merge_size]], device=pack.ids.device)
+        blank = model.visual(out.new_zeros(cfg.spatial_merge_size**2, size), grid_thw=grid)
+        out = out + 0.0 * sum(x.sum() for x in (blank.pooler_output, *blank.deepstack_features))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- log-probs
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, banned, entropy):
+        logp = torch.empty(len(targets), device=hidden.device)
+        lse, ent = torch.empty_like(logp), torch.empty_like(logp) if entropy else None
+        size = _chunk(weight)
+        for start in range(0, len(targets), size):
+            at = slice(start, start + size)
+            logits = _logits(hidden[at], weight, temperature, banned)  # (chunk, V)
+            lse[at] = logits.logsumexp(-1)
+            logp[at] = logits.gather(1, targets[at, None]).squeeze(1) - lse[at]
+            if entropy:  # a banned id has probability 0 and adds 0, not 0 * -inf
+                q = logits - lse[at, None]
+                ent[at] = -(q.exp() * q.masked_fill(q == -torch.inf, 0)).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, banned, lse)
+        ctx.temperature, ctx.size = temperature, size
+        if entropy:
+            ctx.mark_non_differentiable(ent)
+        return logp, ent
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, banned, lse = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), ctx.size):
+            at = slice(start, start + ctx.size)
+            d = _logits(hidden[at], weight, ctx.temperature, banned).sub_(lse[at, None]).exp_().neg_()  # -p
+            d.scatter_add_(1, targets[at, None], torch.ones_like(targets[at, None], dtype=d.dtype))  # one-hot - p
+            d.mul_(grad[at, None] / ctx.temperature)
+            d = d.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[at] = d @ weight
+            if d_weight is not None:
+                d_weight += d.T @ hidden[at]
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunk(weight):
+    """Rows of logits held at a time: about 64 MB of float32."""
+    return max(1, 2**24 // len(weight))
+
+
+def _logits(hidden, weight, temperature, banned):
+    logits = F.linear(hidden, weight).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.index_fill(1, banned, float("-inf")) if len(banned) else logits
+
+
+def token_logps(hidden, weight, targets, temperature=1.0, banned=(), entropy=False):
+    """log softmax(hidden @ weight.T / temperature)[targets], without ever holding (T, V).
+
+    hidden (T, D), weight (V, D), targets (T,) token ids -> (T,) float32, in nats; with `entropy=True` also the
+    entropy of each distribution, (T,) float32, without a gradient. `banned` ids have probability 0 (a banned target
+    -inf): the ban is part of the policy, so sampler, trainer and KL reference leave out the same ids.
+    Chunks over T; the backward pass computes each chunk's logits again.
+    """
+    banned = torch.as_tensor(banned, dtype=torch.long, device=hidden.device)
+    logp, ent = _TokenLogps.apply(hidden, weight, targets, float(temperature), banned, entropy)
+    return (logp, ent) if entropy else logp

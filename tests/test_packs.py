@@ -1,0 +1,140 @@
+"""Packs equal separate rows under transformers' own forward; token_logps equals log_softmax."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
+
+from packs import Tree, make, plan, run, token_logps
+
+
+def forest(hf):
+    prompts = [tiny_prompt(hf, 5, (1, 4, 4), 0), tiny_prompt(hf, 9, None, 1), tiny_prompt(hf, 3, (1, 8, 4), 2)]
+    children = [[[3, 4, 5, EOS], [7], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, EOS]], [[5, 6]], []]
+    return [Tree(p, c) for p, c in zip(prompts, children, strict=True)]
+
+
+def whole(trees):
+    return [(t, list(range(len(tree.children)))) for t, tree in enumerate(trees)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_separate_rows(tied):
+    hf = tiny_hf(tie_word_embeddings=tied)
+    trees = forest(hf)
+    pack = make(trees, whole(trees))
+    logits = hf.lm_head(run(hf.model, pack))
+    for k, (t, c) in enumerate(pack.children):
+        mine = pack.source[pack.sequence == k]
+        ids = trees[t].children[c]
+        expected = plain_logits(hf, trees[t].prompt, ids)[-len(ids) - 1 : -1]
+        torch.testing.assert_close(logits[mine], expected, atol=1e-5, rtol=1e-5)
+        assert pack.target[pack.sequence == k].tolist() == ids
+        assert pack.ids[pack.ends[k]] == ids[-1]
+
+
+def test_roots_equal_separate_rows(hf):
+    trees = forest(hf)
+    pack = make(trees, whole(trees))
+    logits = hf.lm_head(run(hf.model, pack))
+    for s, tree in ((0, trees[0]), (4, trees[1]), (6, trees[2])):
+        start, length = pack.spans[s]
+        torch.testing.assert_close(logits[start : start + length], plain_logits(hf, tree.prompt, []), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_equal_separate_rows(hf):
+    trees = forest(hf)
+    other = copy.deepcopy(hf)
+    pack = make(trees, whole(trees))
+    weights = torch.linspace(-1, 1, len(pack.target))
+    (token_logps(run(hf.model, pack)[pack.source], hf.lm_head.weight, pack.target) * weights).sum().backward()
+    for k, (t, c) in enumerate(pack.children):
+        ids = trees[t].children[c]
+        logps = plain_logits(other, trees[t].prompt, ids)[-len(ids) - 1 : -1].log_softmax(-1)
+        (logps.gather(1, torch.tensor(ids)[:, None]).squeeze(1) * weights[pack.sequence == k]).sum().backward()
+    for (name, a), b in zip(hf.named_parameters(), other.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradient_checkpointing_changes_nothing(hf):
+    trees = forest(hf)
+    other = copy.deepcopy(hf).train()
+    other.gradient_checkpointing_enable({"use_reentrant": False})
+    pack = make(trees, whole(trees))
+    for model in (hf, other):
+        token_logps(run(model.model, pack)[pack.source], model.lm_head.weight, pack.target).sum().backward()
+    for a, b in zip(hf.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_layout_is_the_dense_mask(hf):
+    trees = forest(hf)
+    pack = make(trees, whole(trees), pad_to=64)  # with a tail
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, len(pack.ids), 8, generator=g) for h in (4, 2, 2))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=pack.mask(), scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(pack.layout.attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_children_see_root_and_themselves_only(hf):
+    trees = forest(hf)
+    pack = make(trees, whole(trees))
+    mask = pack.mask()
+    (a, n), (b, m) = pack.spans[1], pack.spans[3]
+    assert mask[a + n - 1, : pack.spans[0][1]].all() and not mask[b : b + m, a : a + n].any()
+    assert not mask[pack.spans[4][0], : pack.spans[3][0]].any()  # another tree
+
+
+def test_root_scored_by_mask(hf):
+    prompt = tiny_prompt(hf, 8)
+    mask = torch.zeros(len(prompt.ids), dtype=torch.bool)
+    mask[-3:] = True
+    pack = make([Tree(prompt, mask=mask)], [(0, [])])
+    assert pack.target.tolist() == prompt.ids[-3:].tolist()
+    assert pack.source.tolist() == [len(prompt.ids) - 4 + i for i in range(3)]
+
+
+def test_plan_splits_and_fills(hf):
+    trees = forest(hf)
+    root = len(trees[0].prompt.ids)
+    parts = plan(trees, root + 14)
+    seen = sorted((t, c) for part in parts for t, cs in part for c in cs)
+    assert seen == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert {t for part in parts for t, _ in part} == {0, 1, 2}  # a root without children is run too
+    for part in parts:
+        assert sum(len(trees[t].prompt.ids) + sum(len(trees[t].children[c]) for c in cs) for t, cs in part) <= root + 14
+    assert len(plan(trees, 10**6)) == 1 and plan(trees, 1) and parts == plan(trees, root + 14)
+
+
+@pytest.mark.parametrize("temperature,banned", [(1.0, ()), (0.7, (3, 9)), (2.0, (1,))])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_token_logps(monkeypatch, temperature, banned, rows):
+    monkeypatch.setattr("packs._chunk", lambda weight: rows)
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 16, dtype=torch.float64).float().requires_grad_()
+    weight = torch.randn(20, 16).requires_grad_()
+    targets = torch.randint(10, 20, (11,))
+    up = torch.randn(11)
+    logp, entropy = token_logps(hidden, weight, targets, temperature, banned, entropy=True)
+    got = torch.autograd.grad((logp * up).sum(), (hidden, weight))
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = h @ w.T / temperature
+    logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long), -torch.inf)
+    ref = logits.log_softmax(-1)
+    expected = ref.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(ref.exp() * ref.masked_fill(ref == -torch.inf, 0)).sum(-1), atol=1e-5, rtol=1e-5)
+    for a, b in zip(got, torch.autograd.grad((expected * up.double()).sum(), (h, w)), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+    assert not entropy.requires_grad
+
+
+def test_token_logps_banned_target_and_empty():
+    hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
+    assert token_logps(hidden, weight, torch.tensor([1, 2]), banned=(2,))[1] == -torch.inf
+    empty = token_logps(hidden[:0].requires_grad_(), weight, torch.zeros(0, dtype=torch.long))
+    assert empty.shape == (0,)
+    empty.sum().backward()
