@@ -1,0 +1,389 @@
+"""
+Stage 3: reinforcement learning with verifiable rewards (PRISM, arXiv 2604.28123, section 3.3 and appendix D).
+
+1. Draw prompts, sample a group of N rollouts for each at temperature 1.
+2. Reward: 0.8 accuracy + 0.2 format (rewards.py); a malformed response gets 0.
+3. Advantage: the reward normalised within its group.
+4. Update the policy by GRPO, DAPO, GSPO or Dr. GRPO: one loss function, four presets (ALGORITHMS).
+DAPO draws again until enough groups hold both right and wrong answers, and punishes overlong responses.
+
+Differs from the released code: the loss has one denominator over all micro-batches and ranks; `old_logp` is the
+trainer's own; surplus groups of DAPO are used in the next step with the log-probs of the policy that sampled them;
+with one minibatch per step every ratio is 1 and clipping does nothing, `--minibatches` makes it matter.
+
+    python rlvr.py --policy ckpt/align/last --data data/tiny/rl.jsonl --out ckpt/rlvr --steps 60
+    torchrun --nproc_per_node=8 rlvr.py --policy ckpt/align/last --data rl.parquet --out ckpt/rlvr --algo dapo
+
+    B sequences   N group size   T tokens   `logp` (B, T) log-prob of the sampled token   `mask` 1 on trained tokens
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
+from data import Order, Prompt, read
+from model import RolloutCopy, full_state, load, shard
+from model import save as save_policy
+from packs import Tree, each
+from ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, print0, setup, world
+from rewards import score
+from sampler import Rollout, generate
+
+ALGORITHMS = {  # what METHOD's table of stage 3 says; each entry is also a flag of its own
+    "grpo": dict(ratio="token", clip_low=0.2, clip_high=0.2, dual_clip=3.0, aggregation="token-mean", scale_by_std=True,
+                 dynamic_sampling=False, overlong=0, weight_decay=0.01, warmup=0.0),
+    "dapo": dict(ratio="token", clip_low=0.2, clip_high=0.28, dual_clip=10.0, aggregation="token-mean", scale_by_std=True,
+                 dynamic_sampling=True, overlong=4096, weight_decay=0.1, warmup=10),
+    "gspo": dict(ratio="sequence", clip_low=3e-4, clip_high=4e-4, dual_clip=0.0, aggregation="seq-mean-token-mean",
+                 scale_by_std=True, dynamic_sampling=False, overlong=0, weight_decay=0.1, warmup=0.05),
+    "dr_grpo": dict(ratio="token", clip_low=0.2, clip_high=0.2, dual_clip=3.0, aggregation="constant", scale_by_std=False,
+                    dynamic_sampling=False, overlong=0, weight_decay=0.01, warmup=0.0),
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Args(Common):
+    steps: int = 1500  # updates in all
+    max_response: int = 8192  # tokens, end token included
+    weight_decay: float | None = None  # AdamW's, on matrices only; none: the algorithm's
+    warmup: float | None = None  # of the learning rate: a share of all steps below 1, else steps; none: the algorithm's
+    algo: Literal["grpo", "dapo", "gspo", "dr_grpo"] = "grpo"  # presets for what follows (and the two above)
+    ratio: Literal["token", "sequence"] | None = None  # importance ratio per token, or per sequence (GSPO)
+    clip_low: float | None = None  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float | None = None  # see clip_low
+    dual_clip: float | None = None  # bound on the loss where the advantage is negative; 0: none
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "constant"] | None = None  # of the loss over tokens
+    scale_by_std: bool | None = None  # divide the advantage by the group's standard deviation
+    dynamic_sampling: bool | None = None  # draw until enough groups hold both right and wrong answers (DAPO)
+    overlong: int | None = None  # tokens before max_response over which a penalty grows from 0 to -1 (DAPO); 0: none
+    prompts_per_step: int = 32  # groups per update, over all ranks
+    prompts_per_draw: int = 96  # prompts per draw of dynamic sampling, over all ranks
+    max_draws: int = 10  # after which dynamic sampling trains on what it has
+    group_size: int = 16  # rollouts per prompt
+    minibatches: int = 1  # updates per step; above 1 the ratios leave 1 and clipping acts
+    temperature: float = 1.0  # of sampling and of the log-probs alike
+    kl: float = 0.0  # coefficient of the k3 estimate of KL(policy || start policy)
+    slots: int = 256  # rows decoded at once, per device
+
+    def __post_init__(self):
+        for name, value in ALGORITHMS[self.algo].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()
+        if self.overlong >= self.max_response:
+            raise ValueError(f"--overlong {self.overlong} must be below --max_response {self.max_response}")
+        if self.group_size < 2 or not 1 <= self.minibatches <= self.prompts_per_step:
+            raise ValueError("--group_size must be 2 or more, --minibatches from 1 to --prompts_per_step")
+
+
+# ----------------------------------------------------------------------------------------------------- the algorithm
+
+
+def group_advantage(reward, group_size, scale_by_std=True):
+    """(reward - mean) / (std + 1e-6) within groups of `group_size` consecutive entries; reward (B,) -> (B,).
+
+    The standard deviation is the unbiased one (GRPO, arXiv 2402.03300); without it: Dr. GRPO (2503.20783).
+    Raises ValueError where group_size does not divide B or is below 2.
+    """
+    if group_size < 2 or len(reward) % group_size:
+        raise ValueError(f"{len(reward)} rewards are no groups of {group_size} (a group needs 2 or more)")
+    groups = reward.float().view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-6) if scale_by_std else centred).flatten()
+
+
+def policy_loss(logp, old_logp, advantage, mask, *, ratio="token", clip_low, clip_high, dual_clip=None,
+                aggregation="token-mean", denominator=None):  # fmt: skip
+    """Clipped policy-gradient loss of GRPO, DAPO, Dr. GRPO (ratio per token) and GSPO (ratio per sequence).
+
+    logp, old_logp (B, T) log-probs under the policy and under the one that sampled; advantage (B,); mask (B, T) bool
+    or float, 1 on trained tokens: what stands elsewhere has no influence. `dual_clip` bounds the loss of tokens with a
+    negative advantage at dual_clip * |advantage| (arXiv 1912.09729); None or 0: unbounded.
+    aggregation and what `denominator` counts (over all micro-batches and ranks; None: this call's own count):
+    "token-mean" tokens, "seq-mean-token-mean" sequences, "constant" anything, required (Dr. GRPO).
+    Returns (loss, metrics): parts of a batch with a shared denominator sum to the whole. metrics are over this call's
+    tokens: `tokens`, `clip_frac`, `ratio_max`, `old_kl` (k1 estimate of KL(old || new)).
+    """
+    mask = mask.bool()
+    advantage = advantage.unsqueeze(1)
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    lengths = mask.sum(1)
+    if ratio == "sequence":  # GSPO (2507.18071): s = exp(mean_t log-ratio), its gradient spread evenly over the tokens
+        mean = (log_ratio.sum(1) / lengths.clamp(min=1)).detach().unsqueeze(1)
+        log_ratio = (mean + (logp - logp.detach()).masked_fill(~mask, 0.0)).clamp(max=10.0)
+    r = log_ratio.exp()
+    plain, clipped = -advantage * r, -advantage * r.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(plain, clipped)
+    if dual_clip:
+        loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
+    loss = loss.masked_fill(~mask, 0.0)
+    if aggregation == "seq-mean-token-mean":
+        total, count = (loss.sum(1) / lengths.clamp(min=1)).sum(), (lengths > 0).sum()
+    else:
+        total, count = loss.sum(), lengths.sum()
+    if denominator is None:
+        if aggregation == "constant":
+            raise ValueError("aggregation 'constant' needs a denominator")
+        denominator = count.clamp(min=1)
+    tokens = int(lengths.sum())
+    with torch.no_grad():
+        metrics = {
+            "tokens": tokens,
+            "clip_frac": float((clipped > plain)[mask].float().mean()) if tokens else float("nan"),
+            "ratio_max": float(r[mask].max()) if tokens else float("nan"),
+            "old_kl": float((old_logp - logp)[mask].mean()) if tokens else float("nan"),
+        }
+    return total / denominator, metrics
+
+
+def k3(logp, ref_logp):
+    """Schulman's k3 estimate of KL(policy || reference) per token: never negative, unbiased."""
+    d = ref_logp - logp
+    return d.exp() - d - 1
+
+
+def overlong_penalty(length, limit, buffer):
+    """0 up to limit - buffer tokens, then linearly to -1 at the limit (DAPO, arXiv 2503.14476, equation 13)."""
+    return -max(0, length - (limit - buffer)) / buffer if buffer else 0.0
+
+
+# -------------------------------------------------------------------------------------- groups, and the update on them
+
+
+@dataclass
+class Group:
+    """A prompt's rollouts and what is known of them."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+    texts: list[str]
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (N,)
+    advantage: torch.Tensor | None = None  # (N,)
+    old_logp: list[torch.Tensor] | None = None  # (T,) each, the trainer's, under the policy that sampled
+
+
+def sample(hf, encoder, prompts, numbers, args, seed) -> list[Group]:
+    """`args.group_size` rollouts of each prompt (stages 2 and 3)."""
+    rollouts = generate(
+        hf, prompts, args.group_size, args.max_response, eos=encoder.eos_ids, banned=encoder.banned, seed=seed,
+        temperature=args.temperature, numbers=numbers, slots=args.slots, pack_tokens=args.pack_tokens,
+    )  # fmt: skip
+    return [Group(p, g, [encoder.decode(r.ids) for r in g]) for p, g in zip(prompts, rollouts, strict=True)]
+
+
+def verify(group):
+    """Fill in accuracy, format and reward of a group (never trained on in stage 2: there they are a canary)."""
+    example = group.prompt.example
+    verdicts = [score(text, example.answer, example.choices, example.equivalent) for text in group.texts]
+    for name in ("accuracy", "format", "reward"):
+        group.scores[name] = torch.tensor([v[name] for v in verdicts])
+
+
+@torch.no_grad()
+def trainer_logps(policy, groups, args, spare, device):
+    """Log-probs of every rollout under `policy` as it is: per group a list of (T,). All ranks."""
+    out = [[None] * len(g.rollouts) for g in groups]
+    for pack in each([_tree(g) for g in groups], args.pack_tokens, device, spare):
+        logp = policy(pack, args.temperature, policy.banned)
+        for k, (t, c) in enumerate(pack.children if pack.weight else []):
+            out[t][c] = logp[pack.sequence == k].cpu()
+    return out
+
+
+def _tree(group):
+    return Tree(group.prompt, [r.ids for r in group.rollouts])
+
+
+def policy_update(policy, opt, groups, args, spare, device, reference=None):
+    """One step of the policy on `groups` (this rank's), in `args.minibatches` updates -> metrics. All ranks.
+
+    Stages 2 and 3 share it: they differ in where `group.advantage` comes from. `spare`: any tree (see packs.each).
+    """
+    on_policy = args.minibatches == 1 and all(g.old_logp is None for g in groups)
+    if all_max(float(not on_policy)):
+        fresh = [g for g in groups if g.old_logp is None]
+        for g, logps in zip(fresh, trainer_logps(policy, fresh, args, spare, device), strict=True):
+            g.old_logp = logps
+    ref_logp = trainer_logps(reference, groups, args, spare, device) if reference else None
+    sums, most, norms, skipped = dict.fromkeys(("tokens", "clipped", "entropy", "diff", "kl", "loss"), 0.0), 0.0, [], 0
+    ratio_max = 0.0
+    for part in range(args.minibatches):
+        mine = range(part, len(groups), args.minibatches)
+        counts = all_sum({"token-mean": sum(len(r.ids) for g in mine for r in groups[g].rollouts),
+                          "seq-mean-token-mean": sum(len(groups[g].rollouts) for g in mine)})  # fmt: skip
+        counts["constant"] = counts["seq-mean-token-mean"] * args.max_response  # Dr. GRPO: no length in the divisor
+        part_loss = 0.0
+        for pack in each([_tree(groups[g]) for g in mine], args.pack_tokens, device, spare):
+            logp, entropy = policy(pack, args.temperature, policy.banned, entropy=True)
+            where = [(mine[t], c) for t, c in pack.children] if pack.weight else []
+            if not where:
+                (logp.sum() * 0.0).backward()
+                continue
+            sampler_logp = torch.tensor([x for g, c in where for x in groups[g].rollouts[c].logps], device=device)
+            diff = (logp.detach() - sampler_logp).abs()
+            old = logp.detach() if on_policy else torch.cat([groups[g].old_logp[c] for g, c in where]).to(device)
+            mask = pack.rows(torch.ones_like(logp)).bool()
+            loss, m = policy_loss(
+                pack.rows(logp), pack.rows(old), torch.stack([groups[g].advantage[c] for g, c in where]).to(device),
+                mask, ratio=args.ratio, clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
+                aggregation=args.aggregation, denominator=max(1.0, counts[args.aggregation]),
+            )  # fmt: skip
+            if ref_logp:
+                kl = k3(logp, torch.cat([ref_logp[g][c] for g, c in where]).to(device))
+                loss = loss + args.kl * kl.sum() / max(1.0, counts["token-mean"])
+                sums["kl"] += float(kl.detach().sum())
+            (loss * world()).backward()  # FSDP averages over ranks; the denominator is global already
+            part_loss += float(loss.detach())
+            sums["tokens"] += m["tokens"]
+            sums["clipped"] += m["clip_frac"] * m["tokens"]
+            sums["entropy"] += float(entropy.sum())
+            ratio_max = max(ratio_max, m["ratio_max"])
+            if part == 0:
+                sums["diff"], most = sums["diff"] + float(diff.sum()), max(most, float(diff.max()))
+                sums["first"] = sums.get("first", 0) + len(diff)
+        norm, bad = step_if_finite(opt, part_loss, args.grad_clip, "policy")
+        norms, skipped, sums["loss"] = [*norms, norm], skipped + bad, sums["loss"] + part_loss
+    sums = all_sum(sums | {"first": sums.get("first", 0)})
+    tokens, first = sums["tokens"] or float("nan"), sums["first"] or float("nan")
+    return {
+        "loss": sums["loss"] / args.minibatches, "grad_norm": sum(norms) / len(norms), "skipped": skipped,
+        "clip_frac": sums["clipped"] / tokens, "ratio_max": all_max(ratio_max), "entropy": sums["entropy"] / tokens,
+        "kl": sums["kl"] / tokens if ref_logp else float("nan"), "tokens": sums["tokens"],
+        "logp_diff": sums["diff"] / first, "logp_diff_max": all_max(most),
+    }  # fmt: skip
+
+
+def draw_prompts(data, order, encoder, n, ranks):
+    """The next `n` prompts of the order: this rank's share of them and their numbers."""
+    if n % ranks.world:
+        raise ValueError(f"{n} prompts per step or draw cannot be shared evenly by {ranks.world} ranks")
+    prompts = data.draw(order, n, encoder.prompt)
+    numbers = range(ranks.rank, n, ranks.world)
+    return [prompts[i] for i in numbers], numbers
+
+
+def collect(step, data, order, hf, encoder, args, ranks, kept):
+    """Draw and sample until `args.prompts_per_step` groups are kept over all ranks -> (groups to train on, surplus, all
+    that was sampled, counts). Without dynamic sampling that is one draw. `kept`: the last step's surplus, used first,
+    then dropped. All ranks; groups stay on the rank that sampled them.
+    """
+    new, seen, draws, wanted = [], [], 0, args.prompts_per_step
+    size, most = (args.prompts_per_draw, args.max_draws) if args.dynamic_sampling else (wanted, 1)
+    while draws < most and all_sum(len(kept) + len(new)) < wanted:
+        prompts, numbers = draw_prompts(data, order, encoder, size, ranks)
+        drawn = sample(hf, encoder, prompts, numbers, args, (args.seed, step, draws))
+        for group in drawn:
+            verify(group)
+            penalty = [overlong_penalty(len(r.ids), args.max_response, args.overlong) for r in group.rollouts]
+            group.scores["reward"] = group.scores["reward"] + torch.tensor(penalty)
+        # DAPO filters on accuracy, not on the shaped reward: equal answers of unequal length teach nothing.
+        new += [g for g in drawn if not args.dynamic_sampling or 0 < g.scores["accuracy"].mean() < 1]
+        seen, draws = seen + drawn, draws + 1
+
+    def share(groups, n):  # how many of mine are among the first n over all ranks
+        return max(0, min(len(groups), n - sum(gather(len(groups))[: ranks.rank])))
+
+    old = share(kept, wanted)
+    fresh = share(new, wanted - int(all_sum(old)))
+    counts = all_sum({"draws": draws / ranks.world, "sampled": len(seen), "groups": old + fresh,
+                      "surplus": len(new) - fresh, "dropped": len(kept) - old})  # fmt: skip
+    return kept[:old] + new[:fresh], new[fresh:], seen, counts
+
+
+def rollout_metrics(groups):
+    """What both stages report of the rollouts of a step, over all ranks (NaN: no rollouts)."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    flat = {k: torch.cat([g.scores[k] for g in groups]) if groups else torch.zeros(0) for k in ("reward", "accuracy", "format")}
+    sums = {k: float(v.sum()) for k, v in flat.items()} | {
+        "length": sum(len(r.ids) for r in rollouts), "truncated": sum(r.stop == "length" for r in rollouts),
+        "n": len(rollouts), "groups": len(groups), "informative": sum(bool(g.scores["reward"].std() > 0) for g in groups),
+    }  # fmt: skip
+    sums = all_sum(sums)
+    n, groups = sums.pop("n") or float("nan"), sums.pop("groups") or float("nan")
+    return {k: v / (groups if k == "informative" else n) for k, v in sums.items()}
+
+
+def show_rollout(step, group):
+    """Print one rollout with its scores, now and then: nothing finds mistakes faster."""
+    scores = {k: round(float(v[0]), 3) for k, v in group.scores.items()} | {"advantage": round(float(group.advantage[0]), 3)}
+    print0(f"--- step {step}, {group.prompt.example.where}, answer {group.prompt.example.answer!r}\n{group.texts[0]}\n--- {scores}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def main(args):
+    # set-up
+    ranks = setup(args)
+    device, dtype = ranks.device, getattr(torch, args.dtype)
+    # model
+    options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
+    policy = load(args.policy, device=device, checkpointing=args.checkpointing, **options).train()
+    reference = load(args.policy, device=device, **options).requires_grad_(False) if args.kl else None
+    sampler, encoder = RolloutCopy(policy, dtype), policy.encoder
+    for model in filter(None, (policy, reference)):
+        shard(model, model.hf.model, dtype)
+    # optimiser
+    opt = optimizer(policy, args.lr, args.weight_decay)
+    # data
+    data = read(args.data, "rl")
+    order, surplus, start = Order(len(data), args.seed), [], 0
+    # resume
+    last = f"{args.out}/last"
+    if args.resume and (found := restore(last, {"policy": (policy, opt)})):
+        meta, state = found
+        start = meta["step"]
+        order.load(state["order"])
+        surplus = unpack_groups(state["surplus"][ranks.rank :: ranks.world], data, encoder)
+    log = Log(args.out, args, ("loss", "reward", "accuracy", "format", "length", "entropy", "logp_diff", "grad_norm"), start)
+
+    for step in range(start, args.steps):
+        # 1) rollout   2) score
+        hf = sampler.refresh()
+        groups, new_surplus, seen, counts = collect(step, data, order, hf, encoder, args, ranks, surplus)
+        spare = Tree((groups or seen or surplus)[0].prompt, [[encoder.eos]])
+        for g, logps in zip(new_surplus, trainer_logps(policy, new_surplus, args, spare, device), strict=True):
+            g.old_logp = logps
+        # 3) advantage
+        for g in groups:
+            g.advantage = group_advantage(g.scores["reward"], args.group_size, args.scale_by_std)
+        # 4) update the policy
+        metrics = dict.fromkeys(("loss", "grad_norm"), float("nan")) | {"skipped": 1}
+        if counts["groups"]:
+            for group in opt.param_groups:
+                group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
+            metrics = policy_update(policy, opt, groups, args, spare, device, reference)
+        surplus = new_surplus
+        # 5) log
+        log.step(step + 1, rollout_metrics(seen) | metrics | counts | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)})
+        if args.sample_every and step % args.sample_every == 0 and groups:
+            show_rollout(step + 1, groups[0])
+        # 6) save
+        stop = ranks.stop()
+        if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
+            packed = [g for part in gather(pack_groups(surplus)) for g in part]
+            save(last, lambda folder: save_policy(policy, folder), {"step": step + 1, "args": vars(args), "metrics": metrics},
+                 {"policy": (policy, opt)}, {"order": order.state(), "surplus": packed})  # fmt: skip
+        if stop:
+            sys.exit(SAVED_AND_STOPPED)
+    ranks.close()
+
+
+def pack_groups(groups):
+    """Surplus groups as plain data for a checkpoint, and back."""
+    return [{"row": g.prompt.example.row, "rollouts": [(r.ids, r.logps, r.stop) for r in g.rollouts], "texts": g.texts,
+             "scores": g.scores, "old_logp": g.old_logp} for g in groups]  # fmt: skip
+
+
+def unpack_groups(packed, data, encoder):
+    return [Group(encoder.prompt(data[p["row"]]), [Rollout(*r) for r in p["rollouts"]], p["texts"], p["scores"], None,
+                  p["old_logp"]) for p in packed]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(parse(Args))
