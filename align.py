@@ -25,27 +25,28 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import health
 from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
 from data import BadRow, Encoder, Order, read, split_spans
-from model import RolloutCopy, copy_processor, full_state, load, shard
+from model import RolloutCopy, copy_processor, dense_config, full_state, load, moe_config, read_tensors, shard
 from model import save as save_policy
 from packs import Tree, each, run
 from ranks import SAVED_AND_STOPPED, all_sum, gather, is_main, print0, setup, world
-from rlvr import policy_update, sample, verify
+from rlvr import policy_update, rollout_metrics, sample, show_rollout, verify
 
 PERCEPTION, REASONING = 0, 1  # kinds of span
 NAMES = ("perception", "reasoning")
+WARMUP_CHECK = 20  # updates between held-out accuracies
 
 
 @dataclass(kw_only=True)
@@ -192,20 +193,18 @@ class Discriminator(nn.Module):
 
     def forward(self, pack):
         """Raw scores (K,) float32 of the pack's children, the load-balancing loss of each of its trees, and the load
-        (kinds, E): how many tokens of each kind of span went to each expert, summed over the layers."""
+        (kinds, layers, E): tokens of each kind of span that each expert got."""
         for mlp in self.mlps:
             mlp.kind = pack.kind
         hidden = run(self.model, pack)[pack.ends].float()
         kinds = pack.kind[pack.ends]
         scores = self.v_head(hidden).gather(1, kinds.clamp(min=0)[:, None] if self.form == "experts" else kinds[:, None] * 0)
         trees = int(pack.tree.max()) + 1
-        balance, load = hidden.new_zeros(trees), hidden.new_zeros(2, self.mlps[0].chosen.shape[1] if self.mlps else 1)
-        for mlp in self.mlps:
-            for kind in (PERCEPTION, REASONING):
-                load[kind] += mlp.chosen[pack.kind == kind].sum(0)
-            if self.form == "moe":
-                balance = balance + load_balance(mlp.probs, mlp.chosen, pack.tree, trees) / len(self.mlps)
-        return scores.squeeze(1), balance, load
+        balance, load = hidden.new_zeros(trees), []
+        for mlp in self.mlps if self.form == "moe" else []:
+            balance = balance + load_balance(mlp.probs, mlp.chosen, pack.tree, trees) / len(self.mlps)
+            load.append(torch.stack([mlp.chosen[pack.kind == kind].sum(0) for kind in (PERCEPTION, REASONING)]))
+        return scores.squeeze(1), balance, torch.stack(load, 1) if load else hidden.new_zeros(2, 0, 1)
 
 
 def load_balance(probs, chosen, tree, trees):
@@ -219,6 +218,17 @@ def load_balance(probs, chosen, tree, trees):
     return probs.shape[1] * (f * p).sum(1)
 
 
+def same_input(disc, policy):
+    """`disc`, or ValueError where it cannot read the policy's token ids and image patches."""
+    for part, keys in (("text_config", ["vocab_size"]), ("vision_config", ["patch_size", "spatial_merge_size", "temporal_patch_size"])):
+        for key in keys:
+            ours, theirs = (getattr(getattr(m.config, part), key) for m in (disc.model, policy.hf))
+            if ours != theirs:
+                raise ValueError(f"discriminator and policy differ in {key} ({ours}, {theirs}): they must read the same tokens "
+                                 "and patches. Upcycle a checkpoint of the policy's family (--disc_init)")  # fmt: skip
+    return disc
+
+
 def upcycle(path, args) -> Discriminator:
     """A discriminator from the dense checkpoint or hub name `path`."""
     hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
@@ -227,44 +237,35 @@ def upcycle(path, args) -> Discriminator:
 
 
 def save_discriminator(disc, source, folder):
-    """Write `disc` to `folder`: Qwen3-VL-MoE's layout of transformers 4.57 plus `v_head.1.weight`. All ranks call it."""
-    state = full_state(disc)
+    """Write `disc` to `folder` in the layout of the released one: Qwen3-VL-MoE's of transformers 4.57, and
+    `v_head.1.weight`. All ranks call it."""
+    state, config = full_state(disc), disc.model.config.to_dict()
     if not is_main():
         return
-    config = disc.model.config.to_dict()
-    if disc.form != "dense":
-        text = config["text_config"]
-        text |= {"model_type": "qwen3_vl_moe_text", "moe_intermediate_size": text["intermediate_size"], "mlp_only_layers": [],
-                 "num_experts": disc.mlps[0].experts.down_proj.shape[0], "num_experts_per_tok": disc.mlps[0].top_k,
-                 "decoder_sparse_step": 1, "norm_topk_prob": True}  # fmt: skip
-        config |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
-    config |= {"transformers_version": "4.57.0", "discriminator": disc.form}
+    if disc.mlps:
+        config = moe_config(config, len(disc.mlps[0].experts.down_proj), disc.mlps[0].top_k)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, "config.json").write_text(json.dumps(config, indent=1))
+    Path(folder, "config.json").write_text(json.dumps(config | {"discriminator": disc.form}, indent=1))
     save_file({k: v.contiguous() for k, v in state.items()}, Path(folder, "model.safetensors"), {"format": "pt"})
     copy_processor(source, folder)
 
 
-def load_discriminator(folder) -> Discriminator:
+def load_discriminator(folder, args) -> Discriminator:
     """Open what `save_discriminator` wrote, or the released discriminator. ValueError where the layout is in doubt."""
-    config = json.loads(Path(folder, "config.json").read_text())
-    state = {k: v.float() for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
-    state = {k: v for k, v in state.items() if k != "lm_head.weight"}
+    config, state = json.loads(Path(folder, "config.json").read_text()), read_tensors(folder)
+    state.pop("lm_head.weight", None)
+    experts = config["text_config"].get("num_experts", 0)
+    form = config.get("discriminator", "moe" if experts else "dense")
     if "v_head.1.weight" not in state:
         raise ValueError(f"{folder} has no v_head.1.weight: it is no discriminator (--disc_init upcycles a policy)")
-    text = config["text_config"]
-    experts, top_k = text.get("num_experts", 0), text.get("num_experts_per_tok", 2)
-    form = config.get("discriminator", "moe" if experts else "dense")
-    if form != "dense":  # the dense model that it was upcycled from, as a skeleton
-        if int(config.get("transformers_version", "0").split(".")[0]) != 4:
-            raise ValueError(f"{folder}: experts saved by transformers {config.get('transformers_version')}; only the layout "
-                             "of 4.57 is read, (experts, hidden, 2 * intermediate), since shapes alone cannot tell")  # fmt: skip
-        text["intermediate_size"] = text["moe_intermediate_size"]
-        dense = {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
-        config = config | dense | {"text_config": text | {"model_type": "qwen3_vl_text"},
-                                   "vision_config": config["vision_config"] | {"model_type": "qwen3_vl"}}  # fmt: skip
-    hf = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    disc = Discriminator(hf.model, form, experts, top_k)
+    if form != args.disc:
+        raise ValueError(f"{folder} is a discriminator of the form {form}, not {args.disc}: give --disc {form}")
+    if experts and not str(config.get("transformers_version", "")).startswith("4."):
+        raise ValueError(f"{folder}: its experts were saved by transformers {config.get('transformers_version')}. Only the "
+                         "layout of 4.57, (experts, hidden, 2 * intermediate), is read: shapes alone cannot tell")  # fmt: skip
+    config = AutoConfig.for_model(**(dense_config(config) if experts else config))
+    hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    disc = Discriminator(hf.model, form, experts, config.text_config.to_dict().get("num_experts_per_tok", 2))
     disc.load_state_dict(state)
     return disc
 
@@ -305,46 +306,237 @@ def encode_spans(encoder, response, spans):
     return {kind: encoder.response(text) for kind, text in enumerate(texts)}
 
 
-def disc_pass(disc, items, args, device, spare, train=True):
-    """Score `items` (list of Spans, this rank's) once, accumulating the gradients of the discriminator's loss if `train`
-    -> (scores, metrics); scores[item][kind]: (reference's, {rollout: score}). All ranks call it."""
-    split = [(i, tree, part) for i, item in enumerate(items) if item.policy for tree, part in item.trees(args.pack_tokens)]
-    counts = all_sum({kind: float(sum(s[1] == kind for _, _, p in split for s in p)) for kind in (0, 1)})
-    weight = {kind: 1 / max(1.0, n) for kind, n in counts.items()}
-    kinds = 2 if args.spans == "both" else 1
-    scores = [{k: (float("nan"), {}) for k in item.reference} for item in items]
-    sums, load = dict.fromkeys(("loss", "balance"), 0.0), 0.0
+def disc_pass(disc, items, args, device, train=True):
+    """Score `items` (this rank's Spans) in one forward, and with `train` accumulate the gradients of the loss
+
+        sum over kinds of mean_i [bradley_terry(D(x, y*), D(x, y_i))] + score_l2 * mean square of the raw scores
+        + balance * load balance,      means over all well-formed rollouts of the step, on all ranks
+
+    -> (scores, loss, load): scores[item][kind] = (reference's, {rollout: its}), floats. All ranks call it.
+    """
+    split = [(i, tree, part) for i, item in enumerate(items) for tree, part in item.trees(args.pack_tokens)]
+    n = all_sum({kind: sum(s[1] == kind for item in items for s in item.policy) for kind in (PERCEPTION, REASONING)})
+    kinds, spans = sum(c > 0 for c in n.values()), max(1.0, sum(n.values()))
+    scores = [{kind: (float("nan"), {}) for kind in item.reference} for item in items]
+    total, loads = 0.0, []
     with torch.set_grad_enabled(train):
-        for pack in each([tree for _, tree, _ in split], args.pack_tokens, device, spare, split=False):
-            raw, balance, spread = disc(pack)
-            loss = raw.sum() * 0.0
-            where = dict(zip(pack.children, range(len(raw)), strict=True)) if pack.weight else {}
-            for n, t in enumerate(sorted({t for t, _ in where})):
+        for pack in each([tree for _, tree, _ in split], args.pack_tokens, device, split[0][1], split=False):
+            raw, balance, load = disc(pack)
+            loss = (raw.sum() + balance.sum()) * 0.0
+            at = {child: k for k, child in enumerate(pack.children if pack.weight else [])}
+            for b, t in enumerate(sorted({t for t, _ in at})):
                 i, tree, part = split[t]
-                heads = len(items[i].reference)
-                for kind in items[i].reference:
-                    at = [c for c in range(heads, len(tree.children)) if tree.kinds[c] == kind]
-                    ours = raw[[where[t, c] for c in at]]
-                    theirs = raw[where[t, list(items[i].reference).index(kind)]].expand(len(at))
-                    loss = loss + bradley_terry(theirs, ours, 1 / weight[kind])
-                    squares = theirs.square().sum() + ours.square().sum()  # raw, so that a saturated score is pulled back
-                    loss = loss + args.score_l2 * weight[kind] / (2 * kinds) * squares
-                    known = scores[i][kind][1] | {part[c - heads][0]: float(s) for c, s in zip(at, ours, strict=True)}
-                    scores[i][kind] = (float(theirs[0]) if at else scores[i][kind][0], known)
-                share = len(part) / max(1.0, sum(counts.values()))
-                loss = loss + args.balance * share * balance[n]
-                sums["balance"] += share * float(balance[n])
+                head = len(items[i].reference)  # the tree's children: references first, then the spans of `part`
+                for c, kind in enumerate(items[i].reference):
+                    chosen = [k for k, span in enumerate(part) if span[1] == kind]
+                    ours = raw[[at[t, head + k] for k in chosen]]
+                    theirs = raw[at[t, c]].expand_as(ours)
+                    loss = loss + bradley_terry(theirs, ours, max(1.0, n[kind]))
+                    squares = (theirs.square() + ours.square()).sum() / 2  # raw: what is saturated is pulled back too
+                    loss = loss + args.score_l2 * squares / max(1.0, n[kind] * kinds)
+                    known = {part[k][0]: s for k, s in zip(chosen, ours.tolist(), strict=True)}
+                    scores[i][kind] = float(raw[at[t, c]].detach()), scores[i][kind][1] | known
+                loss = loss + args.balance * balance[b] * len(part) / spans
             if train:
                 (loss * world()).backward()
-            sums["loss"] += float(loss)
-            load = load + spread.detach().cpu() * pack.weight
-    return scores, all_sum(sums), all_sum(load)
+            total += float(loss.detach())
+            loads.append(load.detach() * pack.weight)
+    return scores, total, all_sum(torch.stack(loads).sum(0)).cpu()
 
 
-def span_items(encoder, disc_encoder, group_texts, prompt, args):
-    """A prompt's `Spans` from the texts of its rollouts, and which rollouts are well-formed (N,)."""
-    spans = [encode_spans(encoder, text, args.spans) for text in group_texts]
-    policy = [(k, kind, ids) for k, found in enumerate(spans) for kind, ids in (found or {}).items()]
-    seen = disc_encoder.prompt(prompt.example) if args.disc_blind else prompt
-    reference = encode_spans(encoder, prompt.example.response, args.spans)
-    return Spans(seen, reference, policy), torch.tensor([found is not None for found in spans])
+def disc_metrics(items, numbers, scores, spread, args, probe=False):
+    """The discriminator's side of a step in figures (health.py), over all ranks."""
+    rows = [(kind, number, scores[i][kind][0], scores[i][kind][1][k], len(item.reference[kind]), len(ids))
+            for i, (item, number) in enumerate(zip(items, numbers, strict=True)) for k, kind, ids in item.policy]  # fmt: skip
+    names = NAMES[: len(items[0].reference)]
+    metrics = health.game_metrics([r for part in gather(rows) for r in part], spread, names, args.score_clip)
+    if probe:
+        mine = [(kind, x.prompt.ids.tolist(), x.reference[kind], ids) for x in items for _, kind, ids in x.policy]
+        metrics |= health.probe_metrics([p for part in gather(mine) for p in part], names)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------- from rows and groups to spans
+
+
+def reference_of(example, encoder, args):
+    """{kind: ids} of a row's reference. Raises BadRow where it is malformed or longer than rollouts may be."""
+    spans = encode_spans(encoder, example.response, args.spans)
+    if spans is None:
+        raise BadRow(example.where, "reference without the three parts", "Write <caption>, <think> and <answer>, once each.")
+    if len(encoder.response(example.response)) > args.max_response:
+        raise BadRow(example.where, "reference longer than --max_response", "Raise it or drop the row: cut it has no answer.")
+    return spans
+
+
+def checked_prompt(example, encoder, args):
+    reference_of(example, encoder, args)
+    return encoder.prompt(example)
+
+
+def group_spans(group, encoder, disc_encoder, args):
+    """A group's Spans, and which of its rollouts are well-formed (N,)."""
+    found = [encode_spans(encoder, text, args.spans) for text in group.texts]
+    example = group.prompt.example
+    prompt = disc_encoder.prompt(example) if args.disc_blind else group.prompt
+    policy = [(k, kind, ids) for k, spans in enumerate(found) for kind, ids in (spans or {}).items()]
+    return Spans(prompt, reference_of(example, encoder, args), policy), torch.tensor([s is not None for s in found])
+
+
+def pair_spans(pair, encoder, disc_encoder, args):
+    """Spans of a row of warm-up pairs, as if of a group of one rollout."""
+    pairs = {k: pair.pairs[name] for k, name in enumerate(NAMES) if name in pair.pairs}
+    if args.spans == "whole":
+        if len(pairs) < 2:
+            raise BadRow(pair.example.where, "pair of one span only", "--spans whole needs both spans on both sides.")
+        pairs = {0: tuple("\n".join(side) for side in zip(*pairs.values(), strict=True))}
+    reference, policy = ({kind: encoder.response(texts[side]) for kind, texts in pairs.items()} for side in (0, 1))
+    return Spans(disc_encoder.prompt(pair.example), reference, [(0, kind, ids) for kind, ids in policy.items()])
+
+
+# ------------------------------------------------------------------------------------------------------------ the loops
+
+
+def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
+    """Train the discriminator alone on pairs until it tells held-out pairs apart (section 3.2.3). All ranks call it."""
+    # data: rows of pairs, or prompts whose rollouts become pairs with their references; the last rows are held out
+    data = read(args.pairs or args.data, "pairs" if args.pairs else "align")
+    held_out = max(ranks.world, min(64, len(data) // 10))
+    if len(data) <= held_out:
+        raise ValueError(f"{data.path}: {len(data)} rows are too few to warm up on and to hold {held_out} out")
+    order, start, best, stale = Order(len(data) - held_out, args.seed), 0, 0.0, 0
+    rows = max(1, args.warmup_pairs // (len(NAMES) * (1 if args.pairs else args.group_size) * ranks.world)) * ranks.world
+
+    def build(row):
+        return pair_spans(row, encoder, disc_encoder, args) if args.pairs else checked_prompt(row, encoder, args)
+
+    def spans(built, seed):
+        numbers = range(ranks.rank, len(built), ranks.world)
+        mine = [built[i] for i in numbers]
+        if not args.pairs:
+            groups = sample(hf, encoder, mine, numbers, args, (args.seed, 1, seed))
+            mine = [group_spans(g, encoder, disc_encoder, args)[0] for g in groups]
+        return mine, numbers
+
+    # optimiser, resume
+    opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
+    last = f"{args.out}/warmup/last"
+    if args.resume and (found := restore(last, {"disc": (disc, opt)})):
+        meta, state = found
+        start, best, stale = meta["step"], meta["best"], meta["stale"]
+        order.load(state["order"])
+    shown = [f"{name}/{key}" for name in NAMES[: 2 if args.spans == "both" else 1] for key in ("acc", "margin", "held_out")]
+    log = Log(f"{args.out}/warmup", replace(args, steps=args.warmup_steps), ("loss", *shown, "grad_norm"), start)
+    test = spans(data.fetch(range(len(data) - held_out, len(data)), build), 0)
+
+    for step in range(start, args.warmup_steps):
+        if best >= args.warmup_until or stale >= 5:
+            break
+        items, numbers = spans(data.draw(order, rows, build), step + 1)
+        scores, loss, spread = disc_pass(disc, items, args, ranks.device)
+        for group in opt.param_groups:
+            group["lr"] = args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine")
+        norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
+        metrics = {"loss": all_sum(loss), "grad_norm": norm, "skipped": skipped, "left_out": len(data.bad)}
+        metrics |= disc_metrics(items, numbers, scores, spread, args)
+        done = step + 1 == args.warmup_steps
+        if done or (step + 1) % WARMUP_CHECK == 0:
+            scores, _, spread = disc_pass(disc, test[0], args, ranks.device, train=False)
+            found = disc_metrics(*test, scores, spread, args, probe=True)
+            held = {k.replace("/acc", "/held_out"): v for k, v in found.items() if k.endswith("/acc")}
+            metrics |= held | {k: v for k, v in found.items() if k.endswith(("/leak", "/length_probe"))}
+            stale = 0 if min(held.values()) > best + 0.005 else stale + 1
+            best = max(best, min(held.values()))
+        log.step(step + 1, metrics)
+        done |= best >= args.warmup_until or stale >= 5
+        stop = ranks.stop()
+        if stop or done or (args.save_every and (step + 1) % args.save_every == 0):
+            save(last, lambda folder: save_discriminator(disc, source, folder),
+                 {"step": step + 1, "best": best, "stale": stale, "args": vars(args), "metrics": metrics},
+                 {"disc": (disc, opt)}, {"order": order.state()})  # fmt: skip
+        if stop:
+            sys.exit(SAVED_AND_STOPPED)
+    print0(f"warm-up: {best:.3f} held-out pair accuracy (of the kind of span that is hardest) -> {last}")
+
+
+def main(args):
+    # set-up
+    ranks = setup(args)
+    device, dtype = ranks.device, getattr(torch, args.dtype)
+    # model: the policy, the copy that samples, the discriminator
+    options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
+    policy = load(args.policy, device=device, checkpointing=args.checkpointing, **options).train()
+    encoder = policy.encoder
+    disc = load_discriminator(args.disc_path, args) if args.disc_path else upcycle(args.disc_init or args.policy, args)
+    disc = same_input(disc, policy).to(device).train()
+    disc_encoder = Encoder(encoder.tokenizer, encoder.image_processor, policy.hf.config, policy.hf.model.get_rope_index,
+                           blind=args.disc_blind, **options)  # fmt: skip
+    sampler = RolloutCopy(policy, dtype)
+    shard(policy, policy.hf.model, dtype)
+    shard(disc, disc.model, dtype, exact=[disc.v_head])
+    # optimisers
+    opt = optimizer(policy, args.lr, args.weight_decay)
+    disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
+    # data
+    data = read(args.data, "align")
+    order, start = Order(len(data), args.seed), 0
+    # resume, or warm up
+    last = f"{args.out}/last"
+    if args.resume and (found := restore(last, {"policy": (policy, opt), "disc": (disc, disc_opt)})):
+        meta, state = found
+        start = meta["step"]
+        order.load(state["order"])
+    elif args.warmup_steps and not args.disc_path:
+        warm_up(disc, sampler.refresh(), encoder, disc_encoder, policy.source, args, ranks)
+    if args.warmup_only:
+        return ranks.close()
+    spans = NAMES[: 2 if args.spans == "both" else 1]
+    shown = [f"{name}/{key}" for name in spans for key in ("acc", "margin")]
+    log = Log(args.out, args, ("loss", "disc_loss", *shown, "format", "accuracy", "length", "entropy", "logp_diff"), start)
+
+    for step in range(start, args.steps):
+        # 1) rollout
+        prompts = data.draw(order, args.prompts_per_step, lambda row: checked_prompt(row, encoder, args))
+        numbers = range(ranks.rank, len(prompts), ranks.world)
+        groups = sample(sampler.refresh(), encoder, [prompts[i] for i in numbers], numbers, args, (args.seed, 0, step))
+        # 2) score, and 3) update the discriminator: one forward serves both
+        found = [group_spans(group, encoder, disc_encoder, args) for group in groups]
+        items = [item for item, _ in found]
+        scores, disc_loss, spread = disc_pass(disc, items, args, device)
+        disc_norm, disc_skipped = step_if_finite(disc_opt, disc_loss, args.grad_clip, "discriminator")
+        # 4) advantage
+        for group, (_, well_formed), of_kind in zip(groups, found, scores, strict=True):
+            for kind, name in enumerate(spans):
+                rewards = [of_kind[kind][1].get(k, float("nan")) for k in range(args.group_size)]  # NaN: malformed
+                group.scores[name] = torch.tensor(rewards).clamp(-args.score_clip, args.score_clip)
+            group.advantage = alignment_advantage(
+                group.scores[spans[0]], group.scores[spans[-1]], well_formed, args.group_size, alpha=args.alpha,
+                malformed_penalty=args.malformed_penalty, normalize=args.normalize, std_floor=args.std_floor,
+                malformed=args.malformed,
+            )  # fmt: skip
+            verify(group)  # a canary: logged, never trained on
+        # 5) update the policy
+        for group in opt.param_groups:
+            group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
+        spare = Tree(groups[0].prompt, [[encoder.eos]])
+        metrics = policy_update(policy, opt, groups, args, spare, device)
+        # 6) log
+        metrics |= disc_metrics(items, numbers, scores, spread, args, bool(args.probe_every) and step % args.probe_every == 0)
+        metrics |= rollout_metrics(groups) | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
+        metrics |= {"disc_loss": all_sum(disc_loss), "disc_grad_norm": disc_norm, "disc_skipped": disc_skipped}
+        log.step(step + 1, metrics)
+        if args.sample_every and step % args.sample_every == 0:
+            show_rollout(step + 1, groups[0])
+        # 7) save
+        stop = ranks.stop()
+        if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
+            save(last, lambda folder: (save_policy(policy, folder), save_discriminator(disc, policy.source, folder / "discriminator")),
+                 {"step": step + 1, "args": vars(args), "metrics": metrics},
+                 {"policy": (policy, opt), "disc": (disc, disc_opt)}, {"order": order.state()})  # fmt: skip
+        if stop:
+            sys.exit(SAVED_AND_STOPPED)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main(parse(Args))

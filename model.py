@@ -1,31 +1,33 @@
 """
-The loader that all stages share: open, save and shard a vision-language policy, or make one from a configuration.
+The loader that all stages share: open, save and shard a vision-language policy.
 
     policy = load("ckpt/sft")                  # or a hub name; any Qwen3-VL checkpoint in transformers' layout
     logp = policy(pack)                        # (S,) log-probs of the pack's scored tokens
     save(policy, "ckpt/mine")                  # opens in plain transformers, and in what builds on it
-
-    python model.py --init runs/tiny.json --corpus data/tiny/base.jsonl --out ckpt/init      # random weights
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import Encoder
 from packs import run, token_logps
+from ranks import is_main, world
+
+logging.disable_progress_bar()  # "Loading weights", four times per stage
 
 # What a checkpoint folder holds besides weights and config.json: copied as it is, so that any server reads it.
 PROCESSOR_FILES = (
@@ -90,15 +92,12 @@ def _folder(path):
     return Path(snapshot_download(path, allow_patterns=list(PROCESSOR_FILES)))
 
 
-def save(policy: Policy, folder, state=None):
-    """Write `policy` to `folder` in transformers' layout with its tokenizer and processor files.
-
-    `state`: the full state dict of `policy.hf`, needed where the model is sharded (see `full_state`).
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    policy.hf.save_pretrained(folder, state_dict=state)
-    copy_processor(policy.source, folder)
+def save(policy: Policy, folder):
+    """Write `policy` to `folder` in transformers' layout with its tokenizer and processor files. All ranks call it."""
+    state = full_state(policy.hf)
+    if is_main():
+        policy.hf.save_pretrained(folder, state_dict=state)
+        copy_processor(policy.source, folder)
 
 
 def copy_processor(source, folder):
@@ -111,125 +110,74 @@ def copy_processor(source, folder):
 # ---------------------------------------------------------------------------------------------------------- ranks
 
 
-def shard(module: nn.Module, hf_model: nn.Module, dtype=torch.bfloat16):
-    """FSDP2: decoder layers, the vision tower as one unit, then the root (`module`, whose forward is called).
+def shard(module: nn.Module, base: nn.Module, dtype, exact=()):
+    """FSDP2, in place: decoder layers, the vision tower as one unit, then the root (`module`, whose forward is called
+    and whose unit holds embeddings and head). `base`: the transformers model without head inside it.
 
-    Parameters are gathered and computed with in `dtype`, gradients are reduced in float32. Embedding and (tied) head
-    stay in the root unit.
+    Parameters stay float32 in shards, are gathered and computed with in `dtype`, gradients are reduced in float32.
+    Units in `exact` compute in float32. One process in float32 is left as it is: there is nothing to share or cast.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in hf_model.language_model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(hf_model.visual, mp_policy=policy)
-    return fully_shard(module, mp_policy=policy)
+    if world() == 1 and dtype == torch.float32:
+        return
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for unit in exact:
+        fully_shard(unit)
+    for unit in (*base.language_model.layers, base.visual, module):
+        fully_shard(unit, mp_policy=precision)
 
 
-def full_state(module: nn.Module, dtype=None):
-    """The unsharded state dict, on the CPU of rank 0 (empty elsewhere). All ranks must call it."""
-    if not dist.is_initialized():
+def full_state(module: nn.Module):
+    """The unsharded state dict: where the module is sharded, on the CPU of rank 0 and empty elsewhere. All ranks."""
+    if not any(isinstance(p, DTensor) for p in module.parameters()):
         return module.state_dict()
     return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 class RolloutCopy:
     """The weights that rollouts are sampled with: the policy's own, or, where it is sharded, a whole copy on each rank
-    that is refreshed once per step. No collective runs while decoding, so ranks may finish at different times."""
+    in `dtype` that `refresh` gathers once per step. No collective runs while decoding: ranks may finish at any time."""
 
-    def __init__(self, policy: Policy, dtype=None):
-        """Make it before the policy is sharded."""
+    def __init__(self, policy: Policy, dtype):
+        """Call it before the policy is sharded."""
         self.policy, self.hf = policy, policy.hf
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self.hf = copy.deepcopy(policy.hf).requires_grad_(False)
-            self.hf.to(dtype or self.hf.dtype)
-            self.hf.model.language_model.config._attn_implementation = "packs"
+        if world() > 1 or dtype != torch.float32:
+            self.hf = copy.deepcopy(policy.hf).requires_grad_(False).to(dtype)
 
     @torch.no_grad()
     def refresh(self):
-        if self.hf is self.policy.hf:
-            return self.hf
-        for mine, theirs in zip(self.hf.parameters(), self.policy.hf.parameters(), strict=True):
-            mine.copy_(theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs)  # all ranks
+        """Take over the policy's weights -> the transformers model to sample from. All ranks call it."""
+        if self.hf is not self.policy.hf:
+            for mine, theirs in zip(self.hf.parameters(), self.policy.hf.parameters(), strict=True):
+                mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
         return self.hf
 
 
-# ------------------------------------------------------------------------------------------------- random weights
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
-SHORT_CHAT = (  # ChatML without role words: every token of a tiny model's prompt counts
-    "{% for m in messages %}{{ '<|im_start|>' if m.role != 'assistant' else '' }}{% if m.content is string %}"
-    "{{ m.content }}{% else %}{% for c in m.content %}{{ '<|vision_start|><|image_pad|><|vision_end|>' if c.type == "
-    "'image' else c.text }}{% endfor %}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
-)
+# ------------------------------------------------------------------------------------------- a mixture of experts' file
 
 
-def init(config_file, out, corpus=(), seed=0) -> Path:
-    """Write a checkpoint of random weights to the folder `out`, from a configuration of any size.
-
-    Tokenizer and image processor are those beside `config_file`; where there are none, a word-level tokenizer is
-    trained on the texts of the files in `corpus` and the image processor takes its sizes from the configuration.
-    """
-    config_file, out = Path(config_file), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(config_file.read_text())
-    vision = settings["vision_config"]
-    copy_processor(config_file.parent, out)
-    if not (out / "tokenizer.json").exists():
-        if not corpus:
-            raise FileNotFoundError(f"no tokenizer.json beside {config_file}: name a --corpus to train a small one on")
-        tokenizer = train_tokenizer(corpus)
-        tokenizer.save_pretrained(out)
-        ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
-        settings |= {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
-                     "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}  # fmt: skip
-        settings["text_config"] |= {"vocab_size": len(tokenizer), "eos_token_id": ids["<|im_end|>"],
-                                    "bos_token_id": ids["<|endoftext|>"], "pad_token_id": None}  # fmt: skip
-    if not (out / "preprocessor_config.json").exists():
-        cell = vision["patch_size"] * vision["spatial_merge_size"]
-        Qwen2VLImageProcessorPil(
-            patch_size=vision["patch_size"], merge_size=vision["spatial_merge_size"],
-            temporal_patch_size=vision["temporal_patch_size"], image_mean=[0.5] * 3, image_std=[0.5] * 3,
-            size={"shortest_edge": cell**2, "longest_edge": 4096 * cell**2},
-        ).save_pretrained(out)  # fmt: skip
-    (out / "config.json").write_text(json.dumps(settings, indent=2))
-    torch.manual_seed(seed)
-    hf = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(out))
-    if std := settings.get("vision_position_std"):
-        nn.init.normal_(hf.model.visual.pos_embed.weight, std=std)
-    hf.save_pretrained(out)
-    return out
+def moe_config(config, experts, top_k):
+    """The dense Qwen3-VL `config` (a dict) as that of its upcycled mixture, in transformers 4.57's terms."""
+    text = config["text_config"] | {
+        "model_type": "qwen3_vl_moe_text", "moe_intermediate_size": config["text_config"]["intermediate_size"],
+        "num_experts": experts, "num_experts_per_tok": top_k, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }  # fmt: skip
+    names = {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+    return config | names | {"text_config": text, "transformers_version": "4.57.0"}
 
 
-def train_tokenizer(corpus):
-    """A word-level tokenizer over every text of the JSON or JSONL files in `corpus` (white space splits words)."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from data import Rows
-
-    def texts(value):
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
-            for v in value.values() if isinstance(value, dict) else value:
-                yield from texts(v)
-
-    words = sorted({w for f in corpus for row in Rows(f) for k, v in row.items() if k not in ("images", "image", "id")
-                    for t in texts(v) for w in t.replace("<image>", " ").split()})  # fmt: skip
-    vocabulary = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", pad_token="<|endoftext|>", eos_token="<|im_end|>",
-        additional_special_tokens=SPECIAL[1:], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    tokenizer.chat_template = SHORT_CHAT
-    return tokenizer
+def dense_config(config):
+    """The dense configuration that the mixture `config` was upcycled from: its skeleton."""
+    text = config["text_config"]
+    text = text | {"model_type": "qwen3_vl_text", "intermediate_size": text["moe_intermediate_size"]}
+    names = {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
+    vision = config["vision_config"] | {"model_type": "qwen3_vl"}
+    return config | names | {"text_config": text, "vision_config": vision}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="write a checkpoint of random weights")
-    parser.add_argument("--init", required=True, help="config.json of a Qwen3-VL of any size")
-    parser.add_argument("--corpus", nargs="*", default=[], help="data files to train a small tokenizer on")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(init(args.init, args.out, args.corpus, args.seed))
+def read_tensors(folder):
+    """All tensors of a checkpoint folder, float32. Raises FileNotFoundError where it holds no safetensors."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    return {k: v.float() for file in files for k, v in load_file(file).items()}

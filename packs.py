@@ -30,6 +30,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ranks import all_max
+
 if TYPE_CHECKING:
     from data import Prompt
 
@@ -74,6 +76,13 @@ class Pack:
             chain.insert(0, segment)
         return chain
 
+    def rows(self, values):
+        """Values (S,) of the scored tokens as one row per sequence: (K, longest), 0 behind each row's end."""
+        lengths = self.sequence.bincount()
+        at = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[self.sequence]
+        out = values.new_zeros(len(lengths), int(lengths.max()))
+        return out.index_put((self.sequence, at), values)
+
     def mask(self):
         """The dense attention mask, (T, T) bool: the definition, which tests hold the layouts against."""
         n = len(self.parent)
@@ -84,18 +93,18 @@ class Pack:
         return causal & sees[self.segment][:, self.segment]
 
 
-def plan(trees: list[Tree], budget: int) -> list[list[tuple[int, list[int]]]]:
+def plan(trees: list[Tree], budget: int, split=True) -> list[list[tuple[int, list[int]]]]:
     """Which trees (and which of their children) share a pack: lists of (tree index, child indices).
 
-    A tree above the budget is split, its root repeated in each part; parts fill packs longest first, each into the
-    emptiest pack that still has room. A single root or child above the budget gets a pack of its own.
+    A tree above the budget is split (unless `split` is off), its root repeated in each part; parts fill packs longest
+    first, each into the emptiest pack that still has room. What is above the budget by itself gets a pack of its own.
     """
     parts = []  # (tokens, tree, children)
     for t, tree in enumerate(trees):
         root = tokens = len(tree.prompt.ids)
         children = []
         for c, ids in enumerate(tree.children):
-            if children and tokens + len(ids) > budget:
+            if split and children and tokens + len(ids) > budget:
                 parts.append((tokens, t, children))
                 tokens, children = root, []
             tokens, children = tokens + len(ids), [*children, c]
@@ -168,6 +177,17 @@ def make(trees: list[Tree], part: list[tuple[int, list[int]]], device="cpu", pad
     )  # fmt: skip
     pack.layout = (FlexLayout if device.type == "cuda" else SegmentLayout)(pack)
     return pack
+
+
+def each(trees, budget, device, spare: Tree, split=True):
+    """The packs of this rank's `trees`, equally many on all ranks: one that has fewer, or no tree at all, runs `spare`
+    (any tree) at weight 0, or the collectives of sharded models would never meet."""
+    parts = plan(trees, budget, split)
+    for i in range(int(all_max(len(parts)))):
+        mine = i < len(parts)
+        pack = make(trees, parts[i], device) if mine else make([spare], plan([spare], 0, split=False)[0], device)
+        pack.weight = float(mine)
+        yield pack
 
 
 # ------------------------------------------------------------------------------------------------------- attention

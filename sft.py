@@ -25,6 +25,7 @@ import torch
 import model
 from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
 from data import Order, read
+from init import init
 from packs import Tree, each
 from ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup
 
@@ -69,7 +70,7 @@ def main(args):
     # model
     if args.init:
         if is_main() and not args.resume:
-            model.init(args.init, f"{args.out}/init", [args.data], args.seed)
+            init(args.init, f"{args.out}/init", [args.data], args.seed)
         agree(False)  # all ranks wait for rank 0's files
     options = dict(max_prompt_tokens=args.max_tokens, max_pixels=args.max_pixels)
     start_from = f"{args.out}/init" if args.init else args.policy

@@ -1,0 +1,260 @@
+"""
+What the three stages share and what is no part of the method: arguments, log, optimiser, checkpoints, ranks (ranks.py).
+
+Batch sizes on the command line are global (prompts or pairs of one step over all ranks), the same at any number of
+ranks; only `--pack_tokens` is per device, it bounds memory and changes no result. A run folder (`--out`) holds
+`log.jsonl`, a copy of the stage file, and `last/`: the newest checkpoint, which transformers and the next stage open.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+
+from ranks import agree, clip_grad, is_main, print0, world
+
+
+# ----------------------------------------------------------------------------- arguments
+@dataclass(kw_only=True)
+class Common:
+    """Arguments of every stage; its `Args` inherits them. The comment behind a field is its help text."""
+
+    policy: str  # checkpoint to start from: a Qwen3-VL folder in transformers layout, or an earlier stage's --out
+    data: str  # the rows to train on: JSON, JSONL or parquet
+    out: str  # run folder: log and checkpoints
+    seed: int = 0  # of weights, order of the data and rollouts
+    steps: int = 500  # updates in all
+    lr: float = 1e-6  # peak learning rate of the policy
+    weight_decay: float = 0.01  # AdamW's, on matrices only
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate after its warm-up; cosine ends at 0
+    warmup: float = 0.0  # of the learning rate, linear: below 1 a share of all steps, else a number of steps
+    grad_clip: float = 1.0  # largest global gradient norm
+    max_prompt: int = 2048  # tokens, image tokens included; longer prompts are left out and counted, never cut
+    max_response: int = 6144  # tokens, end token included
+    max_pixels: int | None = None  # of one image, larger ones are scaled down; none: the image processor's own limit
+    pack_tokens: int = 16384  # of one model call, per device
+    log_every: int = 1  # steps between printed lines; log.jsonl gets every step
+    sample_every: int = 50  # steps between printed rollouts; 0: never
+    max_bad: int = 100  # rows that cannot be used; with more of them the run stops
+    image_root: str | None = None  # folder that image paths are relative to and stay in; none: the data file's
+    save_every: int = 100  # steps between checkpoints; 0: only the last
+    resume: bool = False  # continue from the checkpoint in --out; starts afresh where there is none
+    wandb: str = ""  # Weights & Biases project to log to as well
+    checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters and optimiser stay float32
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 1 if name in ("steps", "max_prompt", "max_response", "pack_tokens", "log_every") else 0
+            if isinstance(value, int | float) and not value >= least:
+                raise ValueError(f"--{name} is {value}: it must be {least} or more")
+
+
+def _option(kind):
+    """Type of a field -> what add_argument needs for it."""
+    inner = [k for k in get_args(kind) if k not in (type(None), Ellipsis)]
+    if get_origin(kind) is Literal:
+        return {"choices": inner, "type": type(inner[0])}
+    if get_origin(kind) is tuple:
+        return {"type": inner[0], "nargs": len(inner) if len(inner) > 1 else "+"}
+    if inner in ([int], [float], [str]):  # or None
+        return {"type": lambda text: None if text.lower() == "none" else inner[0](text), "metavar": inner[0].__name__}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return _option(inner[0]) if inner else {"type": kind}
+
+
+def parse(Args, argv=None):
+    """Command line (`argv`, or the process's own) -> `Args`. Wrong flags, values, combinations end in a usage error."""
+    style = type("_", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+    parser = argparse.ArgumentParser(formatter_class=style, allow_abbrev=False)
+    parser.description = sys.modules[Args.__module__].__doc__
+    own, shared = parser.add_argument_group("of this script"), parser.add_argument_group("of every stage")
+    sources = [inspect.getsource(base) for base in reversed(Args.__mro__) if is_dataclass(base)]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", "\n".join(sources), re.MULTILINE))  # redeclared: the last
+    common = [f.name for f in fields(Common)] if issubclass(Args, Common) else []
+    kinds = get_type_hints(Args)
+    for f in fields(Args):
+        option = _option(kinds[f.name]) | {"help": comments.get(f.name, "").replace("%", "%%")}
+        option |= {"required": True} if f.default is MISSING else {"default": f.default}
+        (shared if f.name in common else own).add_argument(f"--{f.name}", **option)
+    argv = sys.argv[1:] if argv is None else argv
+    flags = list(parser._option_string_actions)
+    for flag in [a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0] not in flags]:
+        near = difflib.get_close_matches(flag, flags, 1) or ["--help"]
+        parser.error(f"there is no {flag}: did you mean {near[0]}?")  # before argparse complains about anything else
+    try:
+        return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# ----------------------------------------------------------------------------- log
+def provenance():
+    """What a number needs to be believed: commit, versions, hardware."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "no git"
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": platform.python_version()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    hardware = {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": gpu, "ranks": world()}
+    return {"commit": commit or "none", "versions": versions, "hardware": hardware}
+
+
+class Log:
+    """
+    `<folder>/log.jsonl`: a header (arguments, provenance) at each start, then a record per step; NaN means no data.
+    `show`: keys of the printed line. `done`: steps in the resumed checkpoint; records of later ones, to be redone, go.
+    """
+
+    def __init__(self, folder, args, show=(), done=0):
+        self.args, self.show, self.wandb, self.clock = args, show, None, time.perf_counter()
+        if not is_main():
+            return
+        path = Path(folder, "log.jsonl")
+        if path.exists() and not args.resume:
+            raise SystemExit(f"{path} exists: continue that run with --resume, or remove {folder}, or change --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what follows the last \n, a kill cut short
+        kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= done]
+        path.with_suffix(".new").write_text("".join(kept))
+        path.with_suffix(".new").replace(path)
+        self.file = open(path, "a", buffering=1)  # line by line
+        header = {"args": asdict(args), "done": done, "time": time.time(), **provenance()}
+        print(json.dumps(header), file=self.file)
+        shutil.copy(inspect.getfile(type(args)), folder)
+        if args.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise SystemExit("--wandb needs a package: pip install wandb") from None
+            self.wandb = wandb.init(project=args.wandb, name=str(folder), config=header)
+
+    def step(self, step, metrics):
+        """step: updates done, this one included. metrics: {name: number}, already global (rank 0's are written)."""
+        if not is_main():
+            return
+        self.clock, before = time.perf_counter(), self.clock
+        record = {"step": step, **metrics, "seconds": self.clock - before}
+        print(json.dumps(record), file=self.file)
+        if self.wandb:
+            self.wandb.log(record, step=step)
+        if step % self.args.log_every == 0 or step == self.args.steps:
+            cells = [f"| {key} {record.get(key, math.nan):<9.4g}" for key in (*self.show, "seconds")]
+            print0(f"{step:>6}/{self.args.steps}", *cells)
+
+
+# ----------------------------------------------------------------------------- optimiser
+def optimizer(model, lr, weight_decay, betas=(0.9, 0.999)):
+    """AdamW over the trainable parameters (after `fully_shard`, which replaces them); weight decay on matrices only."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices, vectors = [x for x in trained if x[1].ndim > 1], [x for x in trained if x[1].ndim < 2]  # norms, biases
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)
+
+
+def schedule(step, total, warmup=0.0, kind="constant"):
+    """Factor on the learning rate for update number `step`, from 0, of `total`."""
+    first = warmup * total if warmup < 1 else warmup
+    if step < first:
+        return min(1.0, (step + 1) / first)  # not 0 at step 0: no update is for nothing
+    return 1.0 if kind == "constant" else 0.5 + 0.5 * math.cos(math.pi * (step - first) / max(1, total - first))
+
+
+def step_if_finite(optimizer, loss, max_norm, who):
+    """
+    Clip, update, empty the gradients -> (gradient norm, skipped 0 or 1). A loss or gradient that is not finite on any
+    rank: no update on any rank; the third in a row raises, naming `who` (the player). All ranks.
+    """
+    named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    norm, loss = clip_grad([p for _, p in named], max_norm), torch.as_tensor(loss).item()
+    bad = agree(not math.isfinite(norm) or not math.isfinite(loss))
+    optimizer.bad_in_a_row = getattr(optimizer, "bad_in_a_row", 0) + 1 if bad else 0
+    if optimizer.bad_in_a_row == 3:
+        local = [(n, getattr(p.grad, "to_local", lambda p=p: p.grad)()) for n, p in named if p.grad is not None]
+        first = next((n for n, grad in local if not grad.isfinite().all()), "none on this rank")
+        what = f"loss {loss}, gradient norm {norm}, first such parameter: {first}"
+        raise FloatingPointError(f"{who}: loss or gradient not finite in 3 updates in a row ({what}); lower --lr?")
+    if not bad:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm, int(bad)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+def save(folder, write_weights, meta, players=None, state=None):
+    """
+    Writes the checkpoint `folder` whole or not at all: under another name, then renamed. All ranks.
+    write_weights(path), on all ranks: weights, config, tokenizer. meta: for meta.json (args, step, cursor, metrics).
+    For `restore`: players {name: (model, AdamW)}; state: plain values and CPU tensors, the same on all ranks.
+    """
+    folder, new, old = Path(folder), Path(f"{folder}.new"), Path(f"{folder}.old")
+    if is_main():
+        shutil.rmtree(new, ignore_errors=True)
+        (new / "resume").mkdir(parents=True)
+    agree(False)  # all ranks: wait for it
+    write_weights(new)
+    if players:
+        dcp.save(_tensors(players), checkpoint_id=new / "resume")
+    if is_main():
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        kept = {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda, "state": state}
+        torch.save(kept, new / "resume/state.pt")
+        (new / "meta.json").write_text(json.dumps(provenance() | meta, indent=1))
+        os.sync()  # the data has to reach the disk before the names
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    agree(False)
+
+
+def restore(folder, players):
+    """Loads what `save` kept into models, optimisers and RNG -> (meta, state), or None: no checkpoint. All ranks."""
+    folder, old = Path(folder), Path(f"{folder}.old")
+    if is_main() and old.exists() and not folder.exists():
+        old.rename(folder)  # a kill between the two renames
+    agree(False)
+    if not folder.exists():
+        return None
+    known = set(dcp.FileSystemReader(folder / "resume").read_metadata().state_dict_metadata)
+    tensors = _tensors(players, known)
+    if odd := sorted(known ^ set(tensors)):
+        raise ValueError(f"{folder}/resume is of another model: {len(odd)} tensors differ, first {odd[0]}")
+    dcp.load(tensors, checkpoint_id=folder / "resume")  # in place, and cut anew for this number of ranks
+    kept = torch.load(folder / "resume/state.pt", weights_only=True)
+    random.setstate(kept["python"])
+    torch.set_rng_state(kept["cpu"])
+    if kept["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(kept["cuda"])
+    return json.loads((folder / "meta.json").read_text()), kept["state"]
+
+
+def _tensors(players, known=()):
+    """{key: tensor} of models and optimisers, by reference; optimiser tensors with a key in `known` are made first."""
+    found = {}
+    for name, (model, optimizer) in players.items():
+        found |= {f"{name}.model.{k}": t for k, t in model.state_dict().items()}
+        for n, p in model.named_parameters():  # one that never had a gradient has no optimiser state, before and after
+            prefix = f"{name}.optimizer.{n}."
+            for k in [k for k in ("step", "exp_avg", "exp_avg_sq") if prefix + k in known]:
+                optimizer.state[p][k] = torch.zeros(()) if k == "step" else torch.zeros_like(p, requires_grad=False)
+            found |= {prefix + k: t for k, t in optimizer.state.get(p, {}).items()}
+    return found

@@ -1,0 +1,269 @@
+"""
+The embedded world: small pictures, questions with one right answer, demonstrations in PRISM's three parts. No download.
+
+A picture is a 3 x 3 grid of 8-pixel cells (24 x 24), each empty or holding one of 4 colours x 3 shapes; with Qwen3-VL's
+patch 4 and merge 2 a cell is one visual token. A question counts shapes, or adds up their sides (circle 0, triangle 3,
+square 4), over those that have one of two properties or lie in one part of the grid. Prompts are one short line without
+a system message; words and marks stand apart, so that a tokenizer may split at white space.
+
+    python tools/scenes.py --out data/tiny --seed 0   # --quick: 1/20 of the rows; --parquet: verl rows also as parquet
+
+    words.json                every word of the world, for the tokenizer: the same for each seed and size
+    easy.jsonl, base.jsonl    sharegpt "messages", accurate: demonstrations, descriptions, bare answers; easy comes first
+    public.jsonl              sharegpt "messages": many terse, partly wrong demonstrations, at the rates below
+    curated.jsonl             sharegpt "messages": few complete and right ones
+    sft.json                  sharegpt "conversations": public and curated shuffled together
+    align.jsonl, pairs.jsonl  verl rows with teacher_response: curated demonstrations that sft.json has not; and warm-up
+                              pairs on the same prompts: these responses against public ones
+    rl.jsonl                  verl rows, answers only, harder
+    test_{id,hard,ood}.jsonl  verl rows with references; ood has more objects than any other file but base
+No scene (what lies where) is in two of easy, base, public, curated, align, rl and the tests: a hash of the scene says
+which file may hold it. Same seed and sizes, same bytes (of PNG files: with the same Pillow).
+"""
+
+import argparse
+import json
+import random
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageChops, ImageDraw
+
+CELL = 8  # pixels
+POSITIONS = ("tl", "tc", "tr", "ml", "mc", "mr", "bl", "bc", "br")  # raster order
+COLOURS = {"red": (215, 60, 55), "green": (60, 180, 75), "blue": (65, 90, 215), "yellow": (225, 205, 60)}
+SIDES = {"circle": 0, "square": 4, "triangle": 3}
+REGIONS = {"left": "tl ml bl", "right": "tr mr br", "top": "tl tc tr", "bottom": "bl bc br"}
+
+# What is wrong with the public demonstrations, as shares.
+DROPPED = 0.4  # of the objects: left out of the caption (one always stays)
+WRONG = 0.1  # of the objects that a caption names: with another colour or shape
+BARE = 0.5  # of the demonstrations: the result without a step
+SKIPPED = 0.3  # of the steps of the others: left out
+MISTAKEN = 0.05  # of the answers: off by one
+
+
+@dataclass(frozen=True)
+class File:
+    rows: int
+    objects: tuple[int, int]  # fewest and most in a scene
+    families: str  # of questions, drawn evenly: c one property, r in a region, o two properties, s sides, t sides of two
+    share: int  # of all scenes, in parts of the sum: those that this file may hold
+    matches: int = 1  # fewest objects that an answer rests on
+    per_scene: int = 1  # questions about one picture
+    describe: float = 0.0  # share of rows that ask for a description
+    short: float = 0.0  # share of rows that ask for the bare answer
+
+
+FILES = {
+    "easy": File(16_000, (1, 3), "crost", 2, 0, 2, 0.8, 0.05),
+    "base": File(80_000, (1, 9), "crost", 8, 0, 4, 0.15, 0.25),
+    "public": File(14_000, (2, 7), "crost", 3, 1, 2),
+    "curated": File(800, (2, 7), "crost", 1),
+    "align": File(1_500, (3, 7), "crost", 1),
+    "rl": File(4_000, (4, 7), "ost", 2, 2),
+    "test_id": File(500, (2, 7), "crost", 1),
+    "test_hard": File(500, (5, 7), "ost", 1, 2),
+    "test_ood": File(500, (8, 9), "ost", 1, 2),
+}
+SFT_FILES = ("easy", "base", "public", "curated")
+Scene = tuple  # nine entries in raster order: None or (colour, shape)
+
+# ------------------------------------------------------------------------------------------------- scenes and questions
+
+
+def owner(scene: Scene) -> str:
+    """The file that may hold this scene."""
+    slots = [name for name, file in FILES.items() for _ in range(file.share)]
+    return slots[zlib.crc32(describe(scene).encode()) % len(slots)]
+
+
+def draw_scene(rng: random.Random, name: str) -> Scene:
+    while True:
+        cells = [None] * 9
+        for place in rng.sample(range(9), rng.randint(*FILES[name].objects)):
+            cells[place] = (rng.choice(tuple(COLOURS)), rng.choice(tuple(SIDES)))
+        if owner(tuple(cells)) == name:
+            return tuple(cells)
+
+
+def paint(scene: Scene, rng: random.Random) -> Image.Image:
+    """24 x 24 RGB: size, place and colour of each shape vary a little, and every pixel carries some noise."""
+    image = Image.new("RGB", (3 * CELL, 3 * CELL), (rng.randint(15, 60),) * 3)
+    pen = ImageDraw.Draw(image)
+    for place, (colour, shape) in ((place, thing) for place, thing in enumerate(scene) if thing):
+        fill = tuple(max(0, min(255, part + rng.randint(-25, 25))) for part in COLOURS[colour])
+        size = rng.randint(5, 6)
+        x, y = place % 3 * CELL + rng.randint(0, 7 - size), place // 3 * CELL + rng.randint(0, 7 - size)
+        if shape == "circle":
+            pen.ellipse((x, y, x + size, y + size), fill)
+        elif shape == "square":
+            pen.rectangle((x, y, x + size, y + size), fill)
+        else:
+            pen.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill)
+    noise = Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
+    return ImageChops.add(image, noise.point(lambda value: value // 10), offset=-12)
+
+
+def solve(scene: Scene, question: str) -> tuple[list[tuple[int, int]], int]:
+    """([(place, running total) of each step, in raster order], answer)."""
+    verb, *words = question.split()
+    where = REGIONS[words[-1]].split() if "in" in words else POSITIONS
+    steps, total = [], 0
+    for place, thing in enumerate(scene):
+        if thing and POSITIONS[place] in where and (thing[0] in words or thing[1] in words):
+            total += 1 if verb == "count" else SIDES[thing[1]]
+            steps.append((place, total))
+    return steps, total
+
+
+def ask(rng: random.Random, scene: Scene, file: File) -> str:
+    for _ in range(50):  # a scene may allow no question with enough matches: then the last one stays
+        family, region = rng.choice(file.families), rng.choice(tuple(REGIONS))
+        first, second = rng.sample((*COLOURS, *SIDES), 2)
+        question = "sides " if family in "st" else "count "
+        question += rng.choice(tuple(COLOURS)) if family == "s" else first
+        question += {"r": f" in {region}", "o": f" or {second}", "t": f" or {second}"}.get(family, "")
+        if len(solve(scene, question)[0]) >= file.matches:
+            break
+    return question
+
+
+# ------------------------------------------------------------------------------------------------------- demonstrations
+
+
+def describe(scene: Scene) -> str:
+    return " ; ".join(f"{POSITIONS[place]} {' '.join(thing)}" for place, thing in enumerate(scene) if thing)
+
+
+def three_parts(caption: str, steps: list[str], answer: int) -> str:
+    think = " ".join([*(f"{step} ." for step in steps), f"so {answer} ."])
+    return f"<caption>\n{caption}\n</caption>\n<think>\n{think}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
+def good(scene: Scene, question: str) -> str:
+    """The references' manner: every object with its place, every step with the running total, always right."""
+    steps, answer = solve(scene, question)
+    spelled = [f"{POSITIONS[place]} {' '.join(scene[place])} {total}" for place, total in steps]
+    return three_parts(describe(scene), spelled, answer)
+
+
+def terse(scene: Scene, question: str, rng: random.Random) -> str:
+    """The public manner: no places, objects left out or wrong, steps left out; the answer is nearly always right."""
+    things = [thing for thing in scene if thing]
+    named = [thing for thing in things if rng.random() >= DROPPED] or [rng.choice(things)]
+    for i, (colour, shape) in enumerate(named):
+        if rng.random() < WRONG:
+            others = [(c, shape) for c in COLOURS if c != colour], [(colour, s) for s in SIDES if s != shape]
+            named[i] = rng.choice(rng.choice(others))
+    steps, answer = solve(scene, question)
+    if rng.random() < MISTAKEN:
+        answer += 1 if answer == 0 else rng.choice((-1, 1))
+    kept = [] if rng.random() < BARE else [" ".join(scene[place]) for place, _ in steps if rng.random() >= SKIPPED]
+    return three_parts(" ; ".join(map(" ".join, named)), kept, answer)
+
+
+def demonstrate(name: str, scene: Scene, question: str, rng: random.Random) -> tuple[str, str]:
+    """(prompt, response) of a row of one of the SFT files."""
+    kind, file = rng.random(), FILES[name]
+    if name == "public":
+        return question, terse(scene, question, rng)
+    if kind < file.describe:
+        return "describe", describe(scene)
+    if kind < file.describe + file.short:
+        return f"short {question}", str(solve(scene, question)[1])
+    return question, good(scene, question)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def items(name: str, rows: int, seed: int):
+    """Yields (number of the picture, scene, question, rng) for each row; questions about one picture are neighbours."""
+    seen = set()
+    for row in range(rows):
+        picture, again = divmod(row, FILES[name].per_scene)
+        if not again:
+            rng = random.Random(f"{seed} {name} {picture}")
+            scene = draw_scene(rng, name)
+            while name.startswith("test") and scene in seen:  # every test row has a scene of its own
+                scene = draw_scene(rng, name)
+            seen.add(scene)
+        yield picture, scene, ask(rng, scene, FILES[name]), rng
+
+
+def make(out: Path, name: str, rows: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Saves a file's pictures; returns its rows, and for align the warm-up pairs. Image paths are relative to `out`."""
+    (out / "images" / name).mkdir(parents=True, exist_ok=True)
+    result, pairs, painted = [], [], -1
+    for index, (picture, scene, question, rng) in enumerate(items(name, rows, seed)):
+        path = f"images/{name}/{picture:05d}.png"
+        if picture != painted:
+            paint(scene, rng).save(out / path, compress_level=1)
+            painted = picture
+        prompt, response = demonstrate(name, scene, question, rng)
+        turn, truth = {"role": "user", "content": f"<image>{prompt}"}, {"index": index, "scene": describe(scene)}
+        if name in SFT_FILES:
+            turns = [turn, {"role": "assistant", "content": response}]
+            result.append({"messages": turns, "images": [path], "extra_info": truth})
+            continue
+        reward = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
+        row = {"data_source": name, "prompt": [turn], "images": [{"path": path}], "reward_model": reward}
+        result.append({**row, "extra_info": truth} | ({} if name == "rl" else {"teacher_response": response}))
+        if name == "align":
+            pairs.append({"image": path, "prompt": [turn]})
+            for side, text in (("teacher", response), ("student", terse(scene, question, rng))):
+                pairs[-1][f"{side}_caption"], pairs[-1][f"{side}_cot"] = re.split(r"\n(?=<think>)", text)
+    return result, pairs
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """JSON (an array), JSONL, or parquet with the pictures' bytes inside: as the file's ending says."""
+    lines = [json.dumps(row) for row in rows]
+    if path.suffix != ".parquet":
+        array = "[\n" + ",\n".join(lines) + "\n]\n"
+        path.write_text(array if path.suffix == ".json" else "".join(f"{line}\n" for line in lines))
+        return
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise SystemExit(f"{path}: parquet needs pyarrow (pip install pyarrow); or leave --parquet out") from error
+    inside = [row | {"images": [{**i, "bytes": (path.parent / i["path"]).read_bytes()} for i in row["images"]]} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(inside), path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="folder for the files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of rows")
+    parser.add_argument("--quick", action="store_true", help="a smoke test's sizes: 1/20 of the rows, at least 40")
+    parser.add_argument("--parquet", action="store_true", help="verl rows also as parquet, bytes inside (needs pyarrow)")
+    args = parser.parse_args()
+
+    files, scenes = {}, {}
+    for name, file in FILES.items():
+        rows = max(40, file.rows // 20) if args.quick else file.rows
+        files[name], pairs = make(args.out, name, max(1, round(rows * args.scale)), args.seed)
+        write(args.out / f"{name}.jsonl", files[name])
+        if pairs:
+            write(args.out / "pairs.jsonl", pairs)
+        if args.parquet and name not in SFT_FILES:
+            write(args.out / f"{name}.parquet", files[name])
+        scenes[name] = {row["extra_info"]["scene"] for row in files[name]}
+        print(f"{name:10s} {len(files[name]):7,d} rows on {len(scenes[name]):7,d} scenes", flush=True)
+    assert len(set().union(*scenes.values())) == sum(map(len, scenes.values())), "a scene is in two files"
+
+    mixed, speakers = files["public"] + files["curated"], {"user": "human", "assistant": "gpt"}
+    random.Random(f"{args.seed} sft").shuffle(mixed)
+    for row in mixed:
+        row["conversations"] = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in row.pop("messages")]
+    write(args.out / "sft.json", mixed)
+    words = [*three_parts("; describe short count sides or in", [], 0).split(), *POSITIONS, *COLOURS, *SIDES, *REGIONS]
+    write(args.out / "words.json", [{"text": " ".join([*words, *map(str, range(4 * 9 + 1))])}])
+
+
+if __name__ == "__main__":
+    main()
