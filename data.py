@@ -58,7 +58,12 @@ class Example:
     choices: tuple = ()
     equivalent: tuple = ()  # other right answers
     source: str = ""
-    pairs: dict | None = None  # {"perception" | "reasoning": (reference's span, policy's span)}, canonical
+
+
+@dataclass
+class PairExample:
+    example: Example
+    pairs: dict  # {"perception" | "reasoning": (reference's span, policy's span)}, canonical
 
 
 @dataclass
@@ -73,8 +78,8 @@ class Prompt:
 
 
 def read(path, kind=None, image_root=None, max_bad=100) -> Data:
-    """Open a data file: data[i] is an Example. `kind`: what the rows are for, one of KINDS ("rl" and "eval" take any
-    format with answers); None: as each row's fields suggest."""
+    """Open a data file: data[i] is an Example, for kind "pairs" a PairExample. `kind`: what the rows are for, one of KINDS
+    ("rl" and "eval" take any format with answers); None: as each row's fields suggest."""
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
     root = os.path.abspath(image_root or os.path.dirname(path) or ".")
@@ -85,7 +90,7 @@ def read(path, kind=None, image_root=None, max_bad=100) -> Data:
 
 
 def to_example(row, where="", index=-1, kind=None, root="."):
-    """A row of any of the formats as Example. Raises BadRow."""
+    """A row of any of the formats as Example or PairExample. Raises BadRow."""
     bad = partial(BadRow, where)
     if not isinstance(row, dict):
         raise bad("the row is not an object", "Each row is {...} with named fields.")
@@ -116,15 +121,15 @@ def to_example(row, where="", index=-1, kind=None, root="."):
         raise bad("no answer", "Give `answer` or `reward_model.ground_truth`, or leave the row out.")
     if kind == "align" and not all(written or [""]):
         raise bad("the reference lacks the three parts", "Write <caption>, <think>, <answer>, each once, none empty.")
-    pairs = None
-    if kind == "pairs":
-        sides = [split_spans(side or "") for side in (response, _written(row, "student", where))]
-        if None in sides:
-            side = "teacher_*" if sides[0] is None else "student_*"
-            raise bad("a side of the pair lacks the three parts", "Leave malformed responses out.", side)
-        pairs = dict(zip(("perception", "reasoning"), zip(*sides, strict=True), strict=True))
     answer, source = golds[0] if golds else None, str(row.get("data_source") or "")
-    return Example(messages, images, where, index, response, answer, choices, golds[1:], source, pairs)
+    example = Example(messages, images, where, index, response, answer, choices, golds[1:], source)
+    if kind != "pairs":
+        return example
+    sides = [split_spans(side or "") for side in (response, _written(row, "student", where))]
+    if None in sides:
+        side = "teacher_*" if sides[0] is None else "student_*"
+        raise bad("a side of the pair lacks the three parts", "Leave malformed responses out.", side)
+    return PairExample(example, dict(zip(("perception", "reasoning"), zip(*sides, strict=True), strict=True)))
 
 
 def _messages(row, n_images, choices, where):
@@ -332,11 +337,12 @@ def main(argv=None):
 
         encoder = load(args.model, max_prompt_tokens=args.max_tokens).encoder
 
-    def look(example):
+    def look(row):
+        example = getattr(row, "example", row)
         seen = (
             encoder.conversation(example)[0].ids if encoder else [open_image(x, example.where) for x in example.images]
         )
-        first.extend([] if first else [(example, seen)])
+        first.extend([] if first else [(example.where, encoder.tokenizer.decode(seen) if encoder else row)])
 
     try:
         for i in tqdm(range(len(data)), unit="row", disable=None):
@@ -346,8 +352,7 @@ def main(argv=None):
     print(
         f"{args.file}: {len(data) - len(data.bad)} of {len(data)} rows usable", *data.skipped.most_common(), sep="\n  "
     )
-    for example, seen in first:
-        print(f"{example.where}:\n{encoder.tokenizer.decode(seen) if encoder else example}")
+    print(*(f"{where}:\n{seen}" for where, seen in first))
     sys.exit(not first)
 
 

@@ -185,10 +185,10 @@ def test_pairs(folder):
            "teacher_cot": RESPONSE[cut:], "student_caption": other[:cut], "student_cot": other[cut:]}  # fmt: skip
     whole = {"image": "images/0.png", "prompt": "<image>\nHow many dots?", "teacher_response": RESPONSE,
              "student_response": other.replace("\n", "  ")}  # fmt: skip
-    for example in read(write(folder, row, whole), "pairs").fetch(range(2)):
-        assert example.pairs["perception"] == (split_spans(RESPONSE)[0], split_spans(other)[0])
-        assert example.pairs["reasoning"] == (split_spans(RESPONSE)[1], split_spans(other)[1])
-        assert example.messages == [{"role": "system", "content": SYSTEM_PROMPT}, USER]
+    for pair in read(write(folder, row, whole), "pairs").fetch(range(2)):
+        assert pair.pairs["perception"] == (split_spans(RESPONSE)[0], split_spans(other)[0])
+        assert pair.pairs["reasoning"] == (split_spans(RESPONSE)[1], split_spans(other)[1])
+        assert pair.example.messages == [{"role": "system", "content": SYSTEM_PROMPT}, USER]
 
 
 def test_plain_questions(folder):
@@ -329,7 +329,7 @@ def test_bad_row_is_named_and_left_out(folder, capsys, kind, row, what):
     with pytest.raises(BadRow, match=what) as raised:
         found[1]
     assert str(raised.value).startswith(f"{path}:2: ") and raised.value.mend in str(raised.value)
-    assert [example.row for example in found.fetch([0, 1, 2, 1])] == [0, 2]
+    assert [getattr(row, "example", row).row for row in found.fetch([0, 1, 2, 1])] == [0, 2]
     assert found.skipped == {raised.value.what: 1} and str(raised.value) in capsys.readouterr().err
 
 

@@ -9,22 +9,20 @@ a system message; words and marks stand apart, so that a tokenizer may split at 
     python tools/scenes.py --out data/tiny --seed 0   # --quick: 1/20 of the rows; --parquet: verl rows also as parquet
 
     words.json                every word of the world, for the tokenizer: the same for each seed and size
-    easy.jsonl, base.jsonl    sharegpt "messages", accurate: demonstrations, descriptions, bare answers; easy comes first
-    public.jsonl              sharegpt "messages": many terse, partly wrong demonstrations, at the rates below
-    curated.jsonl             sharegpt "messages": few complete and right ones
-    sft.json                  sharegpt "conversations": public and curated shuffled together
-    align.jsonl, pairs.jsonl  verl rows with teacher_response: curated demonstrations that sft.json has not; and warm-up
-                              pairs on the same prompts: these responses against public ones
+    easy.jsonl, base.jsonl    sharegpt, accurate: demonstrations, descriptions, bare answers; easy is to come first
+    public.jsonl              sharegpt: many terse, partly wrong demonstrations, at the rates below
+    curated.jsonl, sft.json   sharegpt: few complete and right ones; public and curated, shuffled, the other dialect
+    align.jsonl               verl rows with teacher_response: curated demonstrations that sft.json has not
+    pairs.jsonl               warm-up pairs: a curated and a public response to one prompt
     rl.jsonl                  verl rows, answers only, harder
     test_{id,hard,ood}.jsonl  verl rows with references; ood has more objects than any other file but base
-No scene (what lies where) is in two of easy, base, public, curated, align, rl and the tests: a hash of the scene says
-which file may hold it. Same seed and sizes, same bytes (of PNG files: with the same Pillow).
+No scene (what lies where) is in two files (sft.json apart): a hash of the scene says which file may hold it. Same seed
+and sizes, same bytes (of PNG files: with the same Pillow).
 """
 
 import argparse
 import json
 import random
-import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +47,7 @@ MISTAKEN = 0.05  # of the answers: off by one
 class File:
     rows: int
     objects: tuple[int, int]  # fewest and most in a scene
-    families: str  # of questions, drawn evenly: c one property, r in a region, o two properties, s sides, t sides of two
+    families: str  # of questions: c one property, r in a region, o one of two, s sides of a colour, t sides of one of two
     share: int  # of all scenes, in parts of the sum: those that this file may hold
     matches: int = 1  # fewest objects that an answer rests on
     per_scene: int = 1  # questions about one picture
@@ -63,6 +61,7 @@ FILES = {
     "public": File(14_000, (2, 7), "crost", 3, 1, 2),
     "curated": File(800, (2, 7), "crost", 1),
     "align": File(1_500, (3, 7), "crost", 1),
+    "pairs": File(1_000, (3, 7), "crost", 1),
     "rl": File(4_000, (4, 7), "ost", 2, 2),
     "test_id": File(500, (2, 7), "crost", 1),
     "test_hard": File(500, (5, 7), "ost", 1, 2),
@@ -71,21 +70,14 @@ FILES = {
 SFT_FILES = ("easy", "base", "public", "curated")
 Scene = tuple  # nine entries in raster order: None or (colour, shape)
 
-# ------------------------------------------------------------------------------------------------- scenes and questions
-
-
-def owner(scene: Scene) -> str:
-    """The file that may hold this scene."""
-    slots = [name for name, file in FILES.items() for _ in range(file.share)]
-    return slots[zlib.crc32(describe(scene).encode()) % len(slots)]
-
 
 def draw_scene(rng: random.Random, name: str) -> Scene:
+    owners = [owner for owner, file in FILES.items() for _ in range(file.share)]
     while True:
         cells = [None] * 9
         for place in rng.sample(range(9), rng.randint(*FILES[name].objects)):
             cells[place] = (rng.choice(tuple(COLOURS)), rng.choice(tuple(SIDES)))
-        if owner(tuple(cells)) == name:
+        if owners[zlib.crc32(describe(cells).encode()) % len(owners)] == name:
             return tuple(cells)
 
 
@@ -97,12 +89,10 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
         fill = tuple(max(0, min(255, part + rng.randint(-25, 25))) for part in COLOURS[colour])
         size = rng.randint(5, 6)
         x, y = place % 3 * CELL + rng.randint(0, 7 - size), place // 3 * CELL + rng.randint(0, 7 - size)
-        if shape == "circle":
-            pen.ellipse((x, y, x + size, y + size), fill)
-        elif shape == "square":
-            pen.rectangle((x, y, x + size, y + size), fill)
-        else:
+        if shape == "triangle":
             pen.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill)
+        else:
+            (pen.ellipse if shape == "circle" else pen.rectangle)((x, y, x + size, y + size), fill)
     noise = Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
     return ImageChops.add(image, noise.point(lambda value: value // 10), offset=-12)
 
@@ -129,9 +119,6 @@ def ask(rng: random.Random, scene: Scene, file: File) -> str:
         if len(solve(scene, question)[0]) >= file.matches:
             break
     return question
-
-
-# ------------------------------------------------------------------------------------------------------- demonstrations
 
 
 def describe(scene: Scene) -> str:
@@ -177,9 +164,6 @@ def demonstrate(name: str, scene: Scene, question: str, rng: random.Random) -> t
     return question, good(scene, question)
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
 def items(name: str, rows: int, seed: int):
     """Yields (number of the picture, scene, question, rng) for each row; questions about one picture are neighbours."""
     seen = set()
@@ -194,10 +178,10 @@ def items(name: str, rows: int, seed: int):
         yield picture, scene, ask(rng, scene, FILES[name]), rng
 
 
-def make(out: Path, name: str, rows: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Saves a file's pictures; returns its rows, and for align the warm-up pairs. Image paths are relative to `out`."""
+def make(out: Path, name: str, rows: int, seed: int) -> list[dict]:
+    """Saves the pictures of a file and returns its rows; image paths are relative to `out`."""
     (out / "images" / name).mkdir(parents=True, exist_ok=True)
-    result, pairs, painted = [], [], -1
+    result, painted = [], -1
     for index, (picture, scene, question, rng) in enumerate(items(name, rows, seed)):
         path = f"images/{name}/{picture:05d}.png"
         if picture != painted:
@@ -205,33 +189,29 @@ def make(out: Path, name: str, rows: int, seed: int) -> tuple[list[dict], list[d
             painted = picture
         prompt, response = demonstrate(name, scene, question, rng)
         turn, truth = {"role": "user", "content": f"<image>{prompt}"}, {"index": index, "scene": describe(scene)}
+        verl = {"data_source": name, "prompt": [turn], "images": [{"path": path}], "extra_info": truth}
         if name in SFT_FILES:
             turns = [turn, {"role": "assistant", "content": response}]
             result.append({"messages": turns, "images": [path], "extra_info": truth})
-            continue
-        reward = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
-        row = {"data_source": name, "prompt": [turn], "images": [{"path": path}], "reward_model": reward}
-        result.append({**row, "extra_info": truth} | ({} if name == "rl" else {"teacher_response": response}))
-        if name == "align":
-            pairs.append({"image": path, "prompt": [turn]})
-            for side, text in (("teacher", response), ("student", terse(scene, question, rng))):
-                pairs[-1][f"{side}_caption"], pairs[-1][f"{side}_cot"] = re.split(r"\n(?=<think>)", text)
-    return result, pairs
+        elif name == "pairs":
+            both = {"teacher_response": response, "student_response": terse(scene, question, rng)}
+            result.append({"image": path, "prompt": [turn], **both, "extra_info": truth})
+        else:
+            verl["reward_model"] = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
+            result.append(verl if name == "rl" else {**verl, "teacher_response": response})
+    return result
 
 
 def write(path: Path, rows: list[dict]) -> None:
     """JSON (an array), JSONL, or parquet with the pictures' bytes inside: as the file's ending says."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # an optional extra
+
+        images = [[{**i, "bytes": (path.parent / i["path"]).read_bytes()} for i in row["images"]] for row in rows]
+        rows = [{**row, "images": inside} for row, inside in zip(rows, images, strict=True)]
+        return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     lines = [json.dumps(row) for row in rows]
-    if path.suffix != ".parquet":
-        array = "[\n" + ",\n".join(lines) + "\n]\n"
-        path.write_text(array if path.suffix == ".json" else "".join(f"{line}\n" for line in lines))
-        return
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SystemExit(f"{path}: parquet needs pyarrow (pip install pyarrow); or leave --parquet out") from error
-    inside = [row | {"images": [{**i, "bytes": (path.parent / i["path"]).read_bytes()} for i in row["images"]]} for row in rows]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(inside), path)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""]))
 
 
 def main() -> None:
@@ -240,17 +220,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of rows")
     parser.add_argument("--quick", action="store_true", help="a smoke test's sizes: 1/20 of the rows, at least 40")
-    parser.add_argument("--parquet", action="store_true", help="verl rows also as parquet, bytes inside (needs pyarrow)")
+    parser.add_argument("--parquet", action="store_true", help="verl rows also as parquet (needs pyarrow)")
     args = parser.parse_args()
 
     files, scenes = {}, {}
     for name, file in FILES.items():
         rows = max(40, file.rows // 20) if args.quick else file.rows
-        files[name], pairs = make(args.out, name, max(1, round(rows * args.scale)), args.seed)
+        files[name] = make(args.out, name, max(1, round(rows * args.scale)), args.seed)
         write(args.out / f"{name}.jsonl", files[name])
-        if pairs:
-            write(args.out / "pairs.jsonl", pairs)
-        if args.parquet and name not in SFT_FILES:
+        if args.parquet and name not in (*SFT_FILES, "pairs"):
             write(args.out / f"{name}.parquet", files[name])
         scenes[name] = {row["extra_info"]["scene"] for row in files[name]}
         print(f"{name:10s} {len(files[name]):7,d} rows on {len(scenes[name]):7,d} scenes", flush=True)
@@ -259,7 +237,8 @@ def main() -> None:
     mixed, speakers = files["public"] + files["curated"], {"user": "human", "assistant": "gpt"}
     random.Random(f"{args.seed} sft").shuffle(mixed)
     for row in mixed:
-        row["conversations"] = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in row.pop("messages")]
+        turns = row.pop("messages")
+        row["conversations"] = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in turns]
     write(args.out / "sft.json", mixed)
     words = [*three_parts("; describe short count sides or in", [], 0).split(), *POSITIONS, *COLOURS, *SIDES, *REGIONS]
     write(args.out / "words.json", [{"text": " ".join([*words, *map(str, range(4 * 9 + 1))])}])
