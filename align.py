@@ -16,32 +16,30 @@ Differs from the paper: spans are normalised, then weighed (--normalize sum: the
 the default (--disc experts: one expert and head per kind of span, the paper's text taken literally).
 
     python align.py --policy ckpt/sft/last --data data/tiny/align.jsonl --out ckpt/align --steps 40
-    torchrun --nproc_per_node=8 align.py --policy ckpt/sft --disc_init Qwen/Qwen3-VL-2B-Instruct --data align.parquet --out ckpt/align
+    torchrun --nproc_per_node=8 align.py --policy ckpt/sft --data align.parquet --out ckpt/align
 
     B rollouts   N group size   T tokens   K children of a pack   D hidden   I intermediate   E experts
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 import health
 from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
-from data import BadRow, Encoder, Order, read, split_spans
-from model import RolloutCopy, copy_processor, dense_config, full_state, load, moe_config, read_tensors, shard
+from data import BadRow, Encoder, Order, Prompt, read, split_spans
+from model import RolloutCopy, full_state, load, read_backbone, same_input, shard, write_backbone
 from model import save as save_policy
 from packs import Tree, each, run
-from ranks import SAVED_AND_STOPPED, all_sum, gather, is_main, print0, setup, world
+from ranks import SAVED_AND_STOPPED, all_sum, gather, print0, setup, share, world
 from rlvr import policy_update, rollout_metrics, sample, show_rollout, verify
 
 PERCEPTION, REASONING = 0, 1  # kinds of span
@@ -87,8 +85,8 @@ class Args(Common):
         self.ratio, self.clip_low, self.clip_high, self.dual_clip, self.aggregation = "token", 0.2, 0.2, 3.0, "token-mean"
         if self.spans == "whole" and (self.disc == "experts" or self.normalize == "sum"):
             raise ValueError("--spans whole has one kind of span: --disc experts and --normalize sum need two")
-        if self.group_size < 2 or not 0 <= self.alpha <= 1:
-            raise ValueError("--group_size must be 2 or more, --alpha between 0 and 1")
+        if self.group_size < 2 or not 0 <= self.alpha <= 1 or self.score_clip <= 0:
+            raise ValueError("--group_size must be 2 or more, --alpha between 0 and 1, --score_clip above 0")
 
 
 # ----------------------------------------------------------------------------------------------------- the algorithm
@@ -218,17 +216,6 @@ def load_balance(probs, chosen, tree, trees):
     return probs.shape[1] * (f * p).sum(1)
 
 
-def same_input(disc, policy):
-    """`disc`, or ValueError where it cannot read the policy's token ids and image patches."""
-    for part, keys in (("text_config", ["vocab_size"]), ("vision_config", ["patch_size", "spatial_merge_size", "temporal_patch_size"])):
-        for key in keys:
-            ours, theirs = (getattr(getattr(m.config, part), key) for m in (disc.model, policy.hf))
-            if ours != theirs:
-                raise ValueError(f"discriminator and policy differ in {key} ({ours}, {theirs}): they must read the same tokens "
-                                 "and patches. Upcycle a checkpoint of the policy's family (--disc_init)")  # fmt: skip
-    return disc
-
-
 def upcycle(path, args) -> Discriminator:
     """A discriminator from the dense checkpoint or hub name `path`."""
     hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
@@ -239,33 +226,25 @@ def upcycle(path, args) -> Discriminator:
 def save_discriminator(disc, source, folder):
     """Write `disc` to `folder` in the layout of the released one: Qwen3-VL-MoE's of transformers 4.57, and
     `v_head.1.weight`. All ranks call it."""
-    state, config = full_state(disc), disc.model.config.to_dict()
-    if not is_main():
-        return
-    if disc.mlps:
-        config = moe_config(config, len(disc.mlps[0].experts.down_proj), disc.mlps[0].top_k)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, "config.json").write_text(json.dumps(config | {"discriminator": disc.form}, indent=1))
-    save_file({k: v.contiguous() for k, v in state.items()}, Path(folder, "model.safetensors"), {"format": "pt"})
-    copy_processor(source, folder)
+    mixture = (len(disc.mlps[0].experts.down_proj), disc.mlps[0].top_k) if disc.mlps else None
+    write_backbone(full_state(disc), disc.model.config, {"discriminator": disc.form}, source, folder, mixture)
+
+
+def save_players(policy, disc, folder):
+    save_policy(policy, folder)
+    save_discriminator(disc, policy.source, folder / "discriminator")
 
 
 def load_discriminator(folder, args) -> Discriminator:
-    """Open what `save_discriminator` wrote, or the released discriminator. ValueError where the layout is in doubt."""
-    config, state = json.loads(Path(folder, "config.json").read_text()), read_tensors(folder)
-    state.pop("lm_head.weight", None)
-    experts = config["text_config"].get("num_experts", 0)
+    """Open what `save_discriminator` wrote, or the released discriminator. ValueError where it is none, or in doubt."""
+    base, state, config = read_backbone(folder)
+    experts, top_k = (config["text_config"].get(k, 0) for k in ("num_experts", "num_experts_per_tok"))
     form = config.get("discriminator", "moe" if experts else "dense")
     if "v_head.1.weight" not in state:
         raise ValueError(f"{folder} has no v_head.1.weight: it is no discriminator (--disc_init upcycles a policy)")
     if form != args.disc:
         raise ValueError(f"{folder} is a discriminator of the form {form}, not {args.disc}: give --disc {form}")
-    if experts and not str(config.get("transformers_version", "")).startswith("4."):
-        raise ValueError(f"{folder}: its experts were saved by transformers {config.get('transformers_version')}. Only the "
-                         "layout of 4.57, (experts, hidden, 2 * intermediate), is read: shapes alone cannot tell")  # fmt: skip
-    config = AutoConfig.for_model(**(dense_config(config) if experts else config))
-    hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    disc = Discriminator(hf.model, form, experts, config.text_config.to_dict().get("num_experts_per_tok", 2))
+    disc = Discriminator(base, form, experts, top_k)
     disc.load_state_dict(state)
     return disc
 
@@ -274,17 +253,19 @@ def load_discriminator(folder, args) -> Discriminator:
 
 
 @dataclass
-class Spans:
-    """What the discriminator sees of one prompt: its reference's spans first, then the policy's; `rollout[i]` is the
-    number of the i-th policy span's rollout (malformed rollouts have no spans)."""
+class Item:
+    """One prompt of a batch: the reference's spans, and the policy's once there are rollouts (malformed ones: none)."""
 
-    prompt: object
+    prompt: Prompt
+    seen: Prompt  # by the discriminator: without image if it is blind
     reference: dict[int, list[int]]  # kind -> ids
-    policy: list[tuple[int, int, list[int]]]  # (rollout, kind, ids)
+    policy: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (rollout, kind, ids)
+    well_formed: torch.Tensor | None = None  # (N,) bool
 
     def trees(self, budget):
-        """One tree, or several within `budget` tokens that each hold the references again."""
-        fixed = len(self.prompt.ids) + sum(map(len, self.reference.values()))
+        """What the discriminator reads: one tree, its children the references then the policy's spans; or several trees
+        within `budget` tokens that each hold the references again -> [(tree, its part of self.policy)]."""
+        fixed = len(self.seen.ids) + sum(map(len, self.reference.values()))
         parts, room = [[]], budget - fixed
         for span in self.policy:
             if parts[-1] and room < len(span[2]):
@@ -292,9 +273,8 @@ class Spans:
                 room = budget - fixed
             parts[-1].append(span)
             room -= len(span[2])
-        head = list(self.reference)
-        return [(Tree(self.prompt, [*self.reference.values(), *(s[2] for s in part)],
-                      kinds=[*head, *(s[1] for s in part)]), part) for part in parts]  # fmt: skip
+        return [(Tree(self.seen, [*self.reference.values(), *(ids for *_, ids in part)],
+                      [*self.reference, *(kind for _, kind, _ in part)]), part) for part in parts]  # fmt: skip
 
 
 def encode_spans(encoder, response, spans):
@@ -304,6 +284,35 @@ def encode_spans(encoder, response, spans):
         return None
     texts = texts if spans == "both" else ("\n".join(texts),)
     return {kind: encoder.response(text) for kind, text in enumerate(texts)}
+
+
+def demonstration(example, encoder, disc_encoder, args) -> Item:
+    """The item of a row. Raises BadRow where its reference is longer than rollouts may be (cut, it has no answer)."""
+    if len(encoder.response(example.response)) > args.max_response:
+        raise BadRow(example.where, "reference longer than --max_response", "Raise it, or drop the row.")
+    prompt = encoder.prompt(example)
+    seen = disc_encoder.prompt(example) if args.disc_blind else prompt
+    return Item(prompt, seen, encode_spans(encoder, example.response, args.spans))
+
+
+def warm_up_pair(row, encoder, disc_encoder, args) -> Item:
+    """The item of a row of --pairs, as if of one rollout."""
+    pairs = dict(enumerate(row.pairs[name] for name in NAMES))
+    if args.spans == "whole":
+        pairs = {0: tuple("\n".join(side) for side in zip(*pairs.values(), strict=True))}
+    reference, policy = ({kind: encoder.response(texts[side]) for kind, texts in pairs.items()} for side in (0, 1))
+    prompt = disc_encoder.prompt(row.example)
+    return Item(prompt, prompt, reference, [(0, kind, ids) for kind, ids in policy.items()])
+
+
+def roll(items, numbers, hf, encoder, args, seed):
+    """Sample a group of rollouts on each item's prompt -> groups; their spans become the items'."""
+    groups = sample(hf, encoder, [item.prompt for item in items], numbers, args, seed)
+    for item, group in zip(items, groups, strict=True):
+        found = [encode_spans(encoder, text, args.spans) for text in group.texts]
+        item.well_formed = torch.tensor([spans is not None for spans in found])
+        item.policy = [(k, kind, ids) for k, spans in enumerate(found) for kind, ids in (spans or {}).items()]
+    return groups
 
 
 def disc_pass(disc, items, args, device, train=True):
@@ -351,47 +360,9 @@ def disc_metrics(items, numbers, scores, spread, args, probe=False):
     names = NAMES[: len(items[0].reference)]
     metrics = health.game_metrics([r for part in gather(rows) for r in part], spread, names, args.score_clip)
     if probe:
-        mine = [(kind, x.prompt.ids.tolist(), x.reference[kind], ids) for x in items for _, kind, ids in x.policy]
+        mine = [(kind, x.seen.ids.tolist(), x.reference[kind], ids) for x in items for _, kind, ids in x.policy]
         metrics |= health.probe_metrics([p for part in gather(mine) for p in part], names)
     return metrics
-
-
-# ---------------------------------------------------------------------------------------- from rows and groups to spans
-
-
-def reference_of(example, encoder, args):
-    """{kind: ids} of a row's reference. Raises BadRow where it is malformed or longer than rollouts may be."""
-    spans = encode_spans(encoder, example.response, args.spans)
-    if spans is None:
-        raise BadRow(example.where, "reference without the three parts", "Write <caption>, <think> and <answer>, once each.")
-    if len(encoder.response(example.response)) > args.max_response:
-        raise BadRow(example.where, "reference longer than --max_response", "Raise it or drop the row: cut it has no answer.")
-    return spans
-
-
-def checked_prompt(example, encoder, args):
-    reference_of(example, encoder, args)
-    return encoder.prompt(example)
-
-
-def group_spans(group, encoder, disc_encoder, args):
-    """A group's Spans, and which of its rollouts are well-formed (N,)."""
-    found = [encode_spans(encoder, text, args.spans) for text in group.texts]
-    example = group.prompt.example
-    prompt = disc_encoder.prompt(example) if args.disc_blind else group.prompt
-    policy = [(k, kind, ids) for k, spans in enumerate(found) for kind, ids in (spans or {}).items()]
-    return Spans(prompt, reference_of(example, encoder, args), policy), torch.tensor([s is not None for s in found])
-
-
-def pair_spans(pair, encoder, disc_encoder, args):
-    """Spans of a row of warm-up pairs, as if of a group of one rollout."""
-    pairs = {k: pair.pairs[name] for k, name in enumerate(NAMES) if name in pair.pairs}
-    if args.spans == "whole":
-        if len(pairs) < 2:
-            raise BadRow(pair.example.where, "pair of one span only", "--spans whole needs both spans on both sides.")
-        pairs = {0: tuple("\n".join(side) for side in zip(*pairs.values(), strict=True))}
-    reference, policy = ({kind: encoder.response(texts[side]) for kind, texts in pairs.items()} for side in (0, 1))
-    return Spans(disc_encoder.prompt(pair.example), reference, [(0, kind, ids) for kind, ids in policy.items()])
 
 
 # ------------------------------------------------------------------------------------------------------------ the loops
@@ -400,39 +371,34 @@ def pair_spans(pair, encoder, disc_encoder, args):
 def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     """Train the discriminator alone on pairs until it tells held-out pairs apart (section 3.2.3). All ranks call it."""
     # data: rows of pairs, or prompts whose rollouts become pairs with their references; the last rows are held out
-    data = read(args.pairs or args.data, "pairs" if args.pairs else "align")
+    data = read(args.pairs or args.data, "pairs" if args.pairs else "align", args.image_root, args.max_bad)
     held_out = max(ranks.world, min(64, len(data) // 10))
     if len(data) <= held_out:
         raise ValueError(f"{data.path}: {len(data)} rows are too few to warm up on and to hold {held_out} out")
     order, start, best, stale = Order(len(data) - held_out, args.seed), 0, 0.0, 0
+    build = partial(warm_up_pair if args.pairs else demonstration, encoder=encoder, disc_encoder=disc_encoder, args=args)
     rows = max(1, args.warmup_pairs // (len(NAMES) * (1 if args.pairs else args.group_size) * ranks.world)) * ranks.world
-
-    def build(row):
-        return pair_spans(row, encoder, disc_encoder, args) if args.pairs else checked_prompt(row, encoder, args)
-
-    def spans(built, seed):
-        numbers = range(ranks.rank, len(built), ranks.world)
-        mine = [built[i] for i in numbers]
-        if not args.pairs:
-            groups = sample(hf, encoder, mine, numbers, args, (args.seed, 1, seed))
-            mine = [group_spans(g, encoder, disc_encoder, args)[0] for g in groups]
-        return mine, numbers
 
     # optimiser, resume
     opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
     last = f"{args.out}/warmup/last"
     if args.resume and (found := restore(last, {"disc": (disc, opt)})):
         meta, state = found
-        start, best, stale = meta["step"], meta["best"], meta["stale"]
+        start, best, stale = meta["step"], state["best"], state["stale"]
         order.load(state["order"])
     shown = [f"{name}/{key}" for name in NAMES[: 2 if args.spans == "both" else 1] for key in ("acc", "margin", "held_out")]
     log = Log(f"{args.out}/warmup", replace(args, steps=args.warmup_steps), ("loss", *shown, "grad_norm"), start)
-    test = spans(data.fetch(range(len(data) - held_out, len(data)), build), 0)
+    test = data.fetch(range(len(data) - held_out, len(data)), build)
+    test, test_numbers = share(test, ranks)
+    if not args.pairs:
+        roll(test, test_numbers, hf, encoder, args, (args.seed, 1, 0))
 
     for step in range(start, args.warmup_steps):
         if best >= args.warmup_until or stale >= 5:
             break
-        items, numbers = spans(data.draw(order, rows, build), step + 1)
+        items, numbers = share(data.draw(order, rows, build), ranks)
+        if not args.pairs:
+            roll(items, numbers, hf, encoder, args, (args.seed, 1, step + 1))
         scores, loss, spread = disc_pass(disc, items, args, ranks.device)
         for group in opt.param_groups:
             group["lr"] = args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine")
@@ -441,8 +407,8 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         metrics |= disc_metrics(items, numbers, scores, spread, args)
         done = step + 1 == args.warmup_steps
         if done or (step + 1) % WARMUP_CHECK == 0:
-            scores, _, spread = disc_pass(disc, test[0], args, ranks.device, train=False)
-            found = disc_metrics(*test, scores, spread, args, probe=True)
+            scores, _, spread = disc_pass(disc, test, args, ranks.device, train=False)
+            found = disc_metrics(test, test_numbers, scores, spread, args, probe=True)
             held = {k.replace("/acc", "/held_out"): v for k, v in found.items() if k.endswith("/acc")}
             metrics |= held | {k: v for k, v in found.items() if k.endswith(("/leak", "/length_probe"))}
             stale = 0 if min(held.values()) > best + 0.005 else stale + 1
@@ -451,9 +417,8 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         done |= best >= args.warmup_until or stale >= 5
         stop = ranks.stop()
         if stop or done or (args.save_every and (step + 1) % args.save_every == 0):
-            save(last, lambda folder: save_discriminator(disc, source, folder),
-                 {"step": step + 1, "best": best, "stale": stale, "args": vars(args), "metrics": metrics},
-                 {"disc": (disc, opt)}, {"order": order.state()})  # fmt: skip
+            save(last, partial(save_discriminator, disc, source), {"step": step + 1, "args": vars(args), "metrics": metrics},
+                 {"disc": (disc, opt)}, {"order": order.state(), "best": best, "stale": stale})  # fmt: skip
         if stop:
             sys.exit(SAVED_AND_STOPPED)
     print0(f"warm-up: {best:.3f} held-out pair accuracy (of the kind of span that is hardest) -> {last}")
@@ -468,7 +433,8 @@ def main(args):
     policy = load(args.policy, device=device, checkpointing=args.checkpointing, **options).train()
     encoder = policy.encoder
     disc = load_discriminator(args.disc_path, args) if args.disc_path else upcycle(args.disc_init or args.policy, args)
-    disc = same_input(disc, policy).to(device).train()
+    same_input(disc.model.config, policy.hf.config)
+    disc = disc.to(device).train()
     disc_encoder = Encoder(encoder.tokenizer, encoder.image_processor, policy.hf.config, policy.hf.model.get_rope_index,
                            blind=args.disc_blind, **options)  # fmt: skip
     sampler = RolloutCopy(policy, dtype)
@@ -478,7 +444,8 @@ def main(args):
     opt = optimizer(policy, args.lr, args.weight_decay)
     disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
     # data
-    data = read(args.data, "align")
+    data = read(args.data, "align", args.image_root, args.max_bad)
+    build = partial(demonstration, encoder=encoder, disc_encoder=disc_encoder, args=args)
     order, start = Order(len(data), args.seed), 0
     # resume, or warm up
     last = f"{args.out}/last"
@@ -496,21 +463,18 @@ def main(args):
 
     for step in range(start, args.steps):
         # 1) rollout
-        prompts = data.draw(order, args.prompts_per_step, lambda row: checked_prompt(row, encoder, args))
-        numbers = range(ranks.rank, len(prompts), ranks.world)
-        groups = sample(sampler.refresh(), encoder, [prompts[i] for i in numbers], numbers, args, (args.seed, 0, step))
+        items, numbers = share(data.draw(order, args.prompts_per_step, build), ranks)
+        groups = roll(items, numbers, sampler.refresh(), encoder, args, (args.seed, 0, step))
         # 2) score, and 3) update the discriminator: one forward serves both
-        found = [group_spans(group, encoder, disc_encoder, args) for group in groups]
-        items = [item for item, _ in found]
         scores, disc_loss, spread = disc_pass(disc, items, args, device)
         disc_norm, disc_skipped = step_if_finite(disc_opt, disc_loss, args.grad_clip, "discriminator")
         # 4) advantage
-        for group, (_, well_formed), of_kind in zip(groups, found, scores, strict=True):
+        for group, item, of_kind in zip(groups, items, scores, strict=True):
             for kind, name in enumerate(spans):
                 rewards = [of_kind[kind][1].get(k, float("nan")) for k in range(args.group_size)]  # NaN: malformed
                 group.scores[name] = torch.tensor(rewards).clamp(-args.score_clip, args.score_clip)
             group.advantage = alignment_advantage(
-                group.scores[spans[0]], group.scores[spans[-1]], well_formed, args.group_size, alpha=args.alpha,
+                group.scores[spans[0]], group.scores[spans[-1]], item.well_formed, args.group_size, alpha=args.alpha,
                 malformed_penalty=args.malformed_penalty, normalize=args.normalize, std_floor=args.std_floor,
                 malformed=args.malformed,
             )  # fmt: skip
@@ -530,8 +494,7 @@ def main(args):
         # 7) save
         stop = ranks.stop()
         if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
-            save(last, lambda folder: (save_policy(policy, folder), save_discriminator(disc, policy.source, folder / "discriminator")),
-                 {"step": step + 1, "args": vars(args), "metrics": metrics},
+            save(last, partial(save_players, policy, disc), {"step": step + 1, "args": vars(args), "metrics": metrics},
                  {"policy": (policy, opt), "disc": (disc, disc_opt)}, {"order": order.state()})  # fmt: skip
         if stop:
             sys.exit(SAVED_AND_STOPPED)

@@ -19,7 +19,7 @@ import argparse
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -50,7 +50,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 @dataclass
 class Example:
     messages: list  # [{"role", "content"}]; the last turn is the user's, in SFT data the assistant's
-    images: list  # path | bytes | PIL image, in the order of the `<image>` placeholders; opened when encoded
+    images: list = field(repr=False)  # path | bytes | PIL image, in the order of `<image>`; opened when encoded
     where: str = ""  # "file:row"
     row: int = -1  # index in the file, from 0
     response: str | None = None  # the reference
@@ -78,8 +78,8 @@ class Prompt:
 
 
 def read(path, kind=None, image_root=None, max_bad=100) -> Data:
-    """Open a data file: data[i] is an Example, for kind "pairs" a PairExample. `kind`: what the rows are for, one of KINDS
-    ("rl" and "eval" take any format with answers); None: as each row's fields suggest."""
+    """Open a data file: data[i] is an Example, of kind "pairs" a PairExample. `kind`: what the rows are for, one of
+    KINDS ("rl" and "eval" take any format with answers); None: as each row's fields suggest."""
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
     root = os.path.abspath(image_root or os.path.dirname(path) or ".")
@@ -101,9 +101,8 @@ def to_example(row, where="", index=-1, kind=None, root="."):
     if not isinstance(extra, dict) or not isinstance(reward, dict):
         raise bad("reward_model or extra_info is not an object", "Write {..} with named fields.")
     images = row["images"] if row.get("images") is not None else row.get("image")
-    images = [
-        find_image(x, root, where) for x in (images if isinstance(images, list) else [images]) if images is not None
-    ]
+    images = images if isinstance(images, list) else [] if images is None else [images]
+    images = [find_image(image, root, where) for image in images]
     choices = _strings(row.get("choices") or extra.get("choices"), "choices", where)
     messages, response = _messages(row, len(images), choices, where), _written(row, "teacher", where)
     if kind == "sft" and messages[-1]["role"] == "user" and response:
@@ -220,9 +219,8 @@ class Encoder:
         media = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "vision_start", "vision_end")]
         media = {i for i in media if i in known}
         self.eos = tokenizer.eos_token_id
-        self.banned = tuple(
-            sorted((media | {tokenizer.pad_token_id} | set(range(text.vocab_size)) - known) - {self.eos, None})
-        )
+        unused = set(range(text.vocab_size)) - known | {tokenizer.pad_token_id}
+        self.banned = tuple(sorted((media | unused) - {self.eos, None}))
         more = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
         self.eos_ids = tuple({self.eos: 0} | {i: 0 for i in more if i in known and i not in self.banned})
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
@@ -271,9 +269,7 @@ class Encoder:
             closed = k == len(messages) and k - 1 in ends  # what the template adds behind the last turn is not kept
             text = self._render(messages[:k], not closed)
             if not text.startswith(done):
-                raise bad(
-                    "the chat template rewrites assistant turns", "Use an instruct model's template and end token."
-                )
+                raise bad("the chat template rewrites assistant turns", "Use an instruct model's template.")
             ids += [] if closed else self._ids(text[len(done) :])
             trained += [False] * (len(ids) - len(trained))
             if k < len(messages):
@@ -339,20 +335,20 @@ def main(argv=None):
 
     def look(row):
         example = getattr(row, "example", row)
-        seen = (
-            encoder.conversation(example)[0].ids if encoder else [open_image(x, example.where) for x in example.images]
-        )
-        first.extend([] if first else [(example.where, encoder.tokenizer.decode(seen) if encoder else row)])
+        if not encoder:
+            return row, *(open_image(image, example.where) for image in example.images)
+        prompt = encoder.conversation(example)[0]
+        text = encoder.tokenizer.decode(prompt.ids[~prompt.image_mask])
+        return f"{example.where}: {len(prompt.ids)} tokens, {prompt.image_mask.sum()} of them image (not shown)\n{text}"
 
     try:
         for i in tqdm(range(len(data)), unit="row", disable=None):
-            data.fetch([i], look)
+            found = data.fetch([i], look)
+            first = first or found
     except ValueError as error:
         print(error)
-    print(
-        f"{args.file}: {len(data) - len(data.bad)} of {len(data)} rows usable", *data.skipped.most_common(), sep="\n  "
-    )
-    print(*(f"{where}:\n{seen}" for where, seen in first))
+    usable = f"{args.file}: {len(data) - len(data.bad)} of {len(data)} rows usable"
+    print(*first, usable, *(f"  {n} {what}" for what, n in data.skipped.most_common()), sep="\n")
     sys.exit(not first)
 
 

@@ -8,12 +8,10 @@ A discriminator that wins by something else than content shows here: by length (
 `length_probe`), or by the token at which the score is read (`leak_probe`).
 """
 
-import math
+from math import log, nan
 
 import torch
 import torch.nn.functional as F
-
-NAN = math.nan
 
 
 def span_metrics(reference, policy, group, reference_length, policy_length):
@@ -52,7 +50,7 @@ def game_metrics(rows, load, names, clip):
 
 
 def probe_metrics(probes, names):
-    """What gives the sides away without reading. probes: (kind, prompt ids, reference's ids, rollout's ids) per pair."""
+    """What gives sides away without reading. probes: (kind, prompt ids, reference's ids, rollout's ids) per pair."""
     metrics = {}
     for kind in sorted({p[0] for p in probes}):
         prompts, reference, policy = zip(*[p[1:] for p in probes if p[0] == kind], strict=True)
@@ -69,14 +67,13 @@ def accuracy(margin):
 
 def moments(scores):
     """Drift that advantages and the Bradley-Terry loss cannot see, being invariant to a shift: mean, std, absmax."""
-    std = scores.float().std().item() if len(scores) > 1 else NAN
-    return {"mean": _mean(scores), "std": std, "absmax": scores.abs().max().item() if len(scores) else NAN}
+    std = scores.float().std().item() if len(scores) > 1 else nan
+    return {"mean": _mean(scores), "std": std, "absmax": _quantile(scores.abs(), 1.0)}
 
 
 def group_spread(scores, group, floor=1e-3):
     """Within-group std (unbiased): its mean, and the share of groups below `floor`, whose advantages are noise."""
-    stds = [scores[group == g].float().std() for g in group.unique() if (group == g).sum() > 1]
-    stds = torch.stack(stds) if stds else torch.zeros(0)
+    stds = torch.tensor([scores[group == g].float().std() for g in group.unique() if (group == g).sum() > 1])
     return {"group_std": _mean(stds), "flat_groups": _mean(stds < floor)}
 
 
@@ -84,7 +81,7 @@ def correlation(a, b):
     """Pearson's; NaN where either does not vary. Of scores and lengths, or of perception and reasoning advantages."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     norm = a.norm() * b.norm()
-    return ((a * b).sum() / norm).item() if len(a) > 1 and norm > 1e-12 else NAN
+    return ((a * b).sum() / norm).item() if len(a) > 1 and norm > 1e-12 else nan
 
 
 def expert_load(counts):
@@ -92,11 +89,11 @@ def expert_load(counts):
     counts (L, E): tokens of one span kind that each expert of each layer got. `expert_i`: its share, mean over layers;
     `max_share`: the largest of any layer; `entropy` of the shares, mean over layers: 1 balanced, 0 one expert has all.
     """
-    layers, experts = counts.shape
+    experts = counts.shape[1]
     share = counts.double() / counts.double().sum(1, keepdim=True)  # a layer without tokens: NaN, and so is the result
-    entropy = torch.special.entr(share).sum(1).mean() / math.log(experts) if experts > 1 else share.new_tensor(NAN)
     means = {f"expert_{i}": _mean(share[:, i]) for i in range(experts)}
-    return {**means, "max_share": share.max().item() if layers else NAN, "entropy": entropy.item()}
+    entropy = torch.special.entr(share).sum(1) / log(experts) if experts > 1 else share[:0, 0]
+    return {**means, "max_share": _quantile(share.flatten(), 1.0), "entropy": _mean(entropy)}
 
 
 # ----------------------------------------------------------------------------- probes
@@ -109,7 +106,7 @@ def leak_probe(prompts, reference, policy, seed=0):
     prompt are all in training or all held out, each in turn. Score: w[token] + u[token] · features(prompt).
     """
     if not prompts:
-        return NAN
+        return nan
     tokens = {t: i for i, t in enumerate(sorted({ids[-1] for ids in [*reference, *policy]}))}
     random = torch.Generator().manual_seed(seed)
     table = torch.randn(max(map(max, prompts)) + 1, 8, generator=random)  # random features: the probe learns w and u
@@ -117,58 +114,46 @@ def leak_probe(prompts, reference, policy, seed=0):
     seen = torch.cat([torch.ones(len(prompts), 1), means], 1)  # (B, 1 + 8)
     sides = [F.one_hot(torch.tensor([tokens[ids[-1]] for ids in side]), len(tokens)) for side in (reference, policy)]
     difference = ((sides[0] - sides[1]).unsqueeze(2) * seen.unsqueeze(1)).flatten(1)  # same token: 0, a tie
-    return _held_out_accuracy(difference, _numbered(prompts), random)
+    return _held_out_accuracy(difference, prompts, random)
 
 
 def length_probe(prompts, reference_length, policy_length, seed=0):
     """As `leak_probe`, from the spans' lengths (B,) alone: no defect, but what can be won without reading."""
-    if not prompts:
-        return NAN
     features = [torch.stack([x.float(), x.float().log1p()], 1) for x in (reference_length, policy_length)]
     difference = features[0] - features[1]
     scale = difference.square().mean(0).sqrt().clamp(min=1e-6)
-    return _held_out_accuracy(difference / scale, _numbered(prompts), torch.Generator().manual_seed(seed))
+    return _held_out_accuracy(difference / scale, prompts, torch.Generator().manual_seed(seed))
 
 
-def _numbered(prompts):
+def _held_out_accuracy(difference, prompts, random, steps=200):
+    """
+    difference (B, F): features of the reference minus those of the policy. Bradley-Terry with a linear score, trained
+    on half of the prompts and tested on the other, both ways; no state outside is touched.
+    """
     number = {}
-    return torch.tensor([number.setdefault(tuple(ids), len(number)) for ids in prompts])
-
-
-def _held_out_accuracy(difference, prompt, random, steps=200):
-    """
-    difference (B, F): features of the reference minus those of the policy; prompt (B,) its number. Bradley-Terry with a
-    linear score, trained on half of the prompts and tested on the other, both ways; no state outside is touched.
-    """
-    count = int(prompt.max()) + 1
-    if count < 2:
-        return NAN
-    first = (torch.randperm(count, generator=random) < count // 2)[prompt]
+    prompt = torch.tensor([number.setdefault(tuple(ids), len(number)) for ids in prompts])
+    if len(number) < 2:
+        return nan
+    first = (torch.randperm(len(number), generator=random) < len(number) // 2)[prompt]
     margins = torch.zeros(len(difference))
     for train in (first, ~first):
-        weight = torch.zeros(difference.shape[1], requires_grad=True)
+        weight, x = torch.zeros(difference.shape[1]), difference[train]
         optimizer = torch.optim.Adam([weight], lr=0.1)
-        for _ in range(steps):
-            with torch.enable_grad():
-                loss = -F.logsigmoid(difference[train] @ weight).mean() + 1e-2 * weight.square().sum()
-            (weight.grad,) = torch.autograd.grad(loss, [weight])
+        for _ in range(steps):  # the gradient of mean(-log sigmoid(x w)) + 0.01 |w|^2
+            weight.grad = 0.02 * weight - (-x @ weight).sigmoid() @ x / len(x)
             optimizer.step()
-        margins[~train] = difference[~train] @ weight.detach()
+        margins[~train] = difference[~train] @ weight
     return accuracy(margins)
 
 
-# ----------------------------------------------------------------------------- means that say when there is nothing
 def _mean(x):
-    return x.double().mean().item() if len(x) else NAN
+    return x.double().mean().item() if len(x) else nan
 
 
 def _quantile(x, q):
-    return x.float().quantile(q).item() if len(x) else NAN
+    return x.float().quantile(q).item() if len(x) else nan
 
 
 def _centred(x, group):
     """x (B,) minus the mean of its group."""
-    x = x.double()
-    _, index = group.unique(return_inverse=True)
-    total = torch.zeros(len(x), dtype=torch.float64).index_add(0, index, x)
-    return x - (total / index.bincount(minlength=len(x)).clamp(min=1))[index]
+    return x.double() - torch.tensor([x[group == g].double().mean() for g in group], dtype=torch.float64)

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForImageTextToText, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging
 
 from data import Encoder
 from packs import run, token_logps
@@ -152,32 +152,54 @@ class RolloutCopy:
         return self.hf
 
 
-# ------------------------------------------------------------------------------------------- a mixture of experts' file
+# ------------------------------------------------------------------------------------ the discriminator's file format
 
 
-def moe_config(config, experts, top_k):
-    """The dense Qwen3-VL `config` (a dict) as that of its upcycled mixture, in transformers 4.57's terms."""
-    text = config["text_config"] | {
-        "model_type": "qwen3_vl_moe_text", "moe_intermediate_size": config["text_config"]["intermediate_size"],
-        "num_experts": experts, "num_experts_per_tok": top_k, "norm_topk_prob": True, "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }  # fmt: skip
-    names = {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
-    return config | names | {"text_config": text, "transformers_version": "4.57.0"}
+def write_backbone(state, config, extra, source, folder, mixture=None):
+    """Write the full state dict `state` of a model without language-model head, with `extra` in its config.json.
+
+    mixture: (experts, experts per token) of layers that became mixtures: then the configuration is Qwen3-VL-MoE's of
+    transformers 4.57, as of the released discriminator. Rank 0 writes.
+    """
+    if not is_main():
+        return
+    config = config.to_dict()
+    if mixture:
+        text = config["text_config"]
+        text |= {"model_type": "qwen3_vl_moe_text", "moe_intermediate_size": text["intermediate_size"],
+                 "num_experts": mixture[0], "num_experts_per_tok": mixture[1], "norm_topk_prob": True,
+                 "decoder_sparse_step": 1, "mlp_only_layers": []}  # fmt: skip
+        config |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+        config["transformers_version"] = "4.57.0"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "config.json").write_text(json.dumps(config | extra, indent=1))
+    save_file({k: v.contiguous() for k, v in state.items()}, Path(folder, "model.safetensors"), {"format": "pt"})
+    copy_processor(source, folder)
 
 
-def dense_config(config):
-    """The dense configuration that the mixture `config` was upcycled from: its skeleton."""
-    text = config["text_config"]
-    text = text | {"model_type": "qwen3_vl_text", "intermediate_size": text["moe_intermediate_size"]}
-    names = {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
-    vision = config["vision_config"] | {"model_type": "qwen3_vl"}
-    return config | names | {"text_config": text, "vision_config": vision}
+def read_backbone(folder):
+    """(dense model without head and with random weights, all tensors, config as a dict) of what `write_backbone` wrote.
+
+    ValueError for experts in another layout than 4.57's, (E, D, 2I) and (E, I, D): shapes cannot tell it from version
+    5's, (E, 2I, D), where 2I = D or I = D, so the version in the configuration decides.
+    """
+    config, files = json.loads(Path(folder, "config.json").read_text()), sorted(Path(folder).glob("*.safetensors"))
+    state = {k: v.float() for file in files for k, v in load_file(file).items() if k != "lm_head.weight"}
+    dense, text = dict(config), config["text_config"]
+    if text.get("num_experts"):
+        if not str(config.get("transformers_version", "")).startswith("4."):
+            raise ValueError(f"{folder}: its experts were saved by transformers {config.get('transformers_version')}; only the "
+                             "layout of version 4 is read. Save it again with transformers 4.57")  # fmt: skip
+        dense |= {"model_type": "qwen3_vl", "vision_config": config["vision_config"] | {"model_type": "qwen3_vl"}}
+        dense["text_config"] = text | {"model_type": "qwen3_vl_text", "intermediate_size": text["moe_intermediate_size"]}
+    hf = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**dense), dtype=torch.float32)
+    return hf.model, state, config
 
 
-def read_tensors(folder):
-    """All tensors of a checkpoint folder, float32. Raises FileNotFoundError where it holds no safetensors."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors")
-    return {k: v.float() for file in files for k, v in load_file(file).items()}
+def same_input(a, b):
+    """ValueError where two configurations do not read the same token ids and image patches."""
+    for part, key in (("text", "vocab_size"), ("vision", "patch_size"), ("vision", "spatial_merge_size")):
+        x, y = (getattr(getattr(c, f"{part}_config"), key) for c in (a, b))
+        if x != y:
+            raise ValueError(f"discriminator and policy differ in {key} ({x}, {y}), so they cannot read the same tokens and "
+                             "patches: upcycle a checkpoint of the policy's family (--disc_init)")  # fmt: skip

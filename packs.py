@@ -71,10 +71,16 @@ class Pack:
 
     def ancestors(self, segment):
         """Segments that `segment` attends to besides itself, the root first."""
-        chain = []
-        while (segment := self.parent[segment]) >= 0:
-            chain.insert(0, segment)
-        return chain
+        above = self.parent[segment]
+        return [] if above < 0 else [*self.ancestors(above), above]
+
+    def sees(self):
+        """(segments, segments) bool: which segment attends to which."""
+        n = len(self.parent)
+        sees = torch.eye(n, dtype=torch.bool)
+        for s in range(n):
+            sees[s, self.ancestors(s)] = True
+        return sees.to(self.ids.device)
 
     def rows(self, values):
         """Values (S,) of the scored tokens as one row per sequence: (K, longest), 0 behind each row's end."""
@@ -85,12 +91,8 @@ class Pack:
 
     def mask(self):
         """The dense attention mask, (T, T) bool: the definition, which tests hold the layouts against."""
-        n = len(self.parent)
-        sees = torch.eye(n, dtype=torch.bool, device=self.ids.device)
-        for s in range(n):
-            sees[s, self.ancestors(s)] = True
         causal = torch.ones(len(self.ids), len(self.ids), dtype=torch.bool, device=self.ids.device).tril()
-        return causal & sees[self.segment][:, self.segment]
+        return causal & self.sees()[self.segment][:, self.segment]
 
 
 def plan(trees: list[Tree], budget: int, split=True) -> list[list[tuple[int, list[int]]]]:
@@ -243,14 +245,9 @@ class FlexLayout:
     kernel = None  # compiled once for the process
 
     def __init__(self, pack):
-        n, device = len(pack.parent), pack.ids.device
-        sees = torch.eye(n, dtype=torch.bool)
-        for s in range(n):
-            sees[s, pack.ancestors(s)] = True
-        sees, segment = sees.to(device), pack.segment
-        size = len(pack.ids)
+        sees, segment, size = pack.sees(), pack.segment, len(pack.ids)
         self.mask = create_block_mask(
-            lambda b, h, q, k: (q >= k) & sees[segment[q], segment[k]], None, None, size, size, device=device
+            lambda b, h, q, k: (q >= k) & sees[segment[q], segment[k]], None, None, size, size, device=pack.ids.device
         )
 
     def attend(self, query, key, value, scaling):
@@ -293,6 +290,8 @@ def run(model, pack: Pack, **kwargs) -> torch.Tensor:
 
 
 class _TokenLogps(torch.autograd.Function):
+    """Chunks over T; the backward pass computes each chunk's logits again."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, banned, entropy):
         logp = torch.empty(len(targets), device=hidden.device)
@@ -348,7 +347,6 @@ def token_logps(hidden, weight, targets, temperature=1.0, banned=(), entropy=Fal
     hidden (T, D), weight (V, D), targets (T,) token ids -> (T,) float32, in nats; with `entropy=True` also the
     entropy of each distribution, (T,) float32, without a gradient. `banned` ids have probability 0 (a banned target
     -inf): the ban is part of the policy, so sampler, trainer and KL reference leave out the same ids.
-    Chunks over T; the backward pass computes each chunk's logits again.
     """
     banned = torch.as_tensor(banned, dtype=torch.long, device=hidden.device)
     logp, ent = _TokenLogps.apply(hidden, weight, targets, float(temperature), banned, entropy)

@@ -86,6 +86,15 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def share(items, ranks):
+    """This rank's part of a list that all ranks hold, and the numbers of its items. ValueError where there are fewer
+    items than ranks."""
+    if len(items) < ranks.world:
+        raise ValueError(f"{len(items)} rows cannot be shared by {ranks.world} ranks: give more per step, or use fewer ranks")
+    numbers = range(ranks.rank, len(items), ranks.world)
+    return [items[i] for i in numbers], numbers
+
+
 def is_main():
     return not dist.is_initialized() or dist.get_rank() == 0
 

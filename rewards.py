@@ -1,20 +1,20 @@
 """Verifiable rewards: is a response well-formed, and is its answer right? Pure Python; Math-Verify is optional.
 
-Rules come first: options by letter or text, yes/no, numbers, units, percentages, tuples, intervals, sets, `x = ...`. They
-say True, False or None (cannot tell); only None (LaTeX, relations, prose) goes to Math-Verify. SymPy can hang or swell on
-hostile text, so it lives in a worker process (`rewards.py --worker`, JSON lines over pipes) that imports it once and forks a
-child per question, with limits on time and memory: no signals in the caller, so any thread and any notebook may ask.
-
-Where verifiers differ: 10% equals 10 and 0.1; a unit that one side leaves out is ignored, two units must agree after
-conversion; bare lists and {sets} have no order, (tuples) have; [1,2), (1,2] and (1,2) differ; a rounded decimal needs six
-significant digits; what is longer than MAX_CHARS is wrong. Needs POSIX (fork).
-"""
+Rules come first: options by letter or text, yes/no, numbers, units, percentages, tuples, intervals, sets, `x = ...`.
+They say True, False or None (cannot tell); only None (LaTeX, relations, prose) goes to Math-Verify. SymPy can hang or
+swell on hostile text, so it lives in a worker process (`rewards.py --worker`, JSON lines over pipes) that forks a child
+per question, with limits on time and memory: no signals in the caller, so any thread or notebook may ask. POSIX only.
+Where verifiers differ: 10% equals 10 and 0.1; a unit that one side leaves out is ignored, two units must be the same;
+bare lists and {sets} have no order, (tuples) have; [1,2), (1,2] and (1,2) differ; a rounded decimal needs six
+significant digits; what is longer than MAX_CHARS is wrong."""
 
 import functools
 import importlib.util
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +23,7 @@ from fractions import Fraction
 
 MAX_CHARS, MAX_DEPTH, MAX_ITEMS = 4000, 20, 64
 SECONDS, MEMORY = 1.5, 1 << 30  # for one question to Math-Verify: wall time, bytes
+HAVE_MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
 TAGS = ["<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>"]
 
 
@@ -35,30 +36,23 @@ def parts(response):
 
 def split_spans(response):
     """(perception, reasoning) in the one canonical form that the discriminator reads; None when malformed."""
-    if (found := parts(response)) is None:
-        return None
-    caption, think, answer = found
-    return f"<caption>\n{caption}\n</caption>", f"<think>\n{think}\n</think>\n<answer>\n{answer}\n</answer>"
+    p = parts(response)
+    return p and (f"<caption>\n{p[0]}\n</caption>", f"<think>\n{p[1]}\n</think>\n<answer>\n{p[2]}\n</answer>")
 
 
 def score(response, gold, choices=(), equivalent_answers=()):
-    """{"accuracy", "format", "reward"}, floats, reward = 0.8 accuracy + 0.2 format; all three are 0 when malformed.
-    The answer may be equivalent to `gold` or to any of `equivalent_answers`."""
-    found, golds = parts(response), [gold, *(() if equivalent_answers is None else equivalent_answers)]
-    accuracy = float(found is not None and any(equivalent(found[2], one, choices) for one in golds))
-    well_formed = float(found is not None)
+    """{"accuracy", "format", "reward"}: floats, reward = 0.8 accuracy + 0.2 format; all three are 0 when malformed.
+    The answer is right if it is equivalent to `gold` or to one of `equivalent_answers`."""
+    p, golds = parts(response), [gold, *(() if equivalent_answers is None else equivalent_answers)]
+    accuracy, well_formed = float(bool(p) and any(equivalent(p[2], g, choices) for g in golds)), float(bool(p))
     return {"accuracy": accuracy, "format": well_formed, "reward": 0.8 * accuracy + 0.2 * well_formed}
 
 
 def equivalent(pred, gold, choices=()):
-    """Is `pred` the answer `gold`? `choices`: texts of the options in order. What is not a text, or blank, equals nothing."""
+    """Is `pred` the answer `gold`? `choices`: the options' texts in order. What is blank or no text equals nothing."""
     if not all(isinstance(text, str) and len(text) <= MAX_CHARS and text.strip() for text in (pred, gold)):
         return False
-    return _equivalent(pred, gold, () if choices is None else tuple(str(choice)[:MAX_CHARS] for choice in choices))
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _equivalent(pred, gold, choices):
+    choices = [] if choices is None else [str(choice)[:MAX_CHARS] for choice in choices]
     p, g, options = clean(pred), clean(gold), [clean(choice) for choice in choices]
     if (right := option(g, options)) is not None:
         if (chosen := option(p, options)) is not None:
@@ -66,79 +60,68 @@ def _equivalent(pred, gold, choices):
         if any(same(p, text) for i, text in enumerate(options) if i != right):
             return False
         g, gold = options[right], choices[right]
-    verdict = same(p, g)
-    return math_verify(pred, gold) if verdict is None else verdict
+    return math_verify(pred, gold) if (verdict := same(p, g)) is None else verdict
 
 
 # ---- Spelling. Patterns may meet any text of MAX_CHARS characters: each takes at worst quadratic time.
 UNICODE = str.maketrans({chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | dict.fromkeys("\u00a0\u2009\u202f", " ") | {
-    "−": "-", "–": "-", "²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "÷": "/", "×": r"\times ", "·": r"\cdot ",
-    "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
-    "∪": r"\cup ", "∈": r"\in "})  # fmt: skip
+    "−": "-", "–": "-", "²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "÷": "/", "×": r"\times ",
+    "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in "})  # fmt: skip
+BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
+BOX = re.compile(r"\\+f?box(?:ed)?\s*" + BRACES)
 REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\\\(?=[a-zA-Z])", r"\\"), (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 "), (r",\\!\s*|\{,\}(?:\\!)?", ","),
-    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|\{\}|(?<!\\)\\[()\[\]]", ""), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "), (r"==", "="),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|circ)(?![a-zA-Z])", "°"), (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s+", " "),
-    (r"\\([{}%$&#])", r"\1"), (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
-    (r"\\([lg])e(?:q|qslant)?(?![a-zA-Z])", r"\\\1e "), (r" +", " "), (r" ?\^ ?", "^"),
-    (r"(?i)\b(?:square|sq) ([a-z]+)|\b([a-z]+) squared\b", r"\1\2^2"), (r"(?i)\bcubic ([a-z]+)", r"\1^3"), (" per ", "/"),
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|\{\}|(?<!\\)\\[()\[\]]", ""), ("==", "="),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s+", " "), (r"\\([{}%$&#])", r"\1"),
+    (r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
+    (r"\^ ?\{? ?\\circ ?\}?|\\(?:degree|circ)(?![a-zA-Z])", "°"), (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+    (r"\\sqrt ?(\w)", r"\\sqrt{\1}"), (r"\\([lg])e(?:q|qslant)?(?![a-zA-Z])", r"\\\1e "), (" +", " "), (r" ?\^ ?", "^"),
+    (r"(?i)\b(?:square|sq) ([a-z]+)|\b([a-z]+) squared\b", r"\1\2^2"), (r"(?i)\bcubic ([a-z]+)", r"\1^3"),
     *((rf"(?i)(?<=\d) {name}\b", rf"*10^{n}") for name, n in (("thousand", 3), ("million", 6), ("billion", 9))),
     (r"([$€£]) ?(\d[\d.,]*(?:\*10\^\d)?)", r"\2 \1"), (r"(?<=[\d}]) ?\\approx.*", ""), (r"\\approx", "="),
-    (r"(?i)^.*\b(?:answer|result|option|choice)(?: is\b| ?:| ?=) ?:? ?(?=\S)", ""), (r"^[*`\"“ ]+|[*`\"” .,;:]+$", ""))]
-BOX, PROSE = re.compile(r"\\+f?box(?:ed)?\s*\{"), re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}[ ,.']+){3}[A-Za-z]{2,}")
+    (r"(?i)^.*\b(?:answer|result|option|choice)(?: is\b| ?:| ?=) ?:? ?(?=\S)", ""),
+    (r" per | ?/ ?", "/"), (r"^[*`\"“ ]+|[*`\"” .,;:]+$", ""))]  # fmt: skip
+PROSE = re.compile(r"(?:(?<![\\A-Za-z])(?!and\b|or\b)[A-Za-z]{2,}(?![A-Za-z]).*?){4}")  # four words
 WORDS = re.compile(r"[A-Za-z\s'\",.!?:;-]*[A-Za-z]{2}[A-Za-z\s'\",.!?:;-]*")
 
 
 def clean(text):  # one spelling of what LaTeX, Markdown and Unicode write in several ways, without an answer's wrappings
-    text, boxes = text.translate(UNICODE), list(BOX.finditer(text))
-    if len(boxes) == 1 and (end := closing(text, boxes[0].end() - 1)):
-        text = text[boxes[0].end() : end]
-    text = BOX.sub("{", text)
+    text = text.translate(UNICODE)
+    while boxes := BOX.findall(text):
+        text = boxes[0] if len(boxes) == 1 else BOX.sub(r"\1", text)
     for pattern, by in REWRITES:
         text = pattern.sub(by, text.strip())
-    while text[:1] in tuple("({") and text[-1:] in tuple(")}") and closing(text, 0) == len(text) - 1 and not items(text):
-        text = text[1:-1].strip()  # brackets around one thing
+    while (found := items(text))[0] in ("()", "{}") and len(found[1]) == 1:  # brackets around one thing
+        text = found[1][0]
     return text
 
 
-def closing(text, at):  # where the bracket at `at` closes, or None; the two may differ in kind, as in [0, 1)
-    depth = 0
-    for m in re.compile(r"[(\[{]|[)\]}]").finditer(text, at):
-        depth += 1 if m[0] in "([{" else -1
-        if depth == 0:
-            return m.start()
-
-
-def key(text):  # equal keys, same text: words without case, articles and punctuation; other texts without spaces
+def key(text):  # of words: without case, articles, punctuation; of other texts: without spaces
     if WORDS.fullmatch(text):
-        found = re.findall("[a-z]+", text.lower())
-        return "".join(word for word in found if word not in ("a", "an", "the")) or "".join(found)
+        return "".join(re.findall("[a-z]+", re.sub(r"\b(?:an?|the)\b(?=.*[a-z])", "", text.lower())))
     return re.sub(r"(?<!\d) +| +(?!\d)", "", re.sub(r"\{(\w)\}", r"\1", text))
 
 
 # ---- Readings of a cleaned text, None where one does not apply.
 TRUTH = re.compile(r"(?i)(?:[a-z ]* is )?(?:(yes|true)|no|false)(?=$|[.,;:!])(?!.*\b(?:yes|no|true|false|not)\b)")
-COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)?(?:\.\d+)?(?<=\d)"
-NUMBER = re.compile(rf"([+-]?)(?!0+:)(?:(\d+) (?=\d+/))?({DECIMAL})(?:(?:[eE]| ?(?:\\times|\\cdot|[*x]) ?10\^)"
+NUMBER = re.compile(rf"([+-]?) ?(?!0+:)(?:(\d+) (?=\d+/))?({DECIMAL})(?:(?:[eE]| ?(?:\\times|\\cdot|[*x]) ?10\^)"
                     r"\{?([+-]?\d{1,3})\}?|\^\{?(-?\d{1,3})\}?| ?(?:/|:(?! ?0)) ?(\d+(?:\.\d+)?))?")  # 12:05 is a time
-UNITS = {name: (Fraction(size), base) for names, size, base in (entry.split(":") for entry in (
-    "m meter metre:1:m/km kilometer kilometre:1000:m/cm centimeter centimetre:0.01:m/mm millimeter millimetre:0.001:m/"
-    "in inch inche:0.0254:m/ft foot feet:0.3048:m/yd yard:0.9144:m/mi mile:1609.344:m/g gram:1:g/kg kilogram:1000:g/"
-    "mg milligram:0.001:g/lb pound:453.59237:g/oz ounce:28.349523125:g/l liter litre:1:l/ml milliliter millilitre:0.001:l/"
-    "s sec second:1:s/min minute:60:s/h hr hour:3600:s/day:86400:s/° deg degree:1:°/$ dollar usd:1:$/cent ¢:0.01:$/"
-    "€ euro:1:€/% percent percentage pct:1:%").split("/")) for name in names.split()}  # fmt: skip
+UNITS = {name: names.split()[0] for names in (
+    "m meter metre,km kilometer kilometre,cm centimeter centimetre,mm millimeter millimetre,in inch inche,ft foot feet,"
+    "yd yard,mi mile,g gram,kg kilogram,mg milligram,lb pound,oz ounce,l liter litre,ml milliliter millilitre,s sec second,"
+    "min minute,h hr hour,° deg degree,$ dollar usd,€ euro,¢ cent,% percent percentage pct").split(",")
+    for name in names.split()}  # fmt: skip
 NO_UNIT = set("or and is are not of to the than times more less plus minus by if so because but maybe".split())
-TAIL = re.compile(r"(?<![A-Za-z\\])[A-Za-z°%$€£¢]+(?:\^?\{?-?\d\}?)?(?: ?[ /] ?[A-Za-z°$]+(?:\^?\{?-?\d\}?)?)*$")
+TAIL = re.compile(r"(?<![A-Za-z\\])[A-Za-z°%$€£¢]+(?:\^?\{?-?\d\}?)?(?:[ /][A-Za-z°$]+(?:\^?\{?-?\d\}?)?)*$")
 
 
 def label(text):  # `B`, `(b)`, `B.` -> ("B", ""); `(B) the dog`, `B. the dog` -> ("B", "the dog")
     if m := re.fullmatch(r"(?:[Oo]ption |[Cc]hoice )?[(\[]?([A-Ja-j])[)\]]?[.:]?", text):
         return m[1].upper(), ""
     m = re.fullmatch(r"(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?![( ])(.+)", text)
-    if m and not re.search(r"\b[A-J][).:]|^(?:[A-J]|and|or)\b(?! [a-z])", m[2]):
-        return m[1], m[2]
+    return m.groups() if m and not re.search(r"\b[A-J][).:]|^(?:[A-J]|and|or)\b(?! [a-z])", m[2]) else None
 
 
 def option(text, options):  # index of the option named by its text or its letter; -1 where the two disagree
@@ -150,84 +133,79 @@ def option(text, options):  # index of the option named by its text or its lette
 
 
 def number(text):  # (value, tolerance) of a number, fraction, mixed number, ratio or power
-    text = re.sub(r" ?\\frac ?\{([^{}]+)\} ?\{([^{}]+)\}", r" \1/\2", re.sub(r"^\{(.*)\}$", r"\1", text)).strip()
-    if m := NUMBER.fullmatch(re.sub("^([+-]) ", r"\1", text)):
-        sign, whole, plain, shift, power, under = m[1], int(m[2] or 0), re.sub("[, ]", "", m[3]), m[4], m[5], m[6]
-        if len(plain) < 10 or not power:
-            try:
-                value = (Fraction(plain) * Fraction(10) ** int(shift or 0)) ** int(power or 1) / Fraction(under or 1)
-            except ZeroDivisionError:
-                return None
-            digits = plain.replace(".", "").lstrip("0") if "." in plain and not under else ""
-            places = len(plain.partition(".")[2]) - int(shift or 0)
-            return (value + whole) * (-1 if sign == "-" else 1), Fraction(10) ** -places if len(digits) > 5 else 0
-    return (COUNTS.index(text.lower()), 0) if text.lower() in COUNTS else None
+    m = NUMBER.fullmatch(re.sub(r" ?\\frac ?\{([^{}]+)\} ?\{([^{}]+)\}", r" \1/\2", text).strip(" {}"))
+    if not m or (m[5] and (len(m[3]) > 9 or m[3] == "0")) or (m[6] and not Fraction(m[6])):
+        return None
+    plain, shift = re.sub("[, ]", "", m[3]), int(m[4] or 0)
+    value = int(m[2] or 0) + (Fraction(plain) * Fraction(10) ** shift) ** int(m[5] or 1) / Fraction(m[6] or 1)
+    rounded = "." in plain and not m[6] and len(plain.replace(".", "").lstrip("0")) > 5
+    return -value if m[1] == "-" else value, Fraction(10) ** (shift - len(plain.partition(".")[2])) if rounded else 0
 
 
-def split_unit(text):  # (text without its unit, (factor, dimensions) or None); any word can be the unit of a number
-    tail, factor, dimensions = TAIL.search(text), Fraction(1), {}
+def split_unit(text):  # (text without its unit, the unit or ""); any word can be the unit of a number
+    tail = TAIL.search(text)
     core = text[: tail.start()].strip() if tail else ""
-    if not core or (len(tail[0]) == 1 and tail[0].isalpha() and text[tail.start() - 1] != " "):  # 5m may be a product
-        return text, None
-    for under, name, power in re.findall(r"(/?) ?([a-z]+|[°%$€£¢][cf]?)\^?\{?(-?\d)?", tail[0].lower()):
-        known = UNITS.get(name) or UNITS.get(name.removesuffix("s"))
-        if not known and (len(name) < 3 or name in NO_UNIT or not number(core)):
-            return text, None
-        size, base = known or (1, name.removesuffix("s"))
-        power = int(power or 1) * (-1 if under else 1)
-        factor, dimensions[base] = factor * size**power, dimensions.get(base, 0) + power
-    return core, (factor, dimensions)
+    if not core or (re.fullmatch("[A-Za-z]", tail[0]) and text[tail.start() - 1] != " "):  # 5m may be a product
+        return text, ""
+    plain = re.sub(r"([a-z]{2,})s\b", r"\1", re.sub(r"[{}^]", "", tail[0].lower()))
+    unit = re.sub(r"[a-z]+|[°%$€£¢]", lambda m: UNITS.get(m[0], m[0]), plain)
+    strange = [word for word in re.findall("[a-z]+", plain) if word not in UNITS]
+    plausible = number(core) and all(len(word) > 2 and word not in NO_UNIT for word in strange)
+    return (core, unit) if plausible or not strange else (text, "")
 
 
-def items(text):  # (brackets or "", the parts between top-level separators); None where there are no two parts
-    kind = text[0] + text[-1] if text[:1] in tuple("([{") and closing(text, 0) == len(text) - 1 else ""
-    inside, depth, marks = text[1:-1] if kind else text, 0, {";": [], ",": []}
-    for m in re.finditer(r"[(\[{]|[)\]}]|;|,(?: ?and\b| ?or\b)?|(?<![A-Za-z\\])(?:and|or)\b", inside):
+def items(text):  # (the brackets around all of it or "", its parts between top-level commas or semicolons)
+    depth, end, marks = 0, None, {}
+    for m in re.finditer(r"[(\[{]|[)\]}]|;|,(?: ?and\b| ?or\b)?|(?<![A-Za-z\\])(?:and|or)\b", text):
         depth += (m[0] in "([{") - (m[0] in ")]}")
-        if depth == 0 and m[0] not in ")]}":
-            marks[";" if m[0] == ";" else ","] += m.span()
-    ends = [0, *(marks[";"] or marks[","]), len(inside)]
-    pieces = [piece for a, b in zip(ends[::2], ends[1::2], strict=True) if (piece := inside[a:b].strip())]
-    return (kind, pieces) if len(pieces) > 1 else None
+        if m[0] not in "([{)]}":
+            marks.setdefault((depth, m[0] == ";"), []).extend(m.span())
+        elif depth == 0 and end is None:
+            end = m.end()
+    inner = int(end == len(text) and text[0] in "([{")
+    ends = [inner, *(marks.get((inner, True)) or marks.get((inner, False), [])), len(text) - inner]
+    pieces = [piece for a, b in zip(ends[::2], ends[1::2], strict=True) if (piece := text[a:b].strip())]
+    return (text[0] + text[-1] if inner else ""), pieces
 
 
 def assignment(text):  # (name, value) of `x = 7`, `f(x) = ...`, `(p, q) = (3, 2)`; of `a = b = c` the last value
     sides = re.split(r"(?<![<>!\\])=", text)
-    if len(sides) > 1 and re.fullmatch(r"[^\d+*^<>|=-]*[A-Za-z][^\d+*^<>|=-]*", re.sub(r"_(?:\{[^{}]*\}|\w)", "", sides[0])):
+    name = re.sub(r"_(?:\{[^{}]*\}|\w)", "", sides[0])
+    if len(sides) > 1 and re.fullmatch(r"[^\d+*^<>|-]*[A-Za-z][^\d+*^<>|-]*", name) and len(items(text)[1]) == 1:
         return key(sides[0]), sides[-1].strip()
 
 
-@functools.lru_cache(maxsize=1 << 12)
+@functools.lru_cache(maxsize=1 << 14)
 def same(p, g):  # are two cleaned texts one answer? True, False, or None: cannot tell
     if key(p) == key(g) != "":
         return True
     if not p or not g or "()" in p or max(map(p.count, "([{")) > MAX_DEPTH:
         return False
-    p_label, g_label = label(p), label(g)
+    p_label, g_label, p_truth, g_truth = label(p), label(g), TRUTH.match(p), TRUTH.match(g)
     if p_label and g_label:
         return p_label[0] == g_label[0] and not (p_label[1] and g_label[1] and same(p_label[1], g_label[1]) is False)
     if g_label:
         return same(p, g_label[1])
     if p_label and p_label[1] and same(p_label[1], g):
         return True
-    p_truth, g_truth = TRUTH.match(p), TRUTH.match(g)
     if g_truth:
-        return p_truth is not None and (p_truth[1] is None) == (g_truth[1] is None)
+        return p_truth is not None and bool(p_truth[1]) == bool(g_truth[1])
     (p_core, p_unit), (g_core, g_unit) = split_unit(p), split_unit(g)
     if "." in g_core and re.fullmatch(r"-?\d+,\d+", p_core) and not number(p_core):
         p_core = p_core.replace(",", ".")  # a decimal comma
-    p_number, g_number, p_items, g_items = number(p_core), number(g_core), items(p), items(g)
-    p_word, g_word = (WORDS.fullmatch(text) and len(text) > 2 for text in (p, g))
+    p_number, g_number, p_items, g_items = number(p_core), number(g_core), items(p)[1][1:], items(g)[1][1:]
+    p_name, g_name = assignment(p), assignment(g)
     if p_number and g_number:
         return same_quantity(*p_number, p_unit, *g_number, g_unit)
-    if g_word and (p_word or p_number) and not (p_items and g_items) or g_number and p_word:
-        return False
+    if re.fullmatch(r"\d+ ?: ?\d+", p) and re.fullmatch(r"\d+ ?: ?\d+", g):
+        return False  # times that differ
     if p_items and g_items and not p_number and not g_number:
-        return same_items(*p_items, *g_items)
+        return same_items(*items(p), *items(g))
+    if WORDS.fullmatch(g) and len(g) > 2 and (p_number or WORDS.fullmatch(p)) or g_number and WORDS.fullmatch(p):
+        return False
     if p_items and g_number or g_items and p_number:
         return None if PROSE.search(p) else False
-    p_name, g_name = assignment(p), assignment(g)
-    if p_name and g_name and p_name[0] != g_name[0] and len(p_name[0]) == len(g_name[0]) == 1:  # another variable's value
+    if p_name and g_name and p_name[0] != g_name[0] and len(p_name[0] + g_name[0]) == 2:  # another variable's value
         return False if number(p_name[1]) and number(g_name[1]) else None
     if p_name or g_name:
         return same(p_name[1] if p_name else p, g_name[1] if g_name else g)
@@ -237,11 +215,9 @@ def same(p, g):  # are two cleaned texts one answer? True, False, or None: canno
 
 
 def same_quantity(p, p_tolerance, p_unit, g, g_tolerance, g_unit):
-    if p_unit and g_unit:
-        if p_unit[1] != g_unit[1]:
-            return False
-        p *= p_unit[0] / g_unit[0]
-    elif "%" in (p_unit or g_unit or (1, ()))[1]:  # 10% is 0.1 and, if it cannot be meant as a proportion, 10
+    if p_unit and g_unit and p_unit != g_unit:
+        return False
+    if p_unit != g_unit and "%" in (p_unit, g_unit):  # 10% is 0.1 and, if it cannot be meant as a proportion, 10
         of, plain = (p, g) if p_unit else (g, p)
         return of == plain * 100 or of == plain >= 1
     return p == g or abs(p - g) < max(p_tolerance, g_tolerance)
@@ -266,63 +242,51 @@ _lock, _process = threading.Lock(), None
 os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock(), _process=None))  # not its pipes
 
 
-@functools.cache
-def installed():
-    found = importlib.util.find_spec("math_verify") is not None
-    if not found:
-        warnings.warn("Math-Verify is missing (extra `math`): answers are compared as texts and numbers only", stacklevel=5)
-    return found
-
-
+@functools.lru_cache(maxsize=1 << 14)
 def math_verify(pred, gold):
     """The worker's verdict; False without Math-Verify and where a limit was hit. A worker that died is replaced."""
     global _process
-    if not installed():
+    if not HAVE_MATH_VERIFY:
+        warnings.warn("Math-Verify is missing (extra `math`): answers are compared as texts and numbers", stacklevel=1)
         return False
     with _lock:
         for _ in range(2):
-            process, _process = _process, None  # so that after an interrupt nobody reads the answer to another question
-            if process is None:
-                command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
-                process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            process, _process = _process, None  # so that after an interrupt nobody reads another question's answer
+            command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
+            process = process or subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             try:
                 process.stdin.write(json.dumps([pred, gold]).encode() + b"\n")
-                verdict = json.loads(process.stdout.readline())
+                verdict, _process = json.loads(process.stdout.readline()), process
+                return verdict
             except (OSError, ValueError):
                 process.kill()
                 process.communicate()
-                continue
-            _process = process
-            return verdict
     raise RuntimeError("rewards.py: the Math-Verify worker does not start; its own error is above")
 
 
 def serve():
     """The worker: a line [pred, gold] in, a verdict out, each from a child of its own that may hang, swell or crash."""
     import logging
-    import resource
-    import signal
 
     from math_verify import parse, verify
 
-    def read(text):  # as LaTeX where nothing in it says prose, else by Math-Verify's extraction
+    def read(text):  # as a formula where nothing in it says prose, else by Math-Verify's extraction
         text = text.translate(UNICODE).replace("\\$", "")
-        words = set(re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{4,}", text)) - {"sqrt"}
-        formula = not words and not re.search(r"\$|\\[(\[]|\\boxed|[^\0-\x7f]", text)
+        formula = not re.search(r"(?<![\\{A-Za-z])(?!sqrt)[A-Za-z]{4,}|\$|\\[(\[]|\\boxed|[^\0-\x7f]", text)
         return (parse(f"${text}$", parsing_timeout=None) if formula else []) or parse(text, parsing_timeout=None)
 
     logging.disable()
     verify(read("\\frac{1}{2}"), read("0.5"), timeout_seconds=None)  # fills the parser's tables before the forks
     for line in sys.stdin:
         if (child := os.fork()) == 0:
-            verdict = 1
+            status = 1
             try:
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                 signal.setitimer(signal.ITIMER_REAL, SECONDS)  # its signal ends the child, whatever that is doing
                 pred, gold = map(read, json.loads(line))
-                verdict = 0 if verify(gold, pred, timeout_seconds=None) else 1
+                status = 0 if verify(gold, pred, timeout_seconds=None) else 1
             finally:
-                os._exit(verdict)
+                os._exit(status)
         print(json.dumps(os.waitpid(child, 0)[1] == 0), flush=True)
 
 

@@ -21,16 +21,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 
 from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
 from data import Order, Prompt, read
-from model import RolloutCopy, full_state, load, shard
+from model import RolloutCopy, load, shard
 from model import save as save_policy
 from packs import Tree, each
-from ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, print0, setup, world
+from ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, print0, setup, share, world
 from rewards import score
 from sampler import Rollout, generate
 
@@ -258,13 +259,9 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
     }  # fmt: skip
 
 
-def draw_prompts(data, order, encoder, n, ranks):
-    """The next `n` prompts of the order: this rank's share of them and their numbers."""
-    if n % ranks.world:
-        raise ValueError(f"{n} prompts per step or draw cannot be shared evenly by {ranks.world} ranks")
-    prompts = data.draw(order, n, encoder.prompt)
-    numbers = range(ranks.rank, n, ranks.world)
-    return [prompts[i] for i in numbers], numbers
+def first(groups, n, ranks):
+    """How many of this rank's groups are among the first `n` of all ranks'."""
+    return max(0, min(len(groups), n - sum(gather(len(groups))[: ranks.rank])))
 
 
 def collect(step, data, order, hf, encoder, args, ranks, kept):
@@ -275,7 +272,7 @@ def collect(step, data, order, hf, encoder, args, ranks, kept):
     new, seen, draws, wanted = [], [], 0, args.prompts_per_step
     size, most = (args.prompts_per_draw, args.max_draws) if args.dynamic_sampling else (wanted, 1)
     while draws < most and all_sum(len(kept) + len(new)) < wanted:
-        prompts, numbers = draw_prompts(data, order, encoder, size, ranks)
+        prompts, numbers = share(data.draw(order, size, encoder.prompt), ranks)
         drawn = sample(hf, encoder, prompts, numbers, args, (args.seed, step, draws))
         for group in drawn:
             verify(group)
@@ -285,11 +282,8 @@ def collect(step, data, order, hf, encoder, args, ranks, kept):
         new += [g for g in drawn if not args.dynamic_sampling or 0 < g.scores["accuracy"].mean() < 1]
         seen, draws = seen + drawn, draws + 1
 
-    def share(groups, n):  # how many of mine are among the first n over all ranks
-        return max(0, min(len(groups), n - sum(gather(len(groups))[: ranks.rank])))
-
-    old = share(kept, wanted)
-    fresh = share(new, wanted - int(all_sum(old)))
+    old = first(kept, wanted, ranks)
+    fresh = first(new, wanted - int(all_sum(old)), ranks)
     counts = all_sum({"draws": draws / ranks.world, "sampled": len(seen), "groups": old + fresh,
                       "surplus": len(new) - fresh, "dropped": len(kept) - old})  # fmt: skip
     return kept[:old] + new[:fresh], new[fresh:], seen, counts
@@ -311,7 +305,8 @@ def rollout_metrics(groups):
 def show_rollout(step, group):
     """Print one rollout with its scores, now and then: nothing finds mistakes faster."""
     scores = {k: round(float(v[0]), 3) for k, v in group.scores.items()} | {"advantage": round(float(group.advantage[0]), 3)}
-    print0(f"--- step {step}, {group.prompt.example.where}, answer {group.prompt.example.answer!r}\n{group.texts[0]}\n--- {scores}")
+    example = group.prompt.example
+    print0(f"--- step {step}, {example.where}, answer {example.answer!r}\n{group.texts[0]}\n--- {scores}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -331,7 +326,7 @@ def main(args):
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
     # data
-    data = read(args.data, "rl")
+    data = read(args.data, "rl", args.image_root, args.max_bad)
     order, surplus, start = Order(len(data), args.seed), [], 0
     # resume
     last = f"{args.out}/last"
@@ -360,14 +355,15 @@ def main(args):
             metrics = policy_update(policy, opt, groups, args, spare, device, reference)
         surplus = new_surplus
         # 5) log
-        log.step(step + 1, rollout_metrics(seen) | metrics | counts | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)})
+        metrics |= rollout_metrics(seen) | counts | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
+        log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
             show_rollout(step + 1, groups[0])
         # 6) save
         stop = ranks.stop()
         if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
             packed = [g for part in gather(pack_groups(surplus)) for g in part]
-            save(last, lambda folder: save_policy(policy, folder), {"step": step + 1, "args": vars(args), "metrics": metrics},
+            save(last, partial(save_policy, policy), {"step": step + 1, "args": vars(args), "metrics": metrics},
                  {"policy": (policy, opt)}, {"order": order.state(), "surplus": packed})  # fmt: skip
         if stop:
             sys.exit(SAVED_AND_STOPPED)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ from common import Common, Log, optimizer, parse, restore, save, schedule, step_
 from data import Order, read
 from init import init
 from packs import Tree, each
-from ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup
+from ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup, share
 
 
 @dataclass(kw_only=True)
@@ -79,9 +80,7 @@ def main(args):
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
     # data
-    if args.batch % ranks.world:
-        raise ValueError(f"--batch {args.batch} cannot be shared evenly by {ranks.world} ranks")
-    data = read(args.data, "sft")
+    data = read(args.data, "sft", args.image_root, args.max_bad)
     order, start = Order(len(data), args.seed), 0
     args.steps = args.steps or max(1, int(len(data) * args.epochs / args.batch))
     print0(f"{len(data)} conversations, {args.steps} updates of {args.batch}: {args.steps * args.batch / len(data):.2f} epochs")
@@ -95,7 +94,7 @@ def main(args):
 
     for step in range(start, args.steps):
         # 1) batch
-        rows = data.draw(order, args.batch, policy.encoder.conversation)[ranks.rank :: ranks.world]
+        rows, _ = share(data.draw(order, args.batch, policy.encoder.conversation), ranks)
         trees = [Tree(prompt, mask=mask) for prompt, mask in rows]
         tokens = all_sum(float(sum(int(tree.mask.sum()) for tree in trees)))
         # 2) loss   3) update
@@ -112,12 +111,12 @@ def main(args):
                    "skipped": skipped, "epoch": (step + 1) * args.batch / len(data), "left_out": len(data.bad)}  # fmt: skip
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0:
-            ids, mask = trees[0].prompt.ids, trees[0].mask
-            print0(f"--- step {step + 1}, {trees[0].prompt.example.where}: the trained tokens\n{policy.encoder.decode(ids[mask].tolist())}\n---")
+            prompt, text = trees[0].prompt, policy.encoder.decode(trees[0].prompt.ids[trees[0].mask].tolist())
+            print0(f"--- step {step + 1}, {prompt.example.where}: the trained tokens\n{text}\n---")
         # 5) save
         stop = ranks.stop()
         if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
-            save(last, lambda folder: model.save(policy, folder), {"step": step + 1, "args": vars(args), "metrics": metrics},
+            save(last, partial(model.save, policy), {"step": step + 1, "args": vars(args), "metrics": metrics},
                  {"policy": (policy, opt)}, {"order": order.state()})  # fmt: skip
         if stop:
             sys.exit(SAVED_AND_STOPPED)

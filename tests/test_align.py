@@ -15,7 +15,7 @@ from align import (
     PERCEPTION,
     REASONING,
     Discriminator,
-    Spans,
+    Item,
     alignment_advantage,
     bradley_terry,
     disc_pass,
@@ -190,8 +190,8 @@ def items(d):
     hf = SimpleNamespace(model=d.model)
     reference = {PERCEPTION: [20, 21, EOS], REASONING: [22, 23, 24, EOS]}
     rows = [(k, kind, [3 + k, 4 + kind, 5, EOS][: 3 + k % 2] + [EOS]) for k in range(5) for kind in (0, 1)]
-    return [Spans(tiny_prompt(hf, 5, (1, 4, 4), 0), reference, rows), Spans(tiny_prompt(hf, 9, None, 1), reference, rows[:2]),
-            Spans(tiny_prompt(hf, 4, None, 2), reference, [])]  # fmt: skip
+    prompts = tiny_prompt(hf, 5, (1, 4, 4), 0), tiny_prompt(hf, 9, None, 1), tiny_prompt(hf, 4, None, 2)
+    return [Item(p, p, reference, mine) for p, mine in zip(prompts, (rows, rows[:2], []), strict=True)]
 
 
 def test_disc_pass_is_the_written_loss():
@@ -240,7 +240,7 @@ def test_saved_discriminator_scores_the_same(form, tmp_path):
     config = json.loads((tmp_path / "disc/config.json").read_text())
     (tmp_path / "disc/config.json").write_text(json.dumps(config | {"transformers_version": "5.23.0"}))
     if form != "dense":
-        with pytest.raises(ValueError, match=r"4\.57"):
+        with pytest.raises(ValueError, match="version 4"):
             load_discriminator(tmp_path / "disc", SimpleNamespace(disc=form))
 
 

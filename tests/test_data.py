@@ -575,7 +575,7 @@ def test_check_command(folder):
     path = write(folder, row, row | {"images": ["images/1.png"]}, row | {"images": []}, "{", verl(), row)
     run = subprocess.run([sys.executable, ROOT / "data.py", "check", path], capture_output=True, text=True, cwd=folder)
     assert run.returncode == 0 and f"{path}: 3 of 6 rows usable" in run.stdout and "How many dots?" in run.stdout
-    assert "('an image cannot be read', 1)" in run.stdout and f"left out: {path}:2: an image cannot" in run.stderr
+    assert "  1 an image cannot be read" in run.stdout and f"left out: {path}:2: an image cannot" in run.stderr
     with pytest.raises(SystemExit) as end:
         data.main(["check", str(write(folder, "{", name="bad.jsonl"))])
     assert end.value.code == 1

@@ -102,3 +102,29 @@ def test_length_probe():
     assert 0.42 < health.length_probe(prompts, *lengths) < 0.58
     assert health.length_probe(prompts, lengths[0] + 40, lengths[1]) > 0.99
     assert health.length_probe(prompts, lengths[0], lengths[0]) == 0.5
+
+
+def test_game_metrics_keep_the_kinds_apart():
+    """Kind 0 follows the group, kind 1 opposes it; rows as the ranks gather them, in any order of groups."""
+    rows = [(kind, group, 5.0, score * (1 - 2 * kind), 7, 4 + k) for group in (1, 0)
+            for k, score in enumerate((1.0, 2.0, 12.0)) for kind in (0, 1)]  # fmt: skip
+    load = T([[[1, 1]], [[0, 2]]])
+    m = health.game_metrics(rows, load, ("perception", "reasoning"), clip=10)
+    assert (m["perception/acc"], m["reasoning/acc"]) == (pytest.approx(2 / 3), 1)
+    assert (m["perception/clipped"], m["reasoning/policy_mean"]) == (pytest.approx(1 / 3), -5)
+    assert m["perception/length_corr"] == pytest.approx(-m["reasoning/length_corr"])
+    assert m["perception/length_corr"] > 0.8 and m["perception/longer"] == 1
+    assert m["advantage_corr"] == pytest.approx(-1)
+    assert (m["perception/entropy"], m["reasoning/max_share"]) == (1, 1)
+    empty = health.game_metrics([], torch.zeros(2, 0, 4), ("perception", "reasoning"), clip=10)
+    assert set(empty) == {k for k in m if "expert" not in k and "share" not in k and "entropy" not in k}
+    assert all(math.isnan(v) for v in empty.values())
+
+
+def test_probe_metrics():
+    prompts, reference, policy = pairs(30)
+    probes = [(1, prompt, a + [2], b + [3]) for prompt, a, b in zip(prompts, reference, policy, strict=True)]
+    probes += [(0, prompt, a + [2], b + [2]) for _, prompt, a, b in probes]
+    m = health.probe_metrics(probes, ("perception", "reasoning"))
+    assert m["perception/leak"] == 0.5 and m["reasoning/leak"] > 0.99 and 0 < m["reasoning/length_probe"] < 1
+    assert health.probe_metrics([], ("perception", "reasoning")) == {}

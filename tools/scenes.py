@@ -47,12 +47,12 @@ MISTAKEN = 0.05  # of the answers: off by one
 class File:
     rows: int
     objects: tuple[int, int]  # fewest and most in a scene
-    families: str  # of questions: c one property, r in a region, o one of two, s sides of a colour, t sides of one of two
+    families: str  # of questions: c one property, r in a region, o either of two, s sides of a colour, t of two
     share: int  # of all scenes, in parts of the sum: those that this file may hold
     matches: int = 1  # fewest objects that an answer rests on
     per_scene: int = 1  # questions about one picture
-    describe: float = 0.0  # share of rows that ask for a description
-    short: float = 0.0  # share of rows that ask for the bare answer
+    describe: float = 0.0  # share of rows that ask for a description;
+    short: float = 0.0  # for the bare answer
 
 
 FILES = {
@@ -67,17 +67,17 @@ FILES = {
     "test_hard": File(500, (5, 7), "ost", 1, 2),
     "test_ood": File(500, (8, 9), "ost", 1, 2),
 }
+OWNERS = [name for name, file in FILES.items() for _ in range(file.share)]
 SFT_FILES = ("easy", "base", "public", "curated")
 Scene = tuple  # nine entries in raster order: None or (colour, shape)
 
 
 def draw_scene(rng: random.Random, name: str) -> Scene:
-    owners = [owner for owner, file in FILES.items() for _ in range(file.share)]
     while True:
         cells = [None] * 9
         for place in rng.sample(range(9), rng.randint(*FILES[name].objects)):
             cells[place] = (rng.choice(tuple(COLOURS)), rng.choice(tuple(SIDES)))
-        if owners[zlib.crc32(describe(cells).encode()) % len(owners)] == name:
+        if OWNERS[zlib.crc32(describe(cells).encode()) % len(OWNERS)] == name:
             return tuple(cells)
 
 
@@ -142,8 +142,8 @@ def terse(scene: Scene, question: str, rng: random.Random) -> str:
     things = [thing for thing in scene if thing]
     named = [thing for thing in things if rng.random() >= DROPPED] or [rng.choice(things)]
     for i, (colour, shape) in enumerate(named):
+        others = [(c, shape) for c in COLOURS if c != colour], [(colour, s) for s in SIDES if s != shape]
         if rng.random() < WRONG:
-            others = [(c, shape) for c in COLOURS if c != colour], [(colour, s) for s in SIDES if s != shape]
             named[i] = rng.choice(rng.choice(others))
     steps, answer = solve(scene, question)
     if rng.random() < MISTAKEN:
@@ -159,9 +159,8 @@ def demonstrate(name: str, scene: Scene, question: str, rng: random.Random) -> t
         return question, terse(scene, question, rng)
     if kind < file.describe:
         return "describe", describe(scene)
-    if kind < file.describe + file.short:
-        return f"short {question}", str(solve(scene, question)[1])
-    return question, good(scene, question)
+    bare = kind < file.describe + file.short
+    return (f"short {question}", str(solve(scene, question)[1])) if bare else (question, good(scene, question))
 
 
 def items(name: str, rows: int, seed: int):
@@ -172,7 +171,7 @@ def items(name: str, rows: int, seed: int):
         if not again:
             rng = random.Random(f"{seed} {name} {picture}")
             scene = draw_scene(rng, name)
-            while name.startswith("test") and scene in seen:  # every test row has a scene of its own
+            while name.startswith("test") and scene in seen:  # a test has no scene twice
                 scene = draw_scene(rng, name)
             seen.add(scene)
         yield picture, scene, ask(rng, scene, FILES[name]), rng
@@ -189,16 +188,16 @@ def make(out: Path, name: str, rows: int, seed: int) -> list[dict]:
             painted = picture
         prompt, response = demonstrate(name, scene, question, rng)
         turn, truth = {"role": "user", "content": f"<image>{prompt}"}, {"index": index, "scene": describe(scene)}
-        verl = {"data_source": name, "prompt": [turn], "images": [{"path": path}], "extra_info": truth}
+        reward = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
         if name in SFT_FILES:
-            turns = [turn, {"role": "assistant", "content": response}]
-            result.append({"messages": turns, "images": [path], "extra_info": truth})
+            row = {"messages": [turn, {"role": "assistant", "content": response}], "images": [path]}
         elif name == "pairs":
-            both = {"teacher_response": response, "student_response": terse(scene, question, rng)}
-            result.append({"image": path, "prompt": [turn], **both, "extra_info": truth})
+            student = terse(scene, question, rng)
+            row = {"image": path, "prompt": [turn], "teacher_response": response, "student_response": student}
         else:
-            verl["reward_model"] = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
-            result.append(verl if name == "rl" else {**verl, "teacher_response": response})
+            row = {"data_source": name, "prompt": [turn], "images": [{"path": path}], "reward_model": reward}
+            row |= {} if name == "rl" else {"teacher_response": response}
+        result.append({**row, "extra_info": truth})
     return result
 
 
@@ -207,8 +206,8 @@ def write(path: Path, rows: list[dict]) -> None:
     if path.suffix == ".parquet":
         import pyarrow.parquet  # an optional extra
 
-        images = [[{**i, "bytes": (path.parent / i["path"]).read_bytes()} for i in row["images"]] for row in rows]
-        rows = [{**row, "images": inside} for row, inside in zip(rows, images, strict=True)]
+        image = lambda row: {**row["images"][0], "bytes": (path.parent / row["images"][0]["path"]).read_bytes()}  # noqa: E731
+        rows = [{**row, "images": [image(row)]} for row in rows]
         return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     lines = [json.dumps(row) for row in rows]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""]))
@@ -234,11 +233,11 @@ def main() -> None:
         print(f"{name:10s} {len(files[name]):7,d} rows on {len(scenes[name]):7,d} scenes", flush=True)
     assert len(set().union(*scenes.values())) == sum(map(len, scenes.values())), "a scene is in two files"
 
-    mixed, speakers = files["public"] + files["curated"], {"user": "human", "assistant": "gpt"}
+    mixed = files["public"] + files["curated"]
     random.Random(f"{args.seed} sft").shuffle(mixed)
     for row in mixed:
-        turns = row.pop("messages")
-        row["conversations"] = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in turns]
+        user, assistant = (turn["content"] for turn in row.pop("messages"))
+        row["conversations"] = [{"from": "human", "value": user}, {"from": "gpt", "value": assistant}]
     write(args.out / "sft.json", mixed)
     words = [*three_parts("; describe short count sides or in", [], 0).split(), *POSITIONS, *COLOURS, *SIDES, *REGIONS]
     write(args.out / "words.json", [{"text": " ".join([*words, *map(str, range(4 * 9 + 1))])}])
