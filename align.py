@@ -10,10 +10,9 @@ Stage 2: black-box adversarial alignment on the policy's own rollouts (PRISM, ar
 The verifier's accuracy is logged as a canary and never trained on.
 
 Differs from the released code: both sides' spans go through one function and end in the same token; load balance is on
-in the game too; the head is float32 without dropout, scores are clipped in the reward only, L2 is on raw scores; image,
-prompt and reference are encoded once per prompt (packs.py); one denominator over all micro-batches and ranks.
-Differs from the paper: spans are normalised, then weighed (--normalize sum: the paper's order); token-routed experts are
-the default (--disc experts: one expert and head per kind of span, the paper's text taken literally).
+in the game too; the head is float32 without dropout; scores are clipped in the reward only, L2 is on raw scores.
+Differs from the paper: spans are normalised, then weighed (--normalize sum: its order); token-routed experts are the
+default (--disc experts: one expert and head per kind of span, the paper's text taken literally).
 
     python align.py --policy ckpt/sft/last --data data/tiny/align.jsonl --out ckpt/align --steps 40
     torchrun --nproc_per_node=8 align.py --policy ckpt/sft --data align.parquet --out ckpt/align
@@ -23,6 +22,7 @@ the default (--disc experts: one expert and head per kind of span, the paper's t
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,12 +35,13 @@ from transformers import AutoModelForImageTextToText
 
 import health
 from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
-from data import BadRow, Encoder, Order, Prompt, read, split_spans
+from data import BadRow, Order, Prompt, read, split_spans
 from model import RolloutCopy, full_state, load, read_backbone, same_input, shard, write_backbone
 from model import save as save_policy
 from packs import Tree, each, run
 from ranks import SAVED_AND_STOPPED, all_sum, gather, print0, setup, share, world
-from rlvr import policy_update, rollout_metrics, sample, show_rollout, verify
+from rlvr import policy_update
+from sampler import rollout_metrics, sample, show_rollout, verify
 
 PERCEPTION, REASONING = 0, 1  # kinds of span
 NAMES = ("perception", "reasoning")
@@ -90,8 +91,6 @@ class Args(Common):
 
 
 # ----------------------------------------------------------------------------------------------------- the algorithm
-
-
 def bradley_terry(reference_score, policy_score, denominator=None):
     """mean -log sigmoid(reference - policy), (B,) raw scores each -> scalar (section 3.2.4).
 
@@ -105,10 +104,10 @@ def alignment_advantage(perception, reasoning, well_formed, group_size, *, alpha
                         normalize="span", std_floor=0.0, malformed="floor"):  # fmt: skip
     """alpha * GN(perception) + (1 - alpha) * GN(reasoning) - malformed_penalty * [malformed], (B,) each -> (B,).
 
-    GN(s) = (s - mean) / (std + 1e-6) within groups of `group_size` consecutive rollouts, unbiased std. A malformed
-    rollout has no spans: its score is replaced by the lowest of its group's well-formed ones of that kind - 1 (-1 where
-    there is none) before; with malformed="drop" it gets advantage 0 and does not count. normalize="sum": the weighted
-    sum of the scores is normalised (the paper's order). Raises ValueError where groups do not fit.
+    GN(s) = (s - mean) / (std + 1e-6) within groups of `group_size` consecutive rollouts, unbiased std. A malformed rollout
+    has no spans: its score is the lowest of its group's well-formed ones of that kind - 1 (-1 where there is none); with
+    malformed="drop" it gets advantage 0 and does not count. normalize="sum": the weighted sum of the scores is normalised
+    (the paper's order). Raises ValueError where groups do not fit.
     """
     if group_size < 2 or len(perception) % group_size:
         raise ValueError(f"{len(perception)} rollouts are no groups of {group_size} (a group needs 2 or more)")
@@ -127,16 +126,12 @@ def alignment_advantage(perception, reasoning, well_formed, group_size, *, alpha
         return centred / (std.clamp(min=std_floor) + 1e-6)
 
     v, r = floored(perception), floored(reasoning)
-    if normalize == "sum":
-        advantage = normalized(alpha * v + (1 - alpha) * r)
-    else:
-        advantage = alpha * normalized(v) + (1 - alpha) * normalized(r)
+    spans_first = alpha * normalized(v) + (1 - alpha) * normalized(r)
+    advantage = normalized(alpha * v + (1 - alpha) * r) if normalize == "sum" else spans_first
     return (advantage - malformed_penalty * ~ok * (malformed == "floor")).flatten()
 
 
 # ------------------------------------------------------------------------------------------------- the discriminator
-
-
 class Experts(nn.Module):
     """E SwiGLU experts in the place of a dense MLP, each a copy of it plus noise; parameters in transformers 4.57's
     layout. Routed by token (softmax, top k, weights renormalised), or, without a router, by the token's kind of span."""
@@ -146,7 +141,7 @@ class Experts(nn.Module):
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).T  # (D, 2I)
         self.experts = nn.Module()
         for name, weight in (("gate_up_proj", gate_up), ("down_proj", mlp.down_proj.weight.T)):
-            copies = weight.detach().expand(experts, -1, -1)
+            copies = weight.detach().expand(experts, -1, -1).contiguous()  # FSDP2 takes nothing else
             self.experts.register_parameter(name, nn.Parameter(copies + noise * copies.std() * torch.randn(copies.shape)))
         self.gate = nn.Linear(gate_up.shape[0], experts, bias=False) if routed else None
         if routed:
@@ -179,13 +174,12 @@ class Discriminator(nn.Module):
         """base: a dense transformers model (the one without head), changed in place. Draws from torch's generator."""
         super().__init__()
         self.model, self.form = base, form
-        layers = base.language_model.layers
         self.mlps = []  # the mixtures, by reference
-        for layer in layers if form != "dense" else []:
+        for layer in base.language_model.layers if form != "dense" else []:
             layer.mlp = Experts(layer.mlp, experts if form == "moe" else 2, top_k, noise, routed=form == "moe")
             self.mlps.append(layer.mlp)
-        width = base.language_model.config.hidden_size
-        self.v_head = nn.Sequential(nn.Identity(), nn.Linear(width, 2 if form == "experts" else 1, bias=False))
+        heads = nn.Linear(base.language_model.config.hidden_size, 2 if form == "experts" else 1, bias=False)
+        self.v_head = nn.Sequential(nn.Identity(), heads)  # v_head.1.weight in the released checkpoint
         nn.init.normal_(self.v_head[1].weight, std=0.02)
         base.language_model.config._attn_implementation = "packs"
 
@@ -202,7 +196,7 @@ class Discriminator(nn.Module):
         for mlp in self.mlps if self.form == "moe" else []:
             balance = balance + load_balance(mlp.probs, mlp.chosen, pack.tree, trees) / len(self.mlps)
             load.append(torch.stack([mlp.chosen[pack.kind == kind].sum(0) for kind in (PERCEPTION, REASONING)]))
-        return scores.squeeze(1), balance, torch.stack(load, 1) if load else hidden.new_zeros(2, 0, 1)
+        return scores.sum(1), balance, torch.stack(load, 1) if load else hidden.new_zeros(2, 0, 1)
 
 
 def load_balance(probs, chosen, tree, trees):
@@ -214,13 +208,6 @@ def load_balance(probs, chosen, tree, trees):
     tokens = tree.bincount(minlength=trees)[:, None]
     f, p = (probs.new_zeros(trees, probs.shape[1]).index_add(0, tree, x) / tokens for x in (chosen, probs))
     return probs.shape[1] * (f * p).sum(1)
-
-
-def upcycle(path, args) -> Discriminator:
-    """A discriminator from the dense checkpoint or hub name `path`."""
-    hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    torch.manual_seed(args.seed)
-    return Discriminator(hf.model, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
 
 
 def save_discriminator(disc, source, folder):
@@ -235,8 +222,15 @@ def save_players(policy, disc, folder):
     save_discriminator(disc, policy.source, folder / "discriminator")
 
 
-def load_discriminator(folder, args) -> Discriminator:
-    """Open what `save_discriminator` wrote, or the released discriminator. ValueError where it is none, or in doubt."""
+def load_discriminator(args) -> Discriminator:
+    """Open --disc_path, written by `save_discriminator` or the released one; without it upcycle --disc_init (the policy).
+    ValueError where --disc_path is no discriminator, or in doubt."""
+    if not args.disc_path:
+        path = args.disc_init or args.policy
+        hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        torch.manual_seed(args.seed)
+        return Discriminator(hf.model, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
+    folder = args.disc_path
     base, state, config = read_backbone(folder)
     experts, top_k = (config["text_config"].get(k, 0) for k in ("num_experts", "num_experts_per_tok"))
     form = config.get("discriminator", "moe" if experts else "dense")
@@ -250,8 +244,6 @@ def load_discriminator(folder, args) -> Discriminator:
 
 
 # -------------------------------------------------------------------------------- spans, and the discriminator's update
-
-
 @dataclass
 class Item:
     """One prompt of a batch: the reference's spans, and the policy's once there are rollouts (malformed ones: none)."""
@@ -262,19 +254,13 @@ class Item:
     policy: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (rollout, kind, ids)
     well_formed: torch.Tensor | None = None  # (N,) bool
 
-    def trees(self, budget):
-        """What the discriminator reads: one tree, its children the references then the policy's spans; or several trees
-        within `budget` tokens that each hold the references again -> [(tree, its part of self.policy)]."""
-        fixed = len(self.seen.ids) + sum(map(len, self.reference.values()))
-        parts, room = [[]], budget - fixed
-        for span in self.policy:
-            if parts[-1] and room < len(span[2]):
-                parts.append([])
-                room = budget - fixed
-            parts[-1].append(span)
-            room -= len(span[2])
-        return [(Tree(self.seen, [*self.reference.values(), *(ids for *_, ids in part)],
-                      [*self.reference, *(kind for _, kind, _ in part)]), part) for part in parts]  # fmt: skip
+    score: dict = field(default_factory=dict)  # kind -> {rollout, or None for the reference: raw score}
+
+    def tree(self):
+        """What the discriminator reads: the references' spans, then the policy's."""
+        children = [*self.reference.values(), *(ids for *_, ids in self.policy)]
+        kinds = [*self.reference, *(kind for _, kind, _ in self.policy)]
+        return Tree(self.seen, children, kinds, shared=len(self.reference))
 
 
 def encode_spans(encoder, response, spans):
@@ -316,58 +302,53 @@ def roll(items, numbers, hf, encoder, args, seed):
 
 
 def disc_pass(disc, items, args, device, train=True):
-    """Score `items` (this rank's Spans) in one forward, and with `train` accumulate the gradients of the loss
+    """Score the spans of `items` (this rank's) in one forward, and with `train` accumulate the gradients of
 
         sum over kinds of mean_i [bradley_terry(D(x, y*), D(x, y_i))] + score_l2 * mean square of the raw scores
         + balance * load balance,      means over all well-formed rollouts of the step, on all ranks
 
-    -> (scores, loss, load): scores[item][kind] = (reference's, {rollout: its}), floats. All ranks call it.
+    -> (loss, this rank's part; load (kinds, layers, E), all ranks'). Fills item.score. All ranks call it.
     """
-    split = [(i, tree, part) for i, item in enumerate(items) for tree, part in item.trees(args.pack_tokens)]
+    busy = [item for item in items if item.policy]
     n = all_sum({kind: sum(s[1] == kind for item in items for s in item.policy) for kind in (PERCEPTION, REASONING)})
-    kinds, spans = sum(c > 0 for c in n.values()), max(1.0, sum(n.values()))
-    scores = [{kind: (float("nan"), {}) for kind in item.reference} for item in items]
-    total, loads = 0.0, []
+    kinds, spans, total, loads = sum(c > 0 for c in n.values()), max(1.0, sum(n.values())), 0.0, []
     with torch.set_grad_enabled(train):
-        for pack in each([tree for _, tree, _ in split], args.pack_tokens, device, split[0][1], split=False):
+        for pack in each([item.tree() for item in busy], args.pack_tokens, device, items[0].tree()):
             raw, balance, load = disc(pack)
             loss = (raw.sum() + balance.sum()) * 0.0
-            at = {child: k for k, child in enumerate(pack.children if pack.weight else [])}
+            at = {child: k for k, child in enumerate(pack.children if pack.weight else [])}  # (item, child) -> row of raw
             for b, t in enumerate(sorted({t for t, _ in at})):
-                i, tree, part = split[t]
-                head = len(items[i].reference)  # the tree's children: references first, then the spans of `part`
-                for c, kind in enumerate(items[i].reference):
-                    chosen = [k for k, span in enumerate(part) if span[1] == kind]
-                    ours = raw[[at[t, head + k] for k in chosen]]
-                    theirs = raw[at[t, c]].expand_as(ours)
+                item, head = busy[t], len(busy[t].reference)
+                mine = [(c, *span[:2]) for c, span in enumerate(item.policy, head) if (t, c) in at]
+                for c, kind in enumerate(item.reference):
+                    rows, rollouts = [at[t, c] for c, _, k in mine if k == kind], [r for _, r, k in mine if k == kind]
+                    ours, theirs = raw[rows], raw[at[t, c]].expand(len(rows))
                     loss = loss + bradley_terry(theirs, ours, max(1.0, n[kind]))
                     squares = (theirs.square() + ours.square()).sum() / 2  # raw: what is saturated is pulled back too
                     loss = loss + args.score_l2 * squares / max(1.0, n[kind] * kinds)
-                    known = {part[k][0]: s for k, s in zip(chosen, ours.tolist(), strict=True)}
-                    scores[i][kind] = float(raw[at[t, c]].detach()), scores[i][kind][1] | known
-                loss = loss + args.balance * balance[b] * len(part) / spans
+                    values = raw[[at[t, c], *rows]].tolist()
+                    item.score.setdefault(kind, {}).update(zip([None, *rollouts], values, strict=True))
+                loss = loss + args.balance * balance[b] * len(mine) / spans
             if train:
                 (loss * world()).backward()
             total += float(loss.detach())
             loads.append(load.detach() * pack.weight)
-    return scores, total, all_sum(torch.stack(loads).sum(0)).cpu()
+    return total, all_sum(torch.stack(loads).sum(0)).cpu()
 
 
-def disc_metrics(items, numbers, scores, spread, args, probe=False):
+def disc_metrics(items, numbers, load, args, probe=False):
     """The discriminator's side of a step in figures (health.py), over all ranks."""
-    rows = [(kind, number, scores[i][kind][0], scores[i][kind][1][k], len(item.reference[kind]), len(ids))
-            for i, (item, number) in enumerate(zip(items, numbers, strict=True)) for k, kind, ids in item.policy]  # fmt: skip
+    rows = [(kind, number, item.score[kind][None], item.score[kind][k], len(item.reference[kind]), len(ids))
+            for item, number in zip(items, numbers, strict=True) for k, kind, ids in item.policy]  # fmt: skip
     names = NAMES[: len(items[0].reference)]
-    metrics = health.game_metrics([r for part in gather(rows) for r in part], spread, names, args.score_clip)
+    metrics = health.game_metrics(sum(gather(rows), []), load, names, args.score_clip)
     if probe:
         mine = [(kind, x.seen.ids.tolist(), x.reference[kind], ids) for x in items for _, kind, ids in x.policy]
-        metrics |= health.probe_metrics([p for part in gather(mine) for p in part], names)
+        metrics |= health.probe_metrics(sum(gather(mine), []), names)
     return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------ the loops
-
-
 def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     """Train the discriminator alone on pairs until it tells held-out pairs apart (section 3.2.3). All ranks call it."""
     # data: rows of pairs, or prompts whose rollouts become pairs with their references; the last rows are held out
@@ -383,44 +364,41 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
     last = f"{args.out}/warmup/last"
     if args.resume and (found := restore(last, {"disc": (disc, opt)})):
-        meta, state = found
-        start, best, stale = meta["step"], state["best"], state["stale"]
-        order.load(state["order"])
+        start, best, stale = found[0]["step"], found[1]["best"], found[1]["stale"]
+        order.load(found[1]["order"])
     shown = [f"{name}/{key}" for name in NAMES[: 2 if args.spans == "both" else 1] for key in ("acc", "margin", "held_out")]
     log = Log(f"{args.out}/warmup", replace(args, steps=args.warmup_steps), ("loss", *shown, "grad_norm"), start)
-    test = data.fetch(range(len(data) - held_out, len(data)), build)
-    test, test_numbers = share(test, ranks)
+    test, test_numbers = share(data.fetch(range(len(data) - held_out, len(data)), build), ranks)
     if not args.pairs:
         roll(test, test_numbers, hf, encoder, args, (args.seed, 1, 0))
 
-    for step in range(start, args.warmup_steps):
-        if best >= args.warmup_until or stale >= 5:
-            break
+    done = best >= args.warmup_until or stale >= 5
+    for step in range(start, start if done else args.warmup_steps):
         items, numbers = share(data.draw(order, rows, build), ranks)
         if not args.pairs:
             roll(items, numbers, hf, encoder, args, (args.seed, 1, step + 1))
-        scores, loss, spread = disc_pass(disc, items, args, ranks.device)
+        loss, spread = disc_pass(disc, items, args, ranks.device)
         for group in opt.param_groups:
             group["lr"] = args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine")
         norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
         metrics = {"loss": all_sum(loss), "grad_norm": norm, "skipped": skipped, "left_out": len(data.bad)}
-        metrics |= disc_metrics(items, numbers, scores, spread, args)
-        done = step + 1 == args.warmup_steps
-        if done or (step + 1) % WARMUP_CHECK == 0:
-            scores, _, spread = disc_pass(disc, test, args, ranks.device, train=False)
-            found = disc_metrics(test, test_numbers, scores, spread, args, probe=True)
+        metrics |= disc_metrics(items, numbers, spread, args)
+        if step + 1 == args.warmup_steps or (step + 1) % WARMUP_CHECK == 0:
+            _, spread = disc_pass(disc, test, args, ranks.device, train=False)
+            found = disc_metrics(test, test_numbers, spread, args, probe=True)
             held = {k.replace("/acc", "/held_out"): v for k, v in found.items() if k.endswith("/acc")}
             metrics |= held | {k: v for k, v in found.items() if k.endswith(("/leak", "/length_probe"))}
             stale = 0 if min(held.values()) > best + 0.005 else stale + 1
             best = max(best, min(held.values()))
         log.step(step + 1, metrics)
-        done |= best >= args.warmup_until or stale >= 5
-        stop = ranks.stop()
+        done, stop = step + 1 == args.warmup_steps or best >= args.warmup_until or stale >= 5, ranks.stop()
         if stop or done or (args.save_every and (step + 1) % args.save_every == 0):
             save(last, partial(save_discriminator, disc, source), {"step": step + 1, "args": vars(args), "metrics": metrics},
                  {"disc": (disc, opt)}, {"order": order.state(), "best": best, "stale": stale})  # fmt: skip
         if stop:
             sys.exit(SAVED_AND_STOPPED)
+        if done:
+            break
     print0(f"warm-up: {best:.3f} held-out pair accuracy (of the kind of span that is hardest) -> {last}")
 
 
@@ -432,11 +410,10 @@ def main(args):
     options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
     policy = load(args.policy, device=device, checkpointing=args.checkpointing, **options).train()
     encoder = policy.encoder
-    disc = load_discriminator(args.disc_path, args) if args.disc_path else upcycle(args.disc_init or args.policy, args)
+    disc = load_discriminator(args).to(device).train()
     same_input(disc.model.config, policy.hf.config)
-    disc = disc.to(device).train()
-    disc_encoder = Encoder(encoder.tokenizer, encoder.image_processor, policy.hf.config, policy.hf.model.get_rope_index,
-                           blind=args.disc_blind, **options)  # fmt: skip
+    disc_encoder = copy.copy(encoder)
+    disc_encoder.blind = args.disc_blind
     sampler = RolloutCopy(policy, dtype)
     shard(policy, policy.hf.model, dtype)
     shard(disc, disc.model, dtype, exact=[disc.v_head])
@@ -450,9 +427,8 @@ def main(args):
     # resume, or warm up
     last = f"{args.out}/last"
     if args.resume and (found := restore(last, {"policy": (policy, opt), "disc": (disc, disc_opt)})):
-        meta, state = found
-        start = meta["step"]
-        order.load(state["order"])
+        start = found[0]["step"]
+        order.load(found[1]["order"])
     elif args.warmup_steps and not args.disc_path:
         warm_up(disc, sampler.refresh(), encoder, disc_encoder, policy.source, args, ranks)
     if args.warmup_only:
@@ -466,12 +442,12 @@ def main(args):
         items, numbers = share(data.draw(order, args.prompts_per_step, build), ranks)
         groups = roll(items, numbers, sampler.refresh(), encoder, args, (args.seed, 0, step))
         # 2) score, and 3) update the discriminator: one forward serves both
-        scores, disc_loss, spread = disc_pass(disc, items, args, device)
+        disc_loss, spread = disc_pass(disc, items, args, device)
         disc_norm, disc_skipped = step_if_finite(disc_opt, disc_loss, args.grad_clip, "discriminator")
         # 4) advantage
-        for group, item, of_kind in zip(groups, items, scores, strict=True):
+        for group, item in zip(groups, items, strict=True):
             for kind, name in enumerate(spans):
-                rewards = [of_kind[kind][1].get(k, float("nan")) for k in range(args.group_size)]  # NaN: malformed
+                rewards = [item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)]  # NaN: malformed
                 group.scores[name] = torch.tensor(rewards).clamp(-args.score_clip, args.score_clip)
             group.advantage = alignment_advantage(
                 group.scores[spans[0]], group.scores[spans[-1]], item.well_formed, args.group_size, alpha=args.alpha,
@@ -482,10 +458,9 @@ def main(args):
         # 5) update the policy
         for group in opt.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
-        spare = Tree(groups[0].prompt, [[encoder.eos]])
-        metrics = policy_update(policy, opt, groups, args, spare, device)
+        metrics = policy_update(policy, opt, groups, args, Tree(groups[0].prompt, [[encoder.eos]]), device)
         # 6) log
-        metrics |= disc_metrics(items, numbers, scores, spread, args, bool(args.probe_every) and step % args.probe_every == 0)
+        metrics |= disc_metrics(items, numbers, spread, args, bool(args.probe_every) and step % args.probe_every == 0)
         metrics |= rollout_metrics(groups) | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
         metrics |= {"disc_loss": all_sum(disc_loss), "disc_grad_norm": disc_norm, "disc_skipped": disc_skipped}
         log.step(step + 1, metrics)

@@ -35,7 +35,7 @@ from ranks import agree, clip_grad, is_main, print0, world
 class Common:
     """Arguments of every stage; its `Args` inherits them. The comment behind a field is its help text."""
 
-    policy: str  # checkpoint to start from: a Qwen3-VL folder in transformers layout, or an earlier stage's --out
+    policy: str  # checkpoint to start from: a Qwen3-VL folder in transformers layout, as an earlier stage's <out>/last
     data: str  # the rows to train on: JSON, JSONL or parquet
     out: str  # run folder: log and checkpoints
     seed: int = 0  # of weights, order of the data and rollouts

@@ -1,5 +1,5 @@
 """
-Evaluation of a checkpoint on files with answers: is it right, is it well-formed, does it look like the references?
+Evaluation of checkpoints on files with answers: is it right, is it well-formed, does it look like the references?
 
 1. Sample greedily, and `--samples` rollouts per prompt at `--temperature`; ranks share the prompts.
 2. Accuracy and format by rewards.py, pass@k without bias, tokens, share of rollouts cut at `--max_response`.
@@ -13,6 +13,7 @@ Evaluation of a checkpoint on files with answers: is it right, is it well-formed
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from sampler import generate
 
 @dataclass(kw_only=True)
 class Args:
-    policy: str  # checkpoint: a Qwen3-VL folder in transformers layout, or a hub name
+    policy: tuple[str, ...]  # checkpoints: Qwen3-VL folders in transformers layout, run folders, or hub names
     data: tuple[str, ...]  # files with answers, in any of the formats
     out: str = ""  # JSON file for the results
     rollouts_out: str = ""  # JSONL file for every rollout
@@ -61,8 +62,8 @@ class Args:
             raise ValueError(f"--temperature is {self.temperature}: it must be above 0 (greedy decoding: --greedy)")
         if (self.filter is None) != (not self.filter_out):
             raise ValueError("--filter LOW HIGH and --filter_out FILE come together")
-        if self.filter and (self.samples < 1 or len(self.data) != 1):
-            raise ValueError("--filter needs --samples of 1 or more and one file in --data")
+        if self.filter and (self.samples < 1 or len(self.data) != 1 or len(self.policy) != 1):
+            raise ValueError("--filter needs --samples of 1 or more, one --policy and one file in --data")
         if self.filter and (Path(self.data[0]).suffix == ".parquet") != (Path(self.filter_out).suffix == ".parquet"):
             raise ValueError(f"--filter_out keeps the form of {self.data[0]}: both end in .parquet, or neither")
 
@@ -150,7 +151,7 @@ def write_rows(path, rows, out, image_root=None):
 
 
 def table(results):
-    """Results as aligned text, a line for each file and mode; columns without data are left out."""
+    """Results as aligned text, a line for each policy, file and mode; columns without data are left out."""
     keys = [k for k in dict.fromkeys(k for r in results for k in r) if k != "left_out"]
     lines = [[f"{v:.3f}" if isinstance(v := r.get(k, math.nan), float) else str(v) for k in keys] for r in results]
     columns = [(k, *column) for k, *column in zip(keys, *lines, strict=True) if set(column) != {"nan"}]
@@ -162,14 +163,16 @@ def main(args):
     ranks = setup(args)
     dtype = {"auto": "bfloat16" if ranks.device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
     limits = {"max_prompt_tokens": args.max_prompt, "max_pixels": args.max_pixels}
-    policy = load(args.policy, getattr(torch, dtype), ranks.device, **limits)
-    results, rollouts = [], []
-    for path in args.data:
+    results, rollouts, policy, loaded = [], [], None, None
+    for name, path in itertools.product(args.policy, args.data):
+        if name != loaded:
+            policy, loaded = load(name, getattr(torch, dtype), ranks.device, **limits), name
         by_mode, left_out = evaluate(policy, path, args, ranks)
         for mode, records in by_mode.items():
             ks = [k for k in args.pass_at if k <= args.samples] if mode != "greedy" else []
-            results.append({"data": path, "mode": mode, **summarise(records, ks), "left_out": left_out})
-            rollouts += [{"data": path, "mode": mode, **record} for record in records]
+            what = {"policy": name, "data": path, "mode": mode}
+            results.append({**what, **summarise(records, ks), "left_out": left_out})
+            rollouts += [{**what, **record} for record in records]
         if args.filter and is_main():
             low, high = args.filter  # the last mode is the sampled one
             rates = {r["row"]: sum(r["accuracy"]) / len(r["accuracy"]) for r in records}

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data import Rows
 from model import copy_processor
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+SPECIAL = [f"<|{x}|>" for x in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
 SHORT_CHAT = (  # ChatML without role words: every token of a tiny model's prompt counts
     "{% for m in messages %}{{ '<|im_start|>' if m.role != 'assistant' else '' }}{% if m.content is string %}"
     "{{ m.content }}{% else %}{% for c in m.content %}{{ '<|vision_start|><|image_pad|><|vision_end|>' if c.type == "
@@ -42,7 +42,8 @@ def init(config_file, out, corpus=(), seed=0) -> Path:
         tokenizer.save_pretrained(out)
         ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
         settings |= {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
-                     "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}  # fmt: skip
+                     "vision_start_token_id": ids["<|vision_start|>"],
+                     "vision_end_token_id": ids["<|vision_end|>"]}  # fmt: skip
         settings["text_config"] |= {"vocab_size": len(tokenizer), "eos_token_id": ids["<|im_end|>"],
                                     "bos_token_id": ids["<|endoftext|>"], "pad_token_id": None}  # fmt: skip
     if not (out / "preprocessor_config.json").exists():

@@ -62,8 +62,10 @@ def load(path, dtype=torch.float32, device="cpu", checkpointing=False, **encoder
     Raises FileNotFoundError for a folder without config.json, ValueError for a model that packs cannot run.
     """
     path = str(path)
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise FileNotFoundError(f"{path} has no config.json: is it a run folder? Checkpoints of a run are inside it.")
+    if Path(path, "last", "config.json").exists():  # a run folder: its newest checkpoint
+        path = f"{path}/last"
+    if Path(path).is_dir() and not Path(path, "config.json").exists():
+        raise FileNotFoundError(f"{path} has no config.json: neither a checkpoint nor a run folder with one in last/")
     if not Path(path).is_dir() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
         raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
     hf = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
@@ -95,6 +97,8 @@ def _folder(path):
 def save(policy: Policy, folder):
     """Write `policy` to `folder` in transformers' layout with its tokenizer and processor files. All ranks call it."""
     state = full_state(policy.hf)
+    if policy.hf.get_output_embeddings().weight is policy.hf.get_input_embeddings().weight:
+        state.pop("lm_head.weight", None)  # gathered twice where it is sharded; a tied head is not written
     if is_main():
         policy.hf.save_pretrained(folder, state_dict=state)
         copy_processor(policy.source, folder)
@@ -108,8 +112,6 @@ def copy_processor(source, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------- ranks
-
-
 def shard(module: nn.Module, base: nn.Module, dtype, exact=()):
     """FSDP2, in place: decoder layers, the vision tower as one unit, then the root (`module`, whose forward is called
     and whose unit holds embeddings and head). `base`: the transformers model without head inside it.
@@ -153,8 +155,6 @@ class RolloutCopy:
 
 
 # ------------------------------------------------------------------------------------ the discriminator's file format
-
-
 def write_backbone(state, config, extra, source, folder, mixture=None):
     """Write the full state dict `state` of a model without language-model head, with `extra` in its config.json.
 

@@ -2,7 +2,7 @@
 Packs: the one data structure of all three stages, and the log-probs of the tokens in them.
 
 A model call takes one row of tokens, a forest of segments without padding. A token attends to its own segment up to
-itself and to all of its segment's ancestors, so what several sequences share (the prompt, its image) is computed once:
+itself and to its segment's ancestors, so what several sequences share (the prompt, its image) is computed once:
 
     SFT            root = a whole conversation                      (no children: block-diagonal)
     policy         root = prompt, children = the N rollouts of its group
@@ -14,8 +14,7 @@ itself and to all of its segment's ancestors, so what several sequences share (t
     trees = [Tree(prompt, [rollout_ids, ...]), ...]
     for part in plan(trees, budget=16384):                 # a group longer than the budget is split, its root repeated
         pack = make(trees, part, device)
-        hidden = run(hf.model, pack)                                                      # (T, D)
-        logp = token_logps(hidden[pack.source], hf.lm_head.weight, pack.target)           # (S,)
+        logp = token_logps(run(hf.model, pack)[pack.source], hf.lm_head.weight, pack.target)              # (S,)
 """
 
 from __future__ import annotations
@@ -38,16 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tree:
-    """A prompt and what continues it. `kinds`: span kind of each child (discriminator). `mask`: trained tokens of the
-    root itself, (T,) bool (SFT, where the root is the whole conversation)."""
+    """A prompt and what continues it."""
 
     prompt: Prompt
     children: list[list[int]] = field(default_factory=list)
-    kinds: list[int] | None = None
-    mask: torch.Tensor | None = None
-
-    def __len__(self):
-        return len(self.prompt.ids) + sum(map(len, self.children))
+    kinds: list[int] | None = None  # span kind of each child (discriminator)
+    shared: int = 0  # so many first children (the references) are in each part of a tree that is split
+    mask: torch.Tensor | None = None  # (T,) bool, trained tokens of the root itself (SFT: the whole conversation)
 
 
 @dataclass
@@ -55,7 +51,7 @@ class Pack:
     ids: torch.Tensor  # (T,)
     positions: torch.Tensor  # (3, T) multimodal rotary: time, height, width
     segment: torch.Tensor  # (T,) number of the token's segment
-    tree: torch.Tensor  # (T,) number of the token's tree, counted within the pack
+    tree: torch.Tensor  # (T,) number of the token's tree, counted within the pack; a padded tail's is one more
     kind: torch.Tensor  # (T,) span kind of the token; -1 in roots
     parent: list[int]  # of each segment, -1 for a root
     spans: list[tuple[int, int]]  # of each segment: first token, length
@@ -67,7 +63,7 @@ class Pack:
     pixel_values: torch.Tensor | None  # (P, C) patches of all images
     grid_thw: torch.Tensor | None  # (images, 3)
     weight: float = 1.0  # 0 for a pack that runs only so that all ranks run equally many
-    layout: object = None  # how attention is computed over it
+    layout: object = None  # computes attention over it
 
     def ancestors(self, segment):
         """Segments that `segment` attends to besides itself, the root first."""
@@ -75,10 +71,9 @@ class Pack:
         return [] if above < 0 else [*self.ancestors(above), above]
 
     def sees(self):
-        """(segments, segments) bool: which segment attends to which."""
-        n = len(self.parent)
-        sees = torch.eye(n, dtype=torch.bool)
-        for s in range(n):
+        """(segments, segments) bool: which segment attends to which (and in causal order, the definition of a pack)."""
+        sees = torch.eye(len(self.parent), dtype=torch.bool)
+        for s in range(len(sees)):
             sees[s, self.ancestors(s)] = True
         return sees.to(self.ids.device)
 
@@ -89,54 +84,44 @@ class Pack:
         out = values.new_zeros(len(lengths), int(lengths.max()))
         return out.index_put((self.sequence, at), values)
 
-    def mask(self):
-        """The dense attention mask, (T, T) bool: the definition, which tests hold the layouts against."""
-        causal = torch.ones(len(self.ids), len(self.ids), dtype=torch.bool, device=self.ids.device).tril()
-        return causal & self.sees()[self.segment][:, self.segment]
 
-
-def plan(trees: list[Tree], budget: int, split=True) -> list[list[tuple[int, list[int]]]]:
+def plan(trees: list[Tree], budget: int) -> list[list[tuple[int, list[int]]]]:
     """Which trees (and which of their children) share a pack: lists of (tree index, child indices).
 
-    A tree above the budget is split (unless `split` is off), its root repeated in each part; parts fill packs longest
+    A tree above the budget is split, its root (and shared children) repeated in each part; parts fill packs longest
     first, each into the emptiest pack that still has room. What is above the budget by itself gets a pack of its own.
     """
     parts = []  # (tokens, tree, children)
     for t, tree in enumerate(trees):
-        root = tokens = len(tree.prompt.ids)
-        children = []
-        for c, ids in enumerate(tree.children):
-            if split and children and tokens + len(ids) > budget:
+        head = list(range(tree.shared))
+        fixed = len(tree.prompt.ids) + sum(len(tree.children[c]) for c in head)
+        tokens, children = fixed, head
+        for c in range(tree.shared, len(tree.children)):
+            if len(children) > tree.shared and tokens + len(tree.children[c]) > budget:
                 parts.append((tokens, t, children))
-                tokens, children = root, []
-            tokens, children = tokens + len(ids), [*children, c]
+                tokens, children = fixed, head
+            tokens, children = tokens + len(tree.children[c]), [*children, c]
         parts.append((tokens, t, children))
-    packs, load = [], []
+    packs = []  # [tokens, parts]
     for tokens, t, children in sorted(parts, key=lambda p: (-p[0], p[1], p[2])):
-        room = [i for i in range(len(packs)) if load[i] + tokens <= budget]
-        i = min(room, key=load.__getitem__, default=len(packs))
-        if i == len(packs):
-            packs.append([])
-            load.append(0)
-        packs[i].append((t, children))
-        load[i] += tokens
-    return [sorted(pack) for pack in packs]
+        pack = min((p for p in packs if p[0] + tokens <= budget), key=lambda p: p[0], default=None)
+        if pack is None:
+            packs.append(pack := [0, []])
+        pack[0] += tokens
+        pack[1].append((t, children))
+    return [sorted(pack) for _, pack in packs]
 
 
 def make(trees: list[Tree], part: list[tuple[int, list[int]]], device="cpu", pad_to=None) -> Pack:
     """Lay `part` of `trees` out as one pack on `device`; on CUDA its tail is padded to a multiple of `pad_to` (128)
     with a segment of its own that is never scored, so that compiled code sees few shapes."""
-    ids, positions, kind, tree_of, parent, spans, children = [], [], [], [], [], [], []
-    source, target, sequence, ends, pixels, grids = [], [], [], [], [], []
-    length = 0
+    ids, positions, kinds, tree_of, parent, spans, children, ends = [], [], [], [], [], [], [], []
+    source, target, sequence, length = [], [], [], 0
 
-    def add(tokens, where, of_kind, tree, above):
+    def add(tokens, where, kind, tree, above):
         nonlocal length
-        ids.append(tokens)
-        positions.append(where)
-        kind.append(torch.full((len(tokens),), of_kind))
-        tree_of.append(torch.full((len(tokens),), tree))
-        parent.append(above)
+        for known, new in zip((ids, positions, kinds, tree_of, parent), (tokens, where, kind, tree, above), strict=True):
+            known.append(new)
         spans.append((length, len(tokens)))
         length += len(tokens)
 
@@ -144,9 +129,6 @@ def make(trees: list[Tree], part: list[tuple[int, list[int]]], device="cpu", pad
         tree = trees[t]
         prompt, root, start = tree.prompt, len(parent), length
         add(prompt.ids, prompt.positions, -1, n, -1)
-        if prompt.pixel_values is not None:
-            pixels.append(prompt.pixel_values)
-            grids.append(prompt.grid_thw)
         if tree.mask is not None:
             at = tree.mask.nonzero().squeeze(1)
             source.append(start + at - 1)
@@ -162,66 +144,59 @@ def make(trees: list[Tree], part: list[tuple[int, list[int]]], device="cpu", pad
             ends.append(length - 1)
             children.append((t, c))
     device = torch.device(device)
-    tail = -length % (pad_to or (128 if device.type == "cuda" else 1))
-    if tail:
-        add(torch.zeros(tail, dtype=torch.long), torch.arange(tail).expand(3, -1), -1, len(part) - 1, -1)
-
-    def cat(parts, dim=0, empty=None):
-        return torch.cat(parts, dim).to(device, non_blocking=True) if parts else empty
-
-    none = torch.zeros(0, dtype=torch.long, device=device)
-    pack = Pack(
-        ids=cat(ids), positions=cat(positions, 1), kind=cat(kind), tree=cat(tree_of),
-        segment=torch.repeat_interleave(torch.tensor([n for _, n in spans])).to(device),
-        parent=parent, spans=spans, children=children, ends=torch.tensor(ends, dtype=torch.long, device=device),
-        source=cat(source, empty=none), target=cat(target, empty=none), sequence=cat(sequence, empty=none),
-        pixel_values=cat(pixels), grid_thw=cat(grids),
+    if tail := -length % (pad_to or (128 if device.type == "cuda" else 1)):
+        add(torch.zeros(tail, dtype=torch.long), torch.arange(tail).expand(3, -1), -1, len(part), -1)
+    segment = torch.repeat_interleave(torch.tensor([n for _, n in spans]))
+    images = [p for p in (trees[t].prompt for t, _ in part) if p.pixel_values is not None]
+    none = torch.zeros(0, dtype=torch.long)  # where nothing is scored
+    tensors = dict(
+        ids=torch.cat(ids), positions=torch.cat(positions, 1), segment=segment, tree=torch.tensor(tree_of)[segment],
+        kind=torch.tensor(kinds)[segment], ends=torch.tensor(ends, dtype=torch.long), source=torch.cat([*source, none]),
+        target=torch.cat([*target, none]), sequence=torch.cat([*sequence, none]),
+        pixel_values=torch.cat([p.pixel_values for p in images]) if images else None,
+        grid_thw=torch.cat([p.grid_thw for p in images]) if images else None,
     )  # fmt: skip
+    tensors = {name: x if x is None else x.to(device) for name, x in tensors.items()}
+    pack = Pack(parent=parent, spans=spans, children=children, **tensors)
     pack.layout = (FlexLayout if device.type == "cuda" else SegmentLayout)(pack)
     return pack
 
 
-def each(trees, budget, device, spare: Tree, split=True):
+def each(trees, budget, device, spare: Tree):
     """The packs of this rank's `trees`, equally many on all ranks: one that has fewer, or no tree at all, runs `spare`
     (any tree) at weight 0, or the collectives of sharded models would never meet."""
-    parts = plan(trees, budget, split)
+    parts = plan(trees, budget)
     for i in range(int(all_max(len(parts)))):
         mine = i < len(parts)
-        pack = make(trees, parts[i], device) if mine else make([spare], plan([spare], 0, split=False)[0], device)
+        pack = make(trees, parts[i], device) if mine else make([spare], [(0, list(range(len(spare.children))))], device)
         pack.weight = float(mine)
         yield pack
 
 
 # ------------------------------------------------------------------------------------------------------- attention
-
-
 class SegmentLayout:
-    """Attention segment by segment: each against its ancestors' keys and its own, batched by length. On a CPU a dense
-    mask over the whole row costs five times as much."""
+    """Attention segment by segment, each against its ancestors' keys and its own, batched by length."""
 
     def __init__(self, pack):
-        device, groups = pack.ids.device, {}
+        device, batches = pack.ids.device, {}
         for s in sorted(range(len(pack.parent)), key=lambda s: pack.spans[s][1]):
             prefix = [i for a in pack.ancestors(s) for i in range(pack.spans[a][0], sum(pack.spans[a]))]
-            start, length = pack.spans[s]
-            batches = groups.setdefault(len(prefix), [])
-            if not batches or length > 1.25 * batches[-1][0][2] + 8:  # shortest of the batch: bounds the padding
-                batches.append([])
-            batches[-1].append((prefix, start, length))
+            alike = batches.setdefault(len(prefix), [])
+            if not alike or pack.spans[s][1] > 1.25 * alike[-1][0][2] + 8:  # than the batch's shortest: bounds padding
+                alike.append([])
+            alike[-1].append((prefix, *pack.spans[s]))
         self.groups, rows, offset = [], torch.empty(len(pack.ids), dtype=torch.long), 0
-        for prefix_length, batches in groups.items():
-            for batch in batches:
-                longest = batch[-1][2]
-                # Queries beyond a segment's end are its first token again: computed, never read. As keys they come
-                # after every real query of the row, so that the causal mask alone hides them.
-                own = torch.tensor([[s + i if i < n else s for i in range(longest)] for _, s, n in batch])
-                keys = torch.cat([torch.tensor([p for p, _, _ in batch], dtype=torch.long), own], 1)
-                for b, (_, s, n) in enumerate(batch):
-                    rows[s : s + n] = offset + b * longest + torch.arange(n)
-                offset += len(batch) * longest
-                mask = torch.ones(longest, prefix_length + longest, dtype=torch.bool).tril(prefix_length)
-                mask = mask.to(device) if prefix_length else None
-                self.groups.append((own.flatten().to(device), keys.flatten().to(device), len(batch), mask))
+        for batch in [batch for alike in batches.values() for batch in alike]:
+            before, longest = len(batch[0][0]), batch[-1][2]
+            # Queries beyond a segment's end are its first token again: computed, never read. As keys they come after
+            # every real query of the row, so that the causal mask alone hides them.
+            own = torch.tensor([[s + i if i < n else s for i in range(longest)] for _, s, n in batch])
+            keys = torch.cat([torch.tensor([p for p, _, _ in batch], dtype=torch.long), own], 1)
+            for b, (_, s, n) in enumerate(batch):
+                rows[s : s + n] = offset + b * longest + torch.arange(n)
+            offset += len(batch) * longest
+            mask = torch.ones(longest, before + longest, dtype=torch.bool).tril(before).to(device) if before else None
+            self.groups.append((own.flatten().to(device), keys.flatten().to(device), len(batch), mask))
         self.rows = rows.to(device)
 
     def attend(self, query, key, value, scaling):
@@ -242,26 +217,23 @@ class SegmentLayout:
 class FlexLayout:
     """The same through torch's FlexAttention: one kernel over the row, blocks that nobody attends to are skipped."""
 
-    kernel = None  # compiled once for the process
+    kernel = None  # compiled at its first call
 
     def __init__(self, pack):
         sees, segment, size = pack.sees(), pack.segment, len(pack.ids)
-        self.mask = create_block_mask(
-            lambda b, h, q, k: (q >= k) & sees[segment[q], segment[k]], None, None, size, size, device=pack.ids.device
-        )
+        rule = lambda b, h, q, k: (q >= k) & sees[segment[q], segment[k]]  # noqa: E731
+        self.mask = create_block_mask(rule, None, None, size, size, device=pack.ids.device)
 
     def attend(self, query, key, value, scaling):
-        if FlexLayout.kernel is None:
-            FlexLayout.kernel = torch.compile(flex_attention, dynamic=False)
+        FlexLayout.kernel = FlexLayout.kernel or torch.compile(flex_attention, dynamic=False)
         gqa = query.shape[1] != key.shape[1]
-        out = FlexLayout.kernel(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=gqa)
-        return out.transpose(1, 2)
+        return FlexLayout.kernel(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """What transformers calls in the text layers, (1, H, T, d) -> (1, T, H, d); `layout` is handed through `run`."""
     if layout is None or not module.is_causal:
-        if attention_mask is None and module.is_causal and query.shape[2] > 1:
+        if layout is None and module.is_causal:
             raise RuntimeError("this model was loaded for packs: call it through packs.run or sampler.generate")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return layout.attend(query, key, value, scaling), None
@@ -278,17 +250,14 @@ def run(model, pack: Pack, **kwargs) -> torch.Tensor:
     ).last_hidden_state[0]  # fmt: skip
     if pack.pixel_values is None and dist.is_initialized() and dist.get_world_size() > 1:
         # All ranks run the vision tower in every forward, or the collectives of a sharded one never meet.
-        cfg = model.config.vision_config
-        size = cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2
-        grid = torch.tensor([[1, cfg.spatial_merge_size, cfg.spatial_merge_size]], device=pack.ids.device)
-        blank = model.visual(out.new_zeros(cfg.spatial_merge_size**2, size), grid_thw=grid)
+        cfg, side = model.config.vision_config, model.config.vision_config.spatial_merge_size
+        pixels = out.new_zeros(side**2, cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2)
+        blank = model.visual(pixels, grid_thw=torch.tensor([[1, side, side]], device=pixels.device))
         out = out + 0.0 * sum(x.sum() for x in (blank.pooler_output, *blank.deepstack_features))
     return out
 
 
 # ------------------------------------------------------------------------------------------------------- log-probs
-
-
 class _TokenLogps(torch.autograd.Function):
     """Chunks over T; the backward pass computes each chunk's logits again."""
 
@@ -320,18 +289,16 @@ class _TokenLogps(torch.autograd.Function):
             at = slice(start, start + ctx.size)
             d = _logits(hidden[at], weight, ctx.temperature, banned).sub_(lse[at, None]).exp_().neg_()  # -p
             d.scatter_add_(1, targets[at, None], torch.ones_like(targets[at, None], dtype=d.dtype))  # one-hot - p
-            d.mul_(grad[at, None] / ctx.temperature)
-            d = d.to(hidden.dtype)
+            d = d.mul_(grad[at, None] / ctx.temperature).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[at] = d @ weight
             if d_weight is not None:
                 d_weight += d.T @ hidden[at]
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+        return d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
 def _chunk(weight):
-    """Rows of logits held at a time: about 64 MB of float32."""
-    return max(1, 2**24 // len(weight))
+    return max(1, 2**24 // len(weight))  # rows of logits held at a time: about 64 MB of float32
 
 
 def _logits(hidden, weight, temperature, banned):

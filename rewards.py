@@ -4,9 +4,9 @@ Rules come first: options by letter or text, yes/no, numbers, units, percentages
 They say True, False or None (cannot tell); only None (LaTeX, relations, prose) goes to Math-Verify. SymPy can hang or
 swell on hostile text, so it lives in a worker process (`rewards.py --worker`, JSON lines over pipes) that forks a child
 per question, with limits on time and memory: no signals in the caller, so any thread or notebook may ask. POSIX only.
-Where verifiers differ: 10% equals 10 and 0.1; a unit that one side leaves out is ignored, two units must be the same;
-bare lists and {sets} have no order, (tuples) have; [1,2), (1,2] and (1,2) differ; a rounded decimal needs six
-significant digits; what is longer than MAX_CHARS is wrong."""
+Where verifiers differ: 10% equals 10 and 0.1; a unit that one side leaves out is ignored, two units are converted; bare
+lists and {sets} have no order, (tuples) have; [1,2), (1,2] and (1,2) differ; a rounded decimal needs six significant
+digits; what is longer than MAX_CHARS is wrong."""
 
 import functools
 import importlib.util
@@ -64,10 +64,10 @@ def equivalent(pred, gold, choices=()):
 
 
 # ---- Spelling. Patterns may meet any text of MAX_CHARS characters: each takes at worst quadratic time.
-UNICODE = str.maketrans({chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | dict.fromkeys("\u00a0\u2009\u202f", " ") | {
-    "−": "-", "–": "-", "²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "÷": "/", "×": r"\times ",
-    "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in "})  # fmt: skip
+UNICODE = str.maketrans({chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | {
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "−": "-", "–": "-", "²": "^2", "³": "^3", "½": " 1/2", "÷": "/",
+    "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
+    "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in "})  # fmt: skip
 BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
 BOX = re.compile(r"\\+f?box(?:ed)?\s*" + BRACES)
 REWRITES = [(re.compile(pattern), by) for pattern, by in (
@@ -86,7 +86,7 @@ PROSE = re.compile(r"(?:(?<![\\A-Za-z])(?!and\b|or\b)[A-Za-z]{2,}(?![A-Za-z]).*?
 WORDS = re.compile(r"[A-Za-z\s'\",.!?:;-]*[A-Za-z]{2}[A-Za-z\s'\",.!?:;-]*")
 
 
-def clean(text):  # one spelling of what LaTeX, Markdown and Unicode write in several ways, without an answer's wrappings
+def clean(text):  # one spelling of what LaTeX, Markdown and Unicode write in several ways, without wrappings
     text = text.translate(UNICODE)
     while boxes := BOX.findall(text):
         text = boxes[0] if len(boxes) == 1 else BOX.sub(r"\1", text)
@@ -108,50 +108,53 @@ TRUTH = re.compile(r"(?i)(?:[a-z ]* is )?(?:(yes|true)|no|false)(?=$|[.,;:!])(?!
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)?(?:\.\d+)?(?<=\d)"
 NUMBER = re.compile(rf"([+-]?) ?(?!0+:)(?:(\d+) (?=\d+/))?({DECIMAL})(?:(?:[eE]| ?(?:\\times|\\cdot|[*x]) ?10\^)"
                     r"\{?([+-]?\d{1,3})\}?|\^\{?(-?\d{1,3})\}?| ?(?:/|:(?! ?0)) ?(\d+(?:\.\d+)?))?")  # 12:05 is a time
-UNITS = {name: names.split()[0] for names in (
-    "m meter metre,km kilometer kilometre,cm centimeter centimetre,mm millimeter millimetre,in inch inche,ft foot feet,"
-    "yd yard,mi mile,g gram,kg kilogram,mg milligram,lb pound,oz ounce,l liter litre,ml milliliter millilitre,s sec second,"
-    "min minute,h hr hour,° deg degree,$ dollar usd,€ euro,¢ cent,% percent percentage pct").split(",")
-    for name in names.split()}  # fmt: skip
+UNITS = {name: (Fraction(size), base) for names, size, base in (entry.split(":") for entry in (
+    "m meter metre:1:m,km kilometer kilometre:1000:m,cm centimeter centimetre:0.01:m,mm millimeter millimetre:0.001:m,"
+    "in inch inche:0.0254:m,ft foot feet:0.3048:m,yd yard:0.9144:m,mi mile:1609.344:m,g gram:1:g,kg kilogram:1000:g,"
+    "mg milligram:0.001:g,lb pound:453.59237:g,oz ounce:28.349523125:g,l liter litre:1:l,ml milliliter:0.001:l,"
+    "s sec second:1:s,min minute:60:s,h hr hour:3600:s,day:86400:s,° deg degree:1:°,$ dollar usd:1:$,cent:0.01:$,"
+    "€ euro:1:€,% percent percentage pct:1:%").split(",")) for name in names.split()}  # fmt: skip
 NO_UNIT = set("or and is are not of to the than times more less plus minus by if so because but maybe".split())
-TAIL = re.compile(r"(?<![A-Za-z\\])[A-Za-z°%$€£¢]+(?:\^?\{?-?\d\}?)?(?:[ /][A-Za-z°$]+(?:\^?\{?-?\d\}?)?)*$")
+TAIL = re.compile(r"(?<![A-Za-z°%$€£\\])[A-Za-z°%$€£]++(?:\^?\{?-?\d\}?)?(?:[ /][A-Za-z°$]++(?:\^?\{?-?\d\}?)?){0,5}$")
 
 
 def label(text):  # `B`, `(b)`, `B.` -> ("B", ""); `(B) the dog`, `B. the dog` -> ("B", "the dog")
     if m := re.fullmatch(r"(?:[Oo]ption |[Cc]hoice )?[(\[]?([A-Ja-j])[)\]]?[.:]?", text):
         return m[1].upper(), ""
     m = re.fullmatch(r"(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?![( ])(.+)", text)
-    return m.groups() if m and not re.search(r"\b[A-J][).:]|^(?:[A-J]|and|or)\b(?! [a-z])", m[2]) else None
+    return m.groups() if m and not re.search(r"\b[A-J][).:]|^(?:and|or)\b|^[A-J]\W+[A-J]\b", m[2]) else None
 
 
-def option(text, options):  # index of the option named by its text or its letter; -1 where the two disagree
-    if (name := key(text)) in (names := [key(o) for o in options]):
-        return names.index(name)
-    letter, rest = label(text) or ("", "")
-    if letter and (index := ord(letter) - 65) < len(options):
-        return index if not rest or option(rest, options) in (None, index) else -1
+def option(text, options):  # index of the option named by its letter or its text; -1 where the two disagree
+    names, (letter, rest) = [key(o) for o in options], label(text) or ("", "")
+    lettered = ord(letter) - 65 if letter and ord(letter) - 65 < len(options) else None
+    if key(text) in names and (rest or lettered is None):
+        return names.index(key(text))
+    return -1 if lettered is not None and key(rest) in names and key(rest) != names[lettered] else lettered
 
 
 def number(text):  # (value, tolerance) of a number, fraction, mixed number, ratio or power
     m = NUMBER.fullmatch(re.sub(r" ?\\frac ?\{([^{}]+)\} ?\{([^{}]+)\}", r" \1/\2", text).strip(" {}"))
-    if not m or (m[5] and (len(m[3]) > 9 or m[3] == "0")) or (m[6] and not Fraction(m[6])):
+    plain, shift = (re.sub("[, ]", "", m[3]), int(m[4] or 0)) if m else ("", 0)
+    if not m or (m[5] and (len(plain) > 9 or not Fraction(plain))) or (m[6] and not Fraction(m[6])):
         return None
-    plain, shift = re.sub("[, ]", "", m[3]), int(m[4] or 0)
     value = int(m[2] or 0) + (Fraction(plain) * Fraction(10) ** shift) ** int(m[5] or 1) / Fraction(m[6] or 1)
     rounded = "." in plain and not m[6] and len(plain.replace(".", "").lstrip("0")) > 5
     return -value if m[1] == "-" else value, Fraction(10) ** (shift - len(plain.partition(".")[2])) if rounded else 0
 
 
-def split_unit(text):  # (text without its unit, the unit or ""); any word can be the unit of a number
-    tail = TAIL.search(text)
+def split_unit(text):  # (text without its unit, (factor, dimensions) or None); any word can be the unit of a number
+    tail, factor, dimensions = TAIL.search(text), Fraction(1), {}
     core = text[: tail.start()].strip() if tail else ""
     if not core or (re.fullmatch("[A-Za-z]", tail[0]) and text[tail.start() - 1] != " "):  # 5m may be a product
-        return text, ""
-    plain = re.sub(r"([a-z]{2,})s\b", r"\1", re.sub(r"[{}^]", "", tail[0].lower()))
-    unit = re.sub(r"[a-z]+|[°%$€£¢]", lambda m: UNITS.get(m[0], m[0]), plain)
-    strange = [word for word in re.findall("[a-z]+", plain) if word not in UNITS]
-    plausible = number(core) and all(len(word) > 2 and word not in NO_UNIT for word in strange)
-    return (core, unit) if plausible or not strange else (text, "")
+        return text, None
+    for under, name, power in re.findall(r"(/?)([a-z]+|[°%$€£])\^?\{?(-?\d)?", tail[0].lower()):
+        size, base = UNITS.get(name) or UNITS.get(name.removesuffix("s")) or (1, name.removesuffix("s"))
+        if base not in UNITS and (len(name) < 3 or name in NO_UNIT or not number(core)):
+            return text, None
+        power = int(power or 1) * (-1 if under else 1)
+        factor, dimensions[base] = factor * size**power, dimensions.get(base, 0) + power
+    return core, (factor, dimensions)
 
 
 def items(text):  # (the brackets around all of it or "", its parts between top-level commas or semicolons)
@@ -211,13 +214,14 @@ def same(p, g):  # are two cleaned texts one answer? True, False, or None: canno
         return same(p_name[1] if p_name else p, g_name[1] if g_name else g)
     if p_unit and g_unit and p_unit != g_unit:
         return False
-    return same(p_core, g_core) if p_unit or g_unit else None
+    bare = split_unit(p_core)[1] is None and split_unit(g_core)[1] is None
+    return same(p_core, g_core) if (p_unit or g_unit) and bare else None
 
 
 def same_quantity(p, p_tolerance, p_unit, g, g_tolerance, g_unit):
-    if p_unit and g_unit and p_unit != g_unit:
-        return False
-    if p_unit != g_unit and "%" in (p_unit, g_unit):  # 10% is 0.1 and, if it cannot be meant as a proportion, 10
+    if p_unit and g_unit:
+        return p_unit[1] == g_unit[1] and p * p_unit[0] == g * g_unit[0]
+    if "%" in (p_unit or g_unit or ((), ()))[1]:  # 10% is 0.1 and, if it cannot be meant as a proportion, 10
         of, plain = (p, g) if p_unit else (g, p)
         return of == plain * 100 or of == plain >= 1
     return p == g or abs(p - g) < max(p_tolerance, g_tolerance)

@@ -20,20 +20,19 @@ with one minibatch per step every ratio is 1 and clipping does nothing, `--minib
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 
 from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
-from data import Order, Prompt, read
+from data import Order, read
 from model import RolloutCopy, load, shard
 from model import save as save_policy
 from packs import Tree, each
-from ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, print0, setup, share, world
-from rewards import score
-from sampler import Rollout, generate
+from ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, setup, share, world
+from sampler import Group, Rollout, rollout_metrics, sample, show_rollout, verify
 
 ALGORITHMS = {  # what METHOD's table of stage 3 says; each entry is also a flag of its own
     "grpo": dict(ratio="token", clip_low=0.2, clip_high=0.2, dual_clip=3.0, aggregation="token-mean", scale_by_std=True,
@@ -83,8 +82,6 @@ class Args(Common):
 
 
 # ----------------------------------------------------------------------------------------------------- the algorithm
-
-
 def group_advantage(reward, group_size, scale_by_std=True):
     """(reward - mean) / (std + 1e-6) within groups of `group_size` consecutive entries; reward (B,) -> (B,).
 
@@ -153,38 +150,7 @@ def overlong_penalty(length, limit, buffer):
     return -max(0, length - (limit - buffer)) / buffer if buffer else 0.0
 
 
-# -------------------------------------------------------------------------------------- groups, and the update on them
-
-
-@dataclass
-class Group:
-    """A prompt's rollouts and what is known of them."""
-
-    prompt: Prompt
-    rollouts: list[Rollout]
-    texts: list[str]
-    scores: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (N,)
-    advantage: torch.Tensor | None = None  # (N,)
-    old_logp: list[torch.Tensor] | None = None  # (T,) each, the trainer's, under the policy that sampled
-
-
-def sample(hf, encoder, prompts, numbers, args, seed) -> list[Group]:
-    """`args.group_size` rollouts of each prompt (stages 2 and 3)."""
-    rollouts = generate(
-        hf, prompts, args.group_size, args.max_response, eos=encoder.eos_ids, banned=encoder.banned, seed=seed,
-        temperature=args.temperature, numbers=numbers, slots=args.slots, pack_tokens=args.pack_tokens,
-    )  # fmt: skip
-    return [Group(p, g, [encoder.decode(r.ids) for r in g]) for p, g in zip(prompts, rollouts, strict=True)]
-
-
-def verify(group):
-    """Fill in accuracy, format and reward of a group (never trained on in stage 2: there they are a canary)."""
-    example = group.prompt.example
-    verdicts = [score(text, example.answer, example.choices, example.equivalent) for text in group.texts]
-    for name in ("accuracy", "format", "reward"):
-        group.scores[name] = torch.tensor([v[name] for v in verdicts])
-
-
+# ------------------------------------------------------------------------------------------- the update on groups
 @torch.no_grad()
 def trainer_logps(policy, groups, args, spare, device):
     """Log-probs of every rollout under `policy` as it is: per group a list of (T,). All ranks."""
@@ -214,7 +180,7 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
     sums, most, norms, skipped = dict.fromkeys(("tokens", "clipped", "entropy", "diff", "kl", "loss"), 0.0), 0.0, [], 0
     ratio_max = 0.0
     for part in range(args.minibatches):
-        mine = range(part, len(groups), args.minibatches)
+        mine = range(*(len(groups) * p // args.minibatches for p in (part, part + 1)))  # the same on any number of ranks
         counts = all_sum({"token-mean": sum(len(r.ids) for g in mine for r in groups[g].rollouts),
                           "seq-mean-token-mean": sum(len(groups[g].rollouts) for g in mine)})  # fmt: skip
         counts["constant"] = counts["seq-mean-token-mean"] * args.max_response  # Dr. GRPO: no length in the divisor
@@ -289,29 +255,7 @@ def collect(step, data, order, hf, encoder, args, ranks, kept):
     return kept[:old] + new[:fresh], new[fresh:], seen, counts
 
 
-def rollout_metrics(groups):
-    """What both stages report of the rollouts of a step, over all ranks (NaN: no rollouts)."""
-    rollouts = [r for g in groups for r in g.rollouts]
-    flat = {k: torch.cat([g.scores[k] for g in groups]) if groups else torch.zeros(0) for k in ("reward", "accuracy", "format")}
-    sums = {k: float(v.sum()) for k, v in flat.items()} | {
-        "length": sum(len(r.ids) for r in rollouts), "truncated": sum(r.stop == "length" for r in rollouts),
-        "n": len(rollouts), "groups": len(groups), "informative": sum(bool(g.scores["reward"].std() > 0) for g in groups),
-    }  # fmt: skip
-    sums = all_sum(sums)
-    n, groups = sums.pop("n") or float("nan"), sums.pop("groups") or float("nan")
-    return {k: v / (groups if k == "informative" else n) for k, v in sums.items()}
-
-
-def show_rollout(step, group):
-    """Print one rollout with its scores, now and then: nothing finds mistakes faster."""
-    scores = {k: round(float(v[0]), 3) for k, v in group.scores.items()} | {"advantage": round(float(group.advantage[0]), 3)}
-    example = group.prompt.example
-    print0(f"--- step {step}, {example.where}, answer {example.answer!r}\n{group.texts[0]}\n--- {scores}")
-
-
 # ------------------------------------------------------------------------------------------------------------ the loop
-
-
 def main(args):
     # set-up
     ranks = setup(args)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -35,26 +36,21 @@ from ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup, sha
 class Args(Common):
     policy: str = ""  # checkpoint to start from: a Qwen3-VL folder in transformers layout, or a hub name
     init: str = ""  # instead of --policy: config.json of a Qwen3-VL of any size, for random weights
-    steps: int = 0  # updates in all; 0: as many as --epochs takes
-    epochs: float = 1.0  # passes over the data, where --steps is 0
+    steps: int | None = None  # updates in all; none: as many as --epochs takes
+    epochs: float = 1.0  # passes over the data, without --steps
     batch: int = 128  # conversations per update, over all ranks
     lr: float = 1e-5  # peak learning rate
     weight_decay: float = 0.0  # AdamW's, on matrices only
     schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate after its warm-up; cosine ends at 0
     warmup: float = 0.1  # of the learning rate, linear: below 1 a share of all steps, else a number of steps
-    max_tokens: int = 8192  # of a whole conversation; longer ones are left out and counted, never cut
 
     def __post_init__(self):
-        steps, self.steps = self.steps, self.steps or 1
         super().__post_init__()
-        self.steps = steps
         if bool(self.policy) == bool(self.init):
             raise ValueError("give either --policy, a checkpoint to start from, or --init, a configuration for random weights")
 
 
 # ----------------------------------------------------------------------------------------------------- the algorithm
-
-
 def sft_loss(logp, denominator):
     """Cross-entropy: minus the sum of the log-probs (S,) of the trained tokens over `denominator`, the number of trained
     tokens of the whole batch (all micro-batches and ranks; at least 1 is divided by)."""
@@ -62,18 +58,16 @@ def sft_loss(logp, denominator):
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-
-
 def main(args):
     # set-up
     ranks = setup(args)
     device, dtype = ranks.device, getattr(torch, args.dtype)
     # model
     if args.init:
-        if is_main() and not args.resume:
+        if is_main() and not (args.resume and Path(args.out, "last").exists()):
             init(args.init, f"{args.out}/init", [args.data], args.seed)
         agree(False)  # all ranks wait for rank 0's files
-    options = dict(max_prompt_tokens=args.max_tokens, max_pixels=args.max_pixels)
+    options = dict(max_prompt_tokens=args.max_prompt + args.max_response, max_pixels=args.max_pixels)
     start_from = f"{args.out}/init" if args.init else args.policy
     policy = model.load(start_from, device=device, checkpointing=args.checkpointing, **options).train()
     model.shard(policy, policy.hf.model, dtype)

@@ -84,7 +84,8 @@ def test_advantage_switches():
     near(alignment_advantage(v, r, ok, 4, alpha=1), alignment_advantage(v, v, ok, 4, alpha=0.3), atol=1e-6)
     summed = alignment_advantage(v, r, ok, 4, normalize="sum")
     assert (summed - alignment_advantage(v, r, ok, 4, alpha=1)).abs().max() < 1e-3  # reasoning hardly varies
-    assert alignment_advantage(r, r, ok, 4).abs().max() > 0.5 > 0.1 > alignment_advantage(r, r, ok, 4, std_floor=1e-3).abs().max()
+    assert alignment_advantage(r, r, ok, 4).abs().max() > 0.5
+    assert alignment_advantage(r, r, ok, 4, std_floor=1e-3).abs().max() < 0.1
     for size in (1, 3):
         with pytest.raises(ValueError):
             alignment_advantage(v, r, ok, size)
@@ -106,7 +107,7 @@ def disc(form="moe", seed=0, noise=0.3):
 def score(d, trees, budget=10**6):
     """{(tree, child): score}"""
     out = {}
-    for part in plan(trees, budget, split=False):
+    for part in plan(trees, budget):
         pack = make(trees, part)
         out |= dict(zip(pack.children, d(pack)[0].tolist(), strict=True))
     return out
@@ -197,32 +198,34 @@ def items(d):
 def test_disc_pass_is_the_written_loss():
     """One forward over packs against the formula, span by span; a group without well-formed rollouts takes no part."""
     d = disc()
-    scores, loss, load = disc_pass(d, items(d), ARGS, "cpu")
+    scored = items(d)
+    loss, load = disc_pass(d, scored, ARGS, "cpu")
     expected, squares = 0.0, []
     for kind in (0, 1):
         terms = []
-        for item, of_item in zip(items(d)[:2], scores, strict=False):
+        for item in scored[:2]:
             for k, _, ids in (s for s in item.policy if s[1] == kind):
                 both = score(d, [Tree(item.prompt, [item.reference[kind], ids], [kind, kind])])
-                near([of_item[kind][0], of_item[kind][1][k]], [both[0, 0], both[0, 1]], atol=2e-6)
+                near([item.score[kind][None], item.score[kind][k]], [both[0, 0], both[0, 1]], atol=2e-6)
                 terms.append(F.softplus(torch.tensor(both[0, 1] - both[0, 0])))
                 squares += [both[0, 0] ** 2, both[0, 1] ** 2]
         expected += float(sum(terms)) / len(terms)
     balance = 0.0
     for item, share in zip(items(d)[:2], (10 / 12, 2 / 12), strict=False):
-        (tree, _), = item.trees(10**6)  # fmt: skip
-        balance += share * float(d(make([tree], plan([tree], 10**6)[0]))[1])
+        tree = item.tree()
+        balance += share * d(make([tree], plan([tree], 10**6)[0]))[1].item()
     near(loss, expected + 1e-3 * sum(squares) / len(squares) + 0.01 * balance, atol=1e-5)
-    assert scores[2][0][1] == {} and load.shape == (2, 2, 4) and load[PERCEPTION].sum() > 0
+    assert scored[2].score == {} and load.shape == (2, 2, 4) and load[PERCEPTION].sum() > 0
 
 
 def test_disc_pass_gradient_does_not_depend_on_packs():
     whole, parts = disc(), disc()
     args = SimpleNamespace(**vars(ARGS) | {"pack_tokens": 40, "balance": 0.0})
-    a = disc_pass(whole, items(whole), SimpleNamespace(**vars(ARGS) | {"balance": 0.0}), "cpu")
-    b = disc_pass(parts, items(parts), args, "cpu")
-    assert len(items(parts)[0].trees(40)) > 1  # the group is split, its references repeated
-    near(a[1], b[1], atol=1e-6)
+    a, _ = disc_pass(whole, items(whole), SimpleNamespace(**vars(ARGS) | {"balance": 0.0}), "cpu")
+    b, _ = disc_pass(parts, items(parts), args, "cpu")
+    near(a, b, atol=1e-6)
+    split = plan([items(parts)[0].tree()], 40)
+    assert len(split) > 1 and all(cs[:2] == [0, 1] for part in split for _, cs in part)  # the references in each part
     for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -232,16 +235,16 @@ def test_disc_pass_gradient_does_not_depend_on_packs():
 def test_saved_discriminator_scores_the_same(form, tmp_path):
     d = disc(form)
     save_discriminator(d, tmp_path / "none", tmp_path / "disc")
-    again = load_discriminator(tmp_path / "disc", SimpleNamespace(disc=form)).eval()
+    again = load_discriminator(SimpleNamespace(disc=form, disc_path=tmp_path / "disc")).eval()
     trees = [Tree(tiny_prompt(SimpleNamespace(model=d.model), 5), SPANS, KINDS)]
     assert list(score(d, trees).values()) == list(score(again, trees).values())
     with pytest.raises(ValueError, match="give --disc"):
-        load_discriminator(tmp_path / "disc", SimpleNamespace(disc="other"))
+        load_discriminator(SimpleNamespace(disc="other", disc_path=tmp_path / "disc"))
     config = json.loads((tmp_path / "disc/config.json").read_text())
     (tmp_path / "disc/config.json").write_text(json.dumps(config | {"transformers_version": "5.23.0"}))
     if form != "dense":
         with pytest.raises(ValueError, match="version 4"):
-            load_discriminator(tmp_path / "disc", SimpleNamespace(disc=form))
+            load_discriminator(SimpleNamespace(disc=form, disc_path=tmp_path / "disc"))
 
 
 # -------------------------------------------------------------------------------------------------- spans and leaks
@@ -271,10 +274,10 @@ def test_leak_probe_is_at_chance_and_finds_a_planted_leak():
     for _ in range(60):
         prompt = torch.randint(2, 50, (8,), generator=g).tolist()
         for _ in range(4):
-            response = [f"<caption>{text(9)}</caption><think>{text(5 + 6 * s)}</think><answer>{text(1)}</answer>" for s in (0, 1)]
             prompts.append(prompt)
-            for side, r in zip(sides, response, strict=True):
-                side.append(encode_spans(Words(), r, "both")[REASONING])
+            for s, side in enumerate(sides):
+                response = f"<caption>{text(9)}</caption><think>{text(5 + 6 * s)}</think><answer>{text(1)}</answer>"
+                side.append(encode_spans(Words(), response, "both")[REASONING])
     assert abs(health.leak_probe(prompts, *sides) - 0.5) <= 0.05
     planted = [ids + [57] for ids in sides[1]]  # another end token on one side only
     assert health.leak_probe(prompts, sides[0], planted) > 0.95

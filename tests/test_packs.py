@@ -16,6 +16,12 @@ def forest(hf):
     return [Tree(p, c) for p, c in zip(prompts, children, strict=True)]
 
 
+def dense_mask(pack):
+    """(T, T) bool: own segment and its ancestors, nothing ahead."""
+    causal = torch.ones(len(pack.ids), len(pack.ids), dtype=torch.bool).tril()
+    return causal & pack.sees()[pack.segment][:, pack.segment]
+
+
 def whole(trees):
     return [(t, list(range(len(tree.children)))) for t, tree in enumerate(trees)]
 
@@ -75,14 +81,14 @@ def test_layout_is_the_dense_mask(hf):
     pack = make(trees, whole(trees), pad_to=64)  # with a tail
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, len(pack.ids), 8, generator=g) for h in (4, 2, 2))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=pack.mask(), scale=0.3, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(pack), scale=0.3, enable_gqa=True)
     torch.testing.assert_close(pack.layout.attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
 def test_children_see_root_and_themselves_only(hf):
     trees = forest(hf)
     pack = make(trees, whole(trees))
-    mask = pack.mask()
+    mask = dense_mask(pack)
     (a, n), (b, m) = pack.spans[1], pack.spans[3]
     assert mask[a + n - 1, : pack.spans[0][1]].all() and not mask[b : b + m, a : a + n].any()
     assert not mask[pack.spans[4][0], : pack.spans[3][0]].any()  # another tree
@@ -126,7 +132,8 @@ def test_token_logps(monkeypatch, temperature, banned, rows):
     ref = logits.log_softmax(-1)
     expected = ref.gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy.double(), -(ref.exp() * ref.masked_fill(ref == -torch.inf, 0)).sum(-1), atol=1e-5, rtol=1e-5)
+    expected_entropy = -(ref.exp() * ref.masked_fill(ref == -torch.inf, 0)).sum(-1)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
     for a, b in zip(got, torch.autograd.grad((expected * up.double()).sum(), (h, w)), strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
     assert not entropy.requires_grad

@@ -84,7 +84,8 @@ def test_nothing_to_train_on_is_zero_with_a_gradient():
     logp, old, adv, mask = batch()
     for algo in ALGORITHMS:
         for rows in (slice(0, 0), slice(0, 3)):
-            loss, _ = policy_loss(logp[rows], old[rows], adv[rows], mask[rows] & False, **settings(algo) | {"aggregation": "token-mean"})  # fmt: skip
+            nothing = logp[rows], old[rows], adv[rows], mask[rows] & False
+            loss, _ = policy_loss(*nothing, **settings(algo) | {"aggregation": "token-mean"})
             assert loss == 0 and torch.autograd.grad(loss, logp)[0].abs().sum() == 0
 
 

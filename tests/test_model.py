@@ -1,0 +1,251 @@
+"""The loader: what opens, what is refused and how, and that what is saved opens in plain transformers."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_hf
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+import model
+from data import Example
+from init import SPECIAL, init
+from packs import Tree, make, plan
+from sampler import generate
+
+RESPONSE = "<caption> tl red square </caption>"
+
+
+def example(text="<image>count red"):
+    picture = Image.frombytes("RGB", (24, 24), random.Random(0).randbytes(3 * 24 * 24))
+    return Example([{"role": "user", "content": text}], [picture] * text.count("<image>"), "here:1")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    row = {"prompt": [{"role": "user", "content": "<image>count red"}], "teacher_response": RESPONSE, "images": ["x y z"]}
+    file.write_text(json.dumps(row) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def checkpoint(request, corpus, tmp_path_factory):
+    """A folder that init.py wrote; its weights large enough that mistakes show in the logits."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = tiny_config(tie_word_embeddings=request.param).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    init(folder / "config.json", folder / "ckpt", [corpus])
+    hf = AutoModelForImageTextToText.from_pretrained(folder / "ckpt")
+    torch.manual_seed(1)
+    for p in hf.parameters():
+        if p.ndim > 1:
+            p.data.normal_(0, 0.15)
+    hf.save_pretrained(folder / "ckpt")
+    return folder / "ckpt"
+
+
+def logps(policy, text="<image>count red"):
+    prompt = policy.encoder.prompt(example(text))
+    tree = Tree(prompt, [policy.encoder.response(RESPONSE)])
+    with torch.no_grad():
+        return policy(make([tree], plan([tree], 10_000)[0])), prompt
+
+
+def plain_logps(folder, prompt, answer):
+    hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.cat([prompt.ids, torch.tensor(answer)])[None]
+    with torch.no_grad():
+        logits = hf(input_ids=ids, mm_token_type_ids=(ids == hf.config.image_token_id).int(),
+                    pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw).logits[0]  # fmt: skip
+    return logits[-len(answer) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("text", ["<image>count red", "count red", "<image> or <image>"])
+def test_init_load_save_and_plain_transformers_agree(checkpoint, tmp_path, text):
+    policy = model.load(checkpoint)
+    mine, prompt = logps(policy, text)
+    answer = policy.encoder.response(RESPONSE)
+    assert mine.shape == (len(answer),) and mine.std() > 0.1
+    torch.testing.assert_close(mine, plain_logps(checkpoint, prompt, answer), rtol=1e-5, atol=1e-5)
+    model.save(policy, tmp_path / "saved")
+    assert torch.equal(plain_logps(tmp_path / "saved", prompt, answer), plain_logps(checkpoint, prompt, answer))
+    torch.testing.assert_close(logps(model.load(tmp_path / "saved"), text)[0], mine, rtol=0, atol=0)
+
+
+def test_trained_weights_are_what_is_saved(checkpoint, tmp_path):
+    policy = model.load(checkpoint)
+    before, prompt = logps(policy)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    model.save(policy, tmp_path)
+    after = plain_logps(tmp_path, prompt, policy.encoder.response(RESPONSE))
+    torch.testing.assert_close(after, logps(policy)[0], rtol=1e-5, atol=1e-5)
+    assert (after - before).abs().max() > 1e-2
+
+
+def test_sharded_files_open(checkpoint, tmp_path):
+    hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    hf.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
+    model.copy_processor(checkpoint, tmp_path)
+    assert torch.equal(logps(model.load(tmp_path))[0], logps(model.load(checkpoint))[0])
+    model.save(model.load(tmp_path), tmp_path / "saved")
+    assert torch.equal(logps(model.load(tmp_path / "saved"))[0], logps(model.load(checkpoint))[0])
+
+
+def test_what_is_saved_holds_all_files_and_no_trace_of_packs(checkpoint, tmp_path):
+    (checkpoint / "processor_config.json").write_text("{}")
+    policy = model.load(checkpoint)
+    model.save(policy, tmp_path)
+    (checkpoint / "processor_config.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja",
+                 "processor_config.json", "config.json"):  # fmt: skip
+        assert (tmp_path / name).exists(), name
+    config = (tmp_path / "config.json").read_text()
+    assert "packs" not in config and "attn" not in config
+    assert json.loads(config)["tie_word_embeddings"] == policy.hf.config.tie_word_embeddings
+    assert "packs" not in str(AutoModelForImageTextToText.from_pretrained(tmp_path).config._attn_implementation)
+    turns = [{"role": "user", "content": "count red"}]
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), policy.encoder.tokenizer
+    assert theirs.apply_chat_template(turns, tokenize=False) == ours.apply_chat_template(turns, tokenize=False)
+
+
+def test_legacy_chat_template_file(checkpoint, tmp_path):
+    """transformers 4 kept the template of processors in chat_template.json; Qwen3-VL's hub folders have it."""
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    template = (tmp_path / "ckpt/chat_template.jinja").read_text()
+    (tmp_path / "ckpt/chat_template.jinja").unlink()
+    (tmp_path / "ckpt/chat_template.json").write_text(json.dumps({"chat_template": template}))
+    policy = model.load(tmp_path / "ckpt")
+    assert policy.encoder.tokenizer.chat_template == template
+    model.save(policy, tmp_path / "saved")
+    assert torch.equal(logps(model.load(tmp_path / "saved"))[0], logps(policy)[0])
+
+
+def test_init_is_seeded_and_its_ids_are_the_configuration_s(corpus, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    folders = [init(tmp_path / "config.json", tmp_path / str(i), [corpus], seed) for i, seed in enumerate((0, 0, 1))]
+    a, b, c = (load_file(f / "model.safetensors") for f in folders)
+    assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], c[k]) for k in a)
+    policy, settings = model.load(folders[0]), json.loads((folders[0] / "config.json").read_text())
+    tokenizer = policy.encoder.tokenizer
+    words = {"count", "red", "<caption>", "tl", "square", "</caption>"}
+    assert set(tokenizer.get_vocab()) - {"user"} == {*SPECIAL, "<unk>", *words}  # image paths are no text
+    assert settings["text_config"]["vocab_size"] == len(tokenizer) == policy.hf.lm_head.weight.shape[0]
+    assert settings["image_token_id"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert policy.encoder.prompt(example()).image_mask.sum() == 9  # 24 x 24 pixels, patch 4, merge 2
+
+
+def test_init_without_tokenizer_or_corpus(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    with pytest.raises(FileNotFoundError, match="--corpus"):
+        init(tmp_path / "config.json", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/ckpt", "./nowhere", "ckpt/nowhere", "runs/a/b"])
+def test_a_folder_that_is_not_there(name):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        model.load(name)
+
+
+def test_a_run_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json.*run folder"):
+        model.load(tmp_path)
+
+
+def test_a_model_that_packs_cannot_run(checkpoint, tmp_path):
+    small = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
+    text = LlamaConfig(vocab_size=32, **small)
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **small)
+    other = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=31))
+    other.save_pretrained(tmp_path / "llava")
+    model.copy_processor(checkpoint, tmp_path / "llava")
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*packs need a Qwen-VL model"):
+        model.load(tmp_path / "llava")
+    LlamaForCausalLM(text).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="LlamaConfig"):
+        model.load(tmp_path / "llama")
+
+
+def test_weights_that_are_no_safetensors_are_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    (tmp_path / "ckpt/model.safetensors").unlink()
+    torch.save(tiny_hf().state_dict(), tmp_path / "ckpt/pytorch_model.bin")  # a pickle: opening it would run code
+    with pytest.raises(OSError, match="safetensors"):
+        model.load(tmp_path / "ckpt")
+
+
+def test_checkpointing_changes_no_gradient(checkpoint):
+    found = []
+    for on in (False, True):
+        policy = model.load(checkpoint, checkpointing=on).train()
+        tree = Tree(policy.encoder.prompt(example()), [policy.encoder.response(RESPONSE)])
+        policy(make([tree], [(0, [0])])).sum().backward()
+        found.append([p.grad for p in policy.parameters()])
+    assert all(g is not None and g.abs().sum() > 0 for g in found[0] if g is not None and g.ndim > 1)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------- the real settings
+
+
+def small(config):
+    """A real configuration with small dimensions: deepstack, grouped queries, tying, rotary sections stay as they are."""
+    text, vision = config["text_config"], config["vision_config"]
+    ratio = text["num_attention_heads"] // text["num_key_value_heads"]
+    text |= dict(num_key_value_heads=2, num_attention_heads=2 * ratio, head_dim=16, hidden_size=32, intermediate_size=48,
+                 num_hidden_layers=4)  # fmt: skip
+    text["rope_scaling"]["mrope_section"] = [n // 8 for n in text["rope_scaling"]["mrope_section"]]
+    text["rope_scaling"]["mrope_section"][0] += 8 - sum(text["rope_scaling"]["mrope_section"])
+    levels = len(vision["deepstack_visual_indexes"])
+    vision |= dict(hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=32, depth=levels + 1,
+                   deepstack_visual_indexes=list(range(levels)))  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module", params=["2B", "4B", "8B"])
+def real(request, shared, tmp_path_factory):
+    """A folder as runs/puzzlevqa.sh makes it: a real configuration, made small, beside the real tokenizer."""
+    folder, source = tmp_path_factory.mktemp(request.param), shared / "data/qwen3vl"
+    config = small(json.loads((source / request.param / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in [*(source / "tokenizer").glob("*"), *(source / "30B-A3B-Thinking").glob("*config.json")]:
+        if file.name not in ("config.json", "golden.json"):
+            shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(source / "chat_templates/qwen3vl_instruct.jinja", folder / "chat_template.jinja")
+    return init(folder / "config.json", folder / "ckpt")
+
+
+def test_real_settings(real, tmp_path):
+    policy = model.load(real)
+    config, text = policy.hf.config, policy.hf.config.text_config
+    assert text.vocab_size == 151936 and len(config.vision_config.deepstack_visual_indexes) == 3
+    tied = policy.hf.lm_head.weight is policy.hf.model.language_model.embed_tokens.weight
+    assert tied == json.loads((real / "config.json").read_text())["tie_word_embeddings"] == ("8B" not in str(real))
+    prompt = policy.encoder.prompt(example())
+    assert policy.encoder.tokenizer.decode(prompt.ids).startswith("<|im_start|>user\n<|vision_start|><|image_pad|>")
+    mine, _ = logps(policy)
+    answer = policy.encoder.response(RESPONSE)
+    assert torch.isfinite(mine).all() and answer[-1] == 151645
+    torch.testing.assert_close(mine, plain_logps(real, prompt, answer), rtol=1e-4, atol=1e-4)
+    (rollouts,) = generate(policy.hf, [prompt], 2, 6, eos=policy.encoder.eos_ids, banned=policy.encoder.banned)
+    assert all(i < 151669 and i not in policy.encoder.banned for r in rollouts for i in r.ids)
+    model.save(policy, tmp_path)
+    assert torch.equal(plain_logps(tmp_path, prompt, answer), plain_logps(real, prompt, answer))
+    for name in ("vocab.json", "merges.txt", "video_preprocessor_config.json", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (real / name).read_bytes(), name

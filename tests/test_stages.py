@@ -1,0 +1,380 @@
+"""The three stages, whole, on a world of a few pictures: what a run leaves behind opens and is what it says it is."""
+
+import importlib.util
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, tiny_config
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import align
+import model
+import rlvr
+import sft
+from common import Log
+from data import read
+from packs import Tree, make, plan
+from ranks import SAVED_AND_STOPPED
+
+COMMON = dict(device="cpu", sample_every=0, save_every=0)
+ROLLOUTS = dict(max_response=32, prompts_per_step=4, group_size=4)
+GAME = dict(steps=2, lr=1e-3, disc_lr=1e-3, warmup_steps=0, probe_every=1) | ROLLOUTS | COMMON
+EVERY_STEP = ("loss", "grad_norm", "entropy", "tokens", "logp_diff", "logp_diff_max", "format", "accuracy", "reward",
+              "length", "truncated", "informative", "lr", "clip_frac", "ratio_max")  # fmt: skip
+OF_A_SPAN = ("acc", "margin", "margin_p10", "margin_p90", "saturated", "reference_mean", "reference_std", "policy_mean",
+             "policy_std", "policy_absmax", "group_std", "flat_groups", "longer", "clipped", "leak", "length_probe")  # fmt: skip
+
+
+def build_world(folder):
+    """Rows of tools/scenes.py with one or two objects, a configuration, and a policy that writes the three parts about
+    half of the time: some rollouts are malformed, as in a real run."""
+    spec = importlib.util.spec_from_file_location("scenes", ROOT / "tools/scenes.py")
+    scenes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scenes)
+    for name, rows in {"curated": 32, "align": 24, "pairs": 24, "rl": 12}.items():
+        scenes.FILES[name] = replace(scenes.FILES[name], objects=(1, 2), matches=0)
+        scenes.write(folder / f"{name}.jsonl", scenes.make(folder, name, rows, 0))
+    (folder / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    world = SimpleNamespace(folder=folder, sft=f"{folder}/sft/last", config=f"{folder}/config.json")
+    for name in ("curated", "align", "pairs", "rl"):
+        setattr(world, name, f"{folder}/{name}.jsonl")
+    sft.main(sft.Args(init=world.config, data=world.curated, out=f"{folder}/sft", steps=60, batch=8, lr=0.01, warmup=3,
+                      log_every=30, **COMMON))  # fmt: skip
+    return world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def leave_no_group():
+    """A run that a test interrupts leaves its process group and its signal handler behind."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def records(folder):
+    lines = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "step" in line]
+
+
+def weights(folder):
+    return {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def same(a, b):
+    assert a.keys() == b.keys() and a
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def moved(a, b):
+    return any(not torch.equal(a[k], b[k]) for k in a if k in b)
+
+
+def opens_everywhere(folder, world):
+    """Plain transformers computes from the folder what our loader does; the tokenizer is beside the weights."""
+    policy = model.load(folder)
+    plain = AutoModelForImageTextToText.from_pretrained(folder)
+    prompt = policy.encoder.prompt(read(world.align, "align")[0])
+    answer = policy.encoder.response("<caption> tl red square </caption>")
+    with torch.no_grad():
+        logp = policy(make([Tree(prompt, [answer])], [(0, [0])]))
+        ids = torch.cat([prompt.ids, torch.tensor(answer)])[None]
+        kinds = (ids == policy.hf.config.image_token_id).int()
+        logits = plain(input_ids=ids, mm_token_type_ids=kinds, pixel_values=prompt.pixel_values,
+                       image_grid_thw=prompt.grid_thw).logits[0, -len(answer) - 1 : -1]  # fmt: skip
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+    torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-5)
+
+
+def finite(record, names):
+    bad = {k: record.get(k, "missing") for k in names if not math.isfinite(record.get(k, math.nan))}
+    assert not bad, f"step {record['step']}: {bad}"
+
+
+def check_game(out, spans=("perception", "reasoning"), steps=2):
+    found = records(out)
+    assert [r["step"] for r in found] == list(range(1, steps + 1))
+    for r in found:
+        finite(r, [*EVERY_STEP, "disc_loss", "disc_grad_norm", *(f"{s}/{k}" for s in spans for k in OF_A_SPAN)])
+        assert r["logp_diff_max"] < 1e-4 and r["ratio_max"] == 1.0  # on policy, and sampled as it is scored
+        assert r["skipped"] == r["disc_skipped"] == r["left_out"] == 0
+        assert abs(r[f"{spans[0]}/leak"] - 0.5) <= 0.05
+    return found
+
+
+def scores(disc, world, policy):
+    """Scores of two spans after one prompt, in one pack."""
+    encoder = policy.encoder
+    spans = [encoder.response("<caption> tl red square </caption>"), encoder.response("<think> so 3 . </think>")]
+    tree = Tree(encoder.prompt(read(world.align, "align")[0]), spans, kinds=[0, 1])
+    with torch.no_grad():
+        return disc(make([tree], plan([tree], 10_000)[0]))[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- stage 1
+
+
+def test_sft_learns_and_logs(world):
+    found = records(f"{world.folder}/sft")
+    assert [r["step"] for r in found] == list(range(1, 61))
+    for r in found:
+        finite(r, ["loss", "grad_norm", "tokens", "lr", "epoch", "seconds"])
+    assert found[0]["loss"] > 3 and found[-1]["loss"] < 1  # uniform over the vocabulary would be ln 60 = 4.1
+    opens_everywhere(world.sft, world)
+    meta = json.loads(Path(world.sft, "meta.json").read_text())
+    assert meta["step"] == 60 and meta["args"]["lr"] == 0.01
+
+
+def test_sft_continues_from_a_checkpoint_of_its_own(world, tmp_path):
+    sft.main(sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path), steps=1, batch=32, **COMMON))
+    assert records(tmp_path)[0]["loss"] < 1
+
+
+def test_sft_counts_epochs(world, tmp_path):
+    args = dict(policy=world.sft, data=world.curated, batch=8, **COMMON)
+    sft.main(sft.Args(out=str(tmp_path), epochs=0.5, **args))
+    assert [r["epoch"] for r in records(tmp_path)] == [0.25, 0.5]
+
+
+def test_sft_loss_does_not_depend_on_the_packs(world, tmp_path):
+    for name, budget in (("one", 16384), ("many", 64)):
+        sft.main(sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path / name), steps=1, batch=8,
+                          pack_tokens=budget, lr=1e-3, **COMMON))  # fmt: skip
+    (one,), (many,) = records(tmp_path / "one"), records(tmp_path / "many")
+    assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
+    assert one["grad_norm"] == pytest.approx(many["grad_norm"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- stage 2
+
+FORMS = {
+    "moe": {}, "experts": dict(disc="experts"), "dense": dict(disc="dense"), "blind": dict(disc_blind=True),
+    "whole": dict(spans="whole"), "sum": dict(normalize="sum"), "drop": dict(malformed="drop"),
+    "split": dict(pack_tokens=48),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_game(world, tmp_path, form):
+    args = align.Args(policy=world.sft, data=world.align, out=str(tmp_path), **GAME | FORMS[form])
+    align.main(args)
+    found = check_game(tmp_path, ("perception",) if args.spans == "whole" else ("perception", "reasoning"))
+    assert 0 < sum(r["format"] for r in found) < 2  # some rollouts are malformed, and some are not
+    assert not any(k.startswith("reasoning") for r in found for k in r) or args.spans == "both"
+    assert ("perception/expert_3" in found[0]) == (args.disc == "moe")
+    opens_everywhere(tmp_path / "last", world)
+    assert moved(weights(world.sft), weights(tmp_path / "last"))
+
+    disc = align.load_discriminator(tmp_path / "last/discriminator", args)
+    other = align.upcycle(world.sft, args)
+    policy = model.load(tmp_path / "last")
+    assert torch.isfinite(scores(disc, world, policy)).all()
+    assert not torch.equal(scores(disc, world, policy), scores(other, world, policy))
+
+
+def test_what_one_flag_changes(world, tmp_path):
+    """The same rollouts, scored by the same discriminator: only the advantage may differ."""
+    found = {}
+    for name, flags in {"span": {}, "sum": dict(normalize="sum"), "drop": dict(malformed="drop"), "v": dict(alpha=1.0)}.items():
+        align.main(align.Args(policy=world.sft, data=world.align, out=str(tmp_path / name), **GAME | flags | dict(steps=1)))
+        found[name] = records(tmp_path / name)[0]
+    for key in ("disc_loss", "format", "length", "perception/margin"):
+        assert len({r[key] for r in found.values()}) == 1, key
+    assert len({r["grad_norm"] for r in found.values()}) == len(found)
+
+
+def test_discriminator_learns_what_it_is_told(world, tmp_path):
+    """Warm-up on pairs whose sides differ in manner: it tells them apart, stops by itself, and is saved as it is."""
+    flags = dict(pairs=world.pairs, warmup_steps=80, warmup_pairs=16, warmup_lr=1e-2, upcycle_noise=0.0)
+    args = align.Args(policy=world.sft, data=world.align, out=str(tmp_path), warmup_only=True, **GAME | flags)
+    align.main(args)
+    found = records(tmp_path / "warmup")
+    assert found[0]["loss"] == pytest.approx(2 * math.log(2), abs=0.1)
+    assert found[-1]["loss"] < 0.3 and len(found) < 80
+    assert min(found[-1][f"{s}/held_out"] for s in align.NAMES) >= 0.9
+    assert not (tmp_path / "last").exists() and not (tmp_path / "log.jsonl").exists()
+
+    warmed = tmp_path / "warmup/last"
+    start_from = align.Args(policy=world.sft, data=world.align, out=str(tmp_path / "game"), disc_path=str(warmed), **GAME)
+    policy = model.load(world.sft)
+    before = scores(align.load_discriminator(warmed, start_from), world, policy)
+    align.main(start_from)
+    check_game(tmp_path / "game")
+    assert not (tmp_path / "game/warmup").exists()
+    after = align.load_discriminator(tmp_path / "game/last/discriminator", start_from)
+    assert not torch.equal(scores(after, world, policy), before)
+    # What is written is what was in memory: saved again, it gives the same tensors and the same scores.
+    align.save_discriminator(after, world.sft, tmp_path / "again")
+    same(weights(tmp_path / "again"), weights(tmp_path / "game/last/discriminator"))
+    again = align.load_discriminator(tmp_path / "again", start_from)
+    assert torch.equal(scores(again, world, policy), scores(after, world, policy))
+    with pytest.raises(ValueError, match="--disc moe"):
+        align.load_discriminator(warmed, replace(start_from, disc="dense"))
+
+
+def test_warm_up_from_rollouts_precedes_the_game(world, tmp_path):
+    flags = dict(warmup_steps=2, warmup_pairs=16, steps=1)
+    align.main(align.Args(policy=world.sft, data=world.align, out=str(tmp_path), **GAME | flags))
+    warm = records(tmp_path / "warmup")
+    assert [r["step"] for r in warm] == [1, 2]
+    for r in warm:
+        finite(r, ["loss", "grad_norm", *(f"{s}/{k}" for s in align.NAMES for k in ("acc", "margin"))])
+    finite(warm[-1], ["perception/held_out", "reasoning/held_out"])
+    check_game(tmp_path, steps=1)
+    assert moved(weights(tmp_path / "warmup/last"), weights(tmp_path / "last/discriminator"))
+
+
+# ------------------------------------------------------------------------------------------------------------- stage 3
+
+
+@pytest.mark.parametrize("algo", rlvr.ALGORITHMS)
+def test_rlvr(world, tmp_path, algo):
+    flags = dict(overlong=8, prompts_per_draw=4, max_draws=3, warmup=1) if algo == "dapo" else {}
+    args = rlvr.Args(policy=world.sft, data=world.rl, out=str(tmp_path), algo=algo, steps=3, lr=1e-3, **ROLLOUTS | COMMON | flags)
+    rlvr.main(args)
+    found = records(tmp_path)
+    assert [r["step"] for r in found] == [1, 2, 3]
+    for r in found:
+        finite(r, [*EVERY_STEP, "draws", "sampled", "groups", "surplus", "dropped"])
+        assert r["logp_diff_max"] < 1e-4 and r["skipped"] == r["left_out"] == 0
+        assert r["sampled"] == 4 * r["draws"] and r["groups"] <= 4
+        assert algo == "dapo" or (r["draws"] == 1 and r["groups"] == 4 and r["surplus"] == 0)
+    assert any(r["grad_norm"] > 0 for r in found)
+    assert any(0 < r["accuracy"] < 1 for r in found)
+    opens_everywhere(tmp_path / "last", world)
+    assert moved(weights(world.sft), weights(tmp_path / "last"))
+
+
+def test_minibatches_leave_the_policy_that_sampled(world, tmp_path):
+    flags = dict(minibatches=2, kl=0.1, lr=3e-3, clip_low=1e-4, clip_high=1e-4, steps=1) | ROLLOUTS | COMMON
+    rlvr.main(rlvr.Args(policy=world.sft, data=world.rl, out=str(tmp_path), **flags))
+    (first,) = records(tmp_path)
+    finite(first, [*EVERY_STEP, "kl"])
+    assert first["ratio_max"] > 1 and first["clip_frac"] > 0  # the second minibatch's ratios
+    assert first["logp_diff_max"] < 1e-4  # of the first minibatch: under the policy that sampled
+    assert first["kl"] > 1e-4  # the second minibatch is away from the start policy
+
+
+def test_kl_is_nothing_at_the_start(world, tmp_path):
+    rlvr.main(rlvr.Args(policy=world.sft, data=world.rl, out=str(tmp_path), kl=0.1, steps=1, **ROLLOUTS | COMMON))
+    assert records(tmp_path)[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_no_group_to_learn_from_is_counted_and_changes_nothing(world, tmp_path):
+    rows = [json.loads(line) for line in Path(world.rl).read_text().splitlines()]
+    for row in rows:
+        row["reward_model"]["ground_truth"] = "never"
+    path = world.folder / "never.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = dict(algo="dapo", overlong=0, prompts_per_draw=4, max_draws=2, steps=1) | ROLLOUTS | COMMON
+    rlvr.main(rlvr.Args(policy=world.sft, data=str(path), out=str(tmp_path), **flags))
+    (found,) = records(tmp_path)
+    assert (found["draws"], found["groups"], found["skipped"]) == (2, 0, 1) and math.isnan(found["loss"])
+    same(weights(world.sft), weights(tmp_path / "last"))
+
+
+# -------------------------------------------------------------------------------------------------- flags, and resuming
+
+
+def test_rows_that_cannot_be_used_are_counted_and_stop_the_run_past_max_bad(world, tmp_path):
+    rows = [json.loads(line) for line in Path(world.curated).read_text().splitlines()]
+    rows[3]["images"] = ["images/none.png"]
+    rows[5]["images"] = []
+    path = world.folder / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = dict(policy=world.sft, data=str(path), steps=1, batch=32, **COMMON)
+    sft.main(sft.Args(out=str(tmp_path / "some"), **args))
+    assert records(tmp_path / "some")[0]["left_out"] == 2
+    with pytest.raises(ValueError, match="bad.jsonl.*rows are bad"):
+        sft.main(sft.Args(out=str(tmp_path / "none"), max_bad=1, **args))
+
+
+def test_image_root(world, tmp_path):
+    for name, stage, flags in (("curated", sft, dict(batch=2)), ("align", align, GAME), ("rl", rlvr, ROLLOUTS)):
+        moved_file = tmp_path / f"{name}.jsonl"
+        moved_file.write_text(Path(getattr(world, name)).read_text())
+        flags = COMMON | flags | dict(steps=1, image_root=str(world.folder), out=str(tmp_path / name))
+        stage.main(stage.Args(policy=world.sft, data=str(moved_file), **flags))
+        assert records(tmp_path / name)[0]["left_out"] == 0
+
+
+def interrupted(stage, args, monkeypatch, at):
+    """Run `stage`, with a SIGTERM in each run at the update numbers `at` (counted within the run), and --resume."""
+    plain = stage.schedule
+    for update in at:
+        count = iter(range(100))
+
+        def schedule(*args, count=count, update=update):
+            if next(count) == update:
+                signal.raise_signal(signal.SIGTERM)
+            return plain(*args)
+
+        monkeypatch.setattr(stage, "schedule", schedule)
+        with pytest.raises(SystemExit) as stop:
+            stage.main(args)
+        assert stop.value.code == SAVED_AND_STOPPED
+        torch.manual_seed(99)  # nothing but the checkpoint may carry the run on
+        args = replace(args, resume=True)
+    monkeypatch.setattr(stage, "schedule", plain)
+    stage.main(args)
+
+
+def tensors(folder):
+    """Everything `--resume` needs: the players' parameters and their optimisers' moments."""
+    import torch.distributed.checkpoint as dcp
+
+    found = dcp.FileSystemReader(Path(folder, "resume")).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items()}
+    dcp.load(state, checkpoint_id=Path(folder, "resume"))
+    return state
+
+
+STAGES = {
+    "sft": (sft, "curated", dict(batch=8, steps=4, lr=1e-2, warmup=0.5), [1]),
+    "align": (align, "align", GAME | dict(steps=4, warmup_steps=3, warmup_pairs=16, probe_every=0), [1, 3]),
+    "rlvr": (rlvr, "rl", ROLLOUTS | dict(algo="dapo", overlong=8, prompts_per_draw=12, minibatches=2, steps=4, lr=1e-3), [1]),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resume_is_bitwise(world, tmp_path, monkeypatch, name):
+    stage, data, flags, at = STAGES[name]
+    args = stage.Args(policy=world.sft, data=getattr(world, data), out=str(tmp_path / "whole"), **COMMON | flags)
+    stage.main(args)
+    interrupted(stage, replace(args, out=str(tmp_path / "parts")), monkeypatch, at)
+    whole, parts = tmp_path / "whole/last", tmp_path / "parts/last"
+    same(weights(whole), weights(parts))
+    same(tensors(whole), tensors(parts))
+    one, two = records(tmp_path / "whole"), records(tmp_path / "parts")
+    for a, b in zip(one, two, strict=True):
+        assert {k for k in a if a[k] != b[k] and a[k] == a[k]} <= {"seconds"}
+    if name == "align":
+        same(weights(whole / "discriminator"), weights(parts / "discriminator"))
+        same(tensors(tmp_path / "whole/warmup/last"), tensors(tmp_path / "parts/warmup/last"))
+    if name == "rlvr":
+        assert one[1]["surplus"] > 0  # the surplus groups went through the checkpoint
+
+
+def test_resume_without_a_checkpoint_starts_afresh(world, tmp_path):
+    sft.main(sft.Args(init=world.config, data=world.curated, out=str(tmp_path), steps=1, batch=8, resume=True, **COMMON))
+    assert [r["step"] for r in records(tmp_path)] == [1]
+
+
+def test_a_run_is_not_overwritten(world, tmp_path):
+    args = sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path), steps=1, batch=8, **COMMON)
+    Log(tmp_path, args)
+    with pytest.raises(SystemExit, match="--resume"):
+        sft.main(args)
