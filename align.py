@@ -31,7 +31,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoModelForImageTextToText
 
 import health
 from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
@@ -226,10 +225,9 @@ def load_discriminator(args) -> Discriminator:
     """Open --disc_path, written by `save_discriminator` or the released one; without it upcycle --disc_init (the policy).
     ValueError where --disc_path is no discriminator, or in doubt."""
     if not args.disc_path:
-        path = args.disc_init or args.policy
-        hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        base = load(args.disc_init or args.policy).hf.model
         torch.manual_seed(args.seed)
-        return Discriminator(hf.model, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
+        return Discriminator(base, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
     folder = args.disc_path
     base, state, config = read_backbone(folder)
     experts, top_k = (config["text_config"].get(k, 0) for k in ("num_experts", "num_experts_per_tok"))
@@ -333,7 +331,7 @@ def disc_pass(disc, items, args, device, train=True):
                 (loss * world()).backward()
             total += float(loss.detach())
             loads.append(load.detach() * pack.weight)
-    return total, all_sum(torch.stack(loads).sum(0)).cpu()
+    return total, all_sum(torch.stack(loads).sum(0)).cpu() if loads else torch.zeros(2, 0, 1)
 
 
 def disc_metrics(items, numbers, load, args, probe=False):

@@ -61,8 +61,8 @@ def probe_metrics(probes, names):
 
 
 def accuracy(margin):
-    """Share of pairs in which the reference is ahead, ties ½."""
-    return _mean((margin.sign() + 1) / 2)
+    """Share of pairs in which the reference is ahead, ties ½ (the same text twice in a pack: equal up to rounding)."""
+    return _mean((margin.masked_fill(margin.abs() <= 1e-6, 0).sign() + 1) / 2)
 
 
 def moments(scores):
@@ -130,8 +130,8 @@ def _held_out_accuracy(difference, prompts, random, steps=200):
     difference (B, F): features of the reference minus those of the policy. Bradley-Terry with a linear score, trained
     on half of the prompts and tested on the other, both ways; no state outside is touched.
     """
-    number = {}
-    prompt = torch.tensor([number.setdefault(tuple(ids), len(number)) for ids in prompts])
+    number = {ids: i for i, ids in enumerate(sorted(set(map(tuple, prompts))))}  # the split: as on one rank
+    prompt = torch.tensor([number[tuple(ids)] for ids in prompts])
     if len(number) < 2:
         return nan
     first = (torch.randperm(len(number), generator=random) < len(number) // 2)[prompt]

@@ -1,12 +1,11 @@
-"""Verifiable rewards: is a response well-formed, and is its answer right? Pure Python; Math-Verify is optional.
+"""Verifiable rewards: is a response well-formed, and is its answer right? Pure Python, POSIX; Math-Verify is optional.
 
-Rules come first: options by letter or text, yes/no, numbers, units, percentages, tuples, intervals, sets, `x = ...`.
-They say True, False or None (cannot tell); only None (LaTeX, relations, prose) goes to Math-Verify. SymPy can hang or
-swell on hostile text, so it lives in a worker process (`rewards.py --worker`, JSON lines over pipes) that forks a child
-per question, with limits on time and memory: no signals in the caller, so any thread or notebook may ask. POSIX only.
-Where verifiers differ: 10% equals 10 and 0.1; a unit that one side leaves out is ignored, two units are converted; bare
-lists and {sets} have no order, (tuples) have; [1,2), (1,2] and (1,2) differ; a rounded decimal needs six significant
-digits; what is longer than MAX_CHARS is wrong."""
+Rules come first: options by letter or text, yes/no, numbers, units, percentages, tuples, intervals, sets, `x = ...`. They say
+True, False or None (cannot tell); only None (LaTeX, relations, prose) goes to Math-Verify. SymPy can hang or swell on hostile
+text: a worker process (`rewards.py --worker`, JSON lines over pipes) forks a child per question, with limits on time and
+memory. That needs no signals in the caller, so any thread or notebook may ask. Where verifiers differ: 10% equals 10 and 0.1;
+a unit left out on one side is ignored, two must be the same; lists and {sets} have no order, (tuples) have; [1,2), (1,2] and
+(1,2) differ; a rounded decimal needs six significant digits; what is longer than MAX_CHARS is wrong."""
 
 import functools
 import importlib.util
@@ -15,15 +14,13 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import warnings
 from fractions import Fraction
+from subprocess import DEVNULL, PIPE, Popen
 
-MAX_CHARS, MAX_DEPTH, MAX_ITEMS = 4000, 20, 64
-SECONDS, MEMORY = 1.5, 1 << 30  # for one question to Math-Verify: wall time, bytes
-HAVE_MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
+MAX_CHARS, MAX_DEPTH, MAX_ITEMS, SECONDS, MEMORY = 4000, 20, 64, 1.5, 1 << 30  # the last two: of a question to Math-Verify
 TAGS = ["<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>"]
 
 
@@ -41,8 +38,7 @@ def split_spans(response):
 
 
 def score(response, gold, choices=(), equivalent_answers=()):
-    """{"accuracy", "format", "reward"}: floats, reward = 0.8 accuracy + 0.2 format; all three are 0 when malformed.
-    The answer is right if it is equivalent to `gold` or to one of `equivalent_answers`."""
+    """Floats accuracy, format, reward = 0.8 accuracy + 0.2 format, all 0 when malformed; right: `gold` or an equivalent."""
     p, golds = parts(response), [gold, *(() if equivalent_answers is None else equivalent_answers)]
     accuracy, well_formed = float(bool(p) and any(equivalent(p[2], g, choices) for g in golds)), float(bool(p))
     return {"accuracy": accuracy, "format": well_formed, "reward": 0.8 * accuracy + 0.2 * well_formed}
@@ -52,36 +48,31 @@ def equivalent(pred, gold, choices=()):
     """Is `pred` the answer `gold`? `choices`: the options' texts in order. What is blank or no text equals nothing."""
     if not all(isinstance(text, str) and len(text) <= MAX_CHARS and text.strip() for text in (pred, gold)):
         return False
-    choices = [] if choices is None else [str(choice)[:MAX_CHARS] for choice in choices]
-    p, g, options = clean(pred), clean(gold), [clean(choice) for choice in choices]
+    p, g, options = clean(pred), clean(gold), [clean(str(choice)[:MAX_CHARS]) for choice in choices or ()]
     if (right := option(g, options)) is not None:
-        if (chosen := option(p, options)) is not None:
+        chosen = option(p, options)
+        if chosen is not None or any(same(p, text) for i, text in enumerate(options) if i != right):
             return chosen == right
-        if any(same(p, text) for i, text in enumerate(options) if i != right):
-            return False
-        g, gold = options[right], choices[right]
+        g, gold = options[right], str(choices[right])
     return math_verify(pred, gold) if (verdict := same(p, g)) is None else verdict
 
 
 # ---- Spelling. Patterns may meet any text of MAX_CHARS characters: each takes at worst quadratic time.
 UNICODE = str.maketrans({chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | {
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "−": "-", "–": "-", "²": "^2", "³": "^3", "½": " 1/2", "÷": "/",
-    "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-    "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in "})  # fmt: skip
-BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
-BOX = re.compile(r"\\+f?box(?:ed)?\s*" + BRACES)
+    "·": r"\cdot ", "×": r"\times ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in "})  # fmt: skip
+BOX = re.compile(r"\\+f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\\\(?=[a-zA-Z])", r"\\"), (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 "), (r",\\!\s*|\{,\}(?:\\!)?", ","),
-    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|\{\}|(?<!\\)\\[()\[\]]", ""), ("==", "="),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s+", " "), (r"\\([{}%$&#])", r"\1"),
-    (r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
-    (r"\^ ?\{? ?\\circ ?\}?|\\(?:degree|circ)(?![a-zA-Z])", "°"), (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
-    (r"\\sqrt ?(\w)", r"\\sqrt{\1}"), (r"\\([lg])e(?:q|qslant)?(?![a-zA-Z])", r"\\\1e "), (" +", " "), (r" ?\^ ?", "^"),
-    (r"(?i)\b(?:square|sq) ([a-z]+)|\b([a-z]+) squared\b", r"\1\2^2"), (r"(?i)\bcubic ([a-z]+)", r"\1^3"),
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|\{\}|(?<!\\)\\[()\[\]]", ""), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s+", " "), (r"\\([{}%$&#])", r"\1"), (r"\\([lg])e(?:q|qslant)?(?![a-zA-Z])", r"\\\1e "),
+    (r"\\(?:text\w*|math(?:rm|bf|it|sf)|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "), (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
+    (r"\^ ?\{? ?\\circ ?\}?|\\(?:degree|circ)(?![a-zA-Z])", "°"), (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (" +", " "),
+    (r" ?\^ ?", "^"), (r"(?i)\b(?:square|sq) ([a-z]+)|\b([a-z]+) squared\b", r"\1\2^2"), (r"(?i)\bcubic ([a-z]+)", r"\1^3"),
     *((rf"(?i)(?<=\d) {name}\b", rf"*10^{n}") for name, n in (("thousand", 3), ("million", 6), ("billion", 9))),
-    (r"([$€£]) ?(\d[\d.,]*(?:\*10\^\d)?)", r"\2 \1"), (r"(?<=[\d}]) ?\\approx.*", ""), (r"\\approx", "="),
-    (r"(?i)^.*\b(?:answer|result|option|choice)(?: is\b| ?:| ?=) ?:? ?(?=\S)", ""),
-    (r" per | ?/ ?", "/"), (r"^[*`\"“ ]+|[*`\"” .,;:]+$", ""))]  # fmt: skip
+    (r"([$€£]) ?(\d[\d.,]*(?:\*10\^\d)?)", r"\2 \1"), (" per | ?/ ?", "/"), (r"(?<=[\d}]) ?\\approx.*", ""), (r"\\approx", "="),
+    (r"(?i)^.*\b(?:answer|result|option|choice)(?: is\b| ?:| ?=) ?:? ?(?=\S)", ""), (r"^[*`\"“ ]+|[*`\"” .,;:]+$", ""))]
 PROSE = re.compile(r"(?:(?<![\\A-Za-z])(?!and\b|or\b)[A-Za-z]{2,}(?![A-Za-z]).*?){4}")  # four words
 WORDS = re.compile(r"[A-Za-z\s'\",.!?:;-]*[A-Za-z]{2}[A-Za-z\s'\",.!?:;-]*")
 
@@ -104,16 +95,14 @@ def key(text):  # of words: without case, articles, punctuation; of other texts:
 
 
 # ---- Readings of a cleaned text, None where one does not apply.
-TRUTH = re.compile(r"(?i)(?:[a-z ]* is )?(?:(yes|true)|no|false)(?=$|[.,;:!])(?!.*\b(?:yes|no|true|false|not)\b)")
-DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)?(?:\.\d+)?(?<=\d)"
-NUMBER = re.compile(rf"([+-]?) ?(?!0+:)(?:(\d+) (?=\d+/))?({DECIMAL})(?:(?:[eE]| ?(?:\\times|\\cdot|[*x]) ?10\^)"
-                    r"\{?([+-]?\d{1,3})\}?|\^\{?(-?\d{1,3})\}?| ?(?:/|:(?! ?0)) ?(\d+(?:\.\d+)?))?")  # 12:05 is a time
-UNITS = {name: (Fraction(size), base) for names, size, base in (entry.split(":") for entry in (
-    "m meter metre:1:m,km kilometer kilometre:1000:m,cm centimeter centimetre:0.01:m,mm millimeter millimetre:0.001:m,"
-    "in inch inche:0.0254:m,ft foot feet:0.3048:m,yd yard:0.9144:m,mi mile:1609.344:m,g gram:1:g,kg kilogram:1000:g,"
-    "mg milligram:0.001:g,lb pound:453.59237:g,oz ounce:28.349523125:g,l liter litre:1:l,ml milliliter:0.001:l,"
-    "s sec second:1:s,min minute:60:s,h hr hour:3600:s,day:86400:s,° deg degree:1:°,$ dollar usd:1:$,cent:0.01:$,"
-    "€ euro:1:€,% percent percentage pct:1:%").split(",")) for name in names.split()}  # fmt: skip
+TRUTH = re.compile(r"(?i)(?:[a-z ]* is )?(?:(yes|true)|no|false)(?=$|[.,;:!])(?!.*\b(?:yes|no|true|false)\b)")
+NUMBER = re.compile(r"([+-]?) ?(?!0+:)(?:(\d+) (?=\d+/))?((?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)?(?:\.\d+)?(?<=\d))"
+                    r"(?:(?:[eE]| ?(?:\\times|\\cdot|[*x]) ?10\^)\{?([+-]?\d{1,3})\}?|\^\{?(-?\d{1,3})\}?| ?(?:/|:(?! ?0)) ?"
+                    r"(\d+(?:\.\d+)?))?")  # 1,234.5; 1e5; 10^5; 1/2; 2 1/2; the ratio 1:2, but 12:05 is a time
+UNITS = {name: names.split()[0] for names in (
+    "m meter metre,km kilometer kilometre,cm centimeter centimetre,mm millimeter millimetre,in inch inche,ft foot feet,yd yard,"
+    "mi mile,g gram,kg kilogram,mg milligram,lb pound,oz ounce,l liter litre,ml milliliter,s sec second,min minute,h hr hour,"
+    "° deg degree,$ dollar usd,€ euro,£,% percent percentage pct").split(",") for name in names.split()}  # fmt: skip
 NO_UNIT = set("or and is are not of to the than times more less plus minus by if so because but maybe".split())
 TAIL = re.compile(r"(?<![A-Za-z°%$€£\\])[A-Za-z°%$€£]++(?:\^?\{?-?\d\}?)?(?:[ /][A-Za-z°$]++(?:\^?\{?-?\d\}?)?){0,5}$")
 
@@ -143,18 +132,13 @@ def number(text):  # (value, tolerance) of a number, fraction, mixed number, rat
     return -value if m[1] == "-" else value, Fraction(10) ** (shift - len(plain.partition(".")[2])) if rounded else 0
 
 
-def split_unit(text):  # (text without its unit, (factor, dimensions) or None); any word can be the unit of a number
-    tail, factor, dimensions = TAIL.search(text), Fraction(1), {}
-    core = text[: tail.start()].strip() if tail else ""
-    if not core or (re.fullmatch("[A-Za-z]", tail[0]) and text[tail.start() - 1] != " "):  # 5m may be a product
-        return text, None
-    for under, name, power in re.findall(r"(/?)([a-z]+|[°%$€£])\^?\{?(-?\d)?", tail[0].lower()):
-        size, base = UNITS.get(name) or UNITS.get(name.removesuffix("s")) or (1, name.removesuffix("s"))
-        if base not in UNITS and (len(name) < 3 or name in NO_UNIT or not number(core)):
-            return text, None
-        power = int(power or 1) * (-1 if under else 1)
-        factor, dimensions[base] = factor * size**power, dimensions.get(base, 0) + power
-    return core, (factor, dimensions)
+def split_unit(text):  # (text without its unit, the unit or ""); any word can be the unit of a number
+    tail = TAIL.search(text)
+    core, words = (text[: tail.start()].strip(), re.findall(r"[a-z]+|[°%$€£/]|-?\d", tail[0].lower())) if tail else ("", [])
+    names = [UNITS.get(word) or UNITS.get(word.removesuffix("s"), word.removesuffix("s")) for word in words]
+    strange = [name for name in names if name.isalpha() and name not in UNITS]
+    plausible = not strange or (number(core) and not NO_UNIT.intersection(words) and min(map(len, strange)) > 2)
+    return (core, " ".join(names)) if core and plausible else (text, "")
 
 
 def items(text):  # (the brackets around all of it or "", its parts between top-level commas or semicolons)
@@ -173,58 +157,44 @@ def items(text):  # (the brackets around all of it or "", its parts between top-
 
 def assignment(text):  # (name, value) of `x = 7`, `f(x) = ...`, `(p, q) = (3, 2)`; of `a = b = c` the last value
     sides = re.split(r"(?<![<>!\\])=", text)
-    name = re.sub(r"_(?:\{[^{}]*\}|\w)", "", sides[0])
-    if len(sides) > 1 and re.fullmatch(r"[^\d+*^<>|-]*[A-Za-z][^\d+*^<>|-]*", name) and len(items(text)[1]) == 1:
-        return key(sides[0]), sides[-1].strip()
+    name = re.fullmatch(r"(?=.*[A-Za-z])(?:[^\d+*^<>|_-]|_\{[^{}]*\}|_\w)+", sides[0])
+    return (key(sides[0]), sides[-1].strip()) if len(sides) > 1 and name and len(items(text)[1]) == 1 else None
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def same(p, g):  # are two cleaned texts one answer? True, False, or None: cannot tell
-    if key(p) == key(g) != "":
+    p_label, g_label, p_truth, g_truth = label(p), label(g), TRUTH.match(p), TRUTH.match(g)
+    if key(p) == key(g) != "" or (p_label and p_label[1] and not g_label and same(p_label[1], g)):
         return True
     if not p or not g or "()" in p or max(map(p.count, "([{")) > MAX_DEPTH:
         return False
-    p_label, g_label, p_truth, g_truth = label(p), label(g), TRUTH.match(p), TRUTH.match(g)
     if p_label and g_label:
         return p_label[0] == g_label[0] and not (p_label[1] and g_label[1] and same(p_label[1], g_label[1]) is False)
     if g_label:
         return same(p, g_label[1])
-    if p_label and p_label[1] and same(p_label[1], g):
-        return True
     if g_truth:
         return p_truth is not None and bool(p_truth[1]) == bool(g_truth[1])
     (p_core, p_unit), (g_core, g_unit) = split_unit(p), split_unit(g)
-    if "." in g_core and re.fullmatch(r"-?\d+,\d+", p_core) and not number(p_core):
-        p_core = p_core.replace(",", ".")  # a decimal comma
     p_number, g_number, p_items, g_items = number(p_core), number(g_core), items(p)[1][1:], items(g)[1][1:]
-    p_name, g_name = assignment(p), assignment(g)
+    p_name, g_name, p_word, g_word = assignment(p), assignment(g), WORDS.fullmatch(p), WORDS.fullmatch(g) and len(g) > 2
+    if p_number and g_number and "%" in (p_unit, g_unit) and "" in (p_unit, g_unit):
+        of, plain = (p_number[0], g_number[0]) if p_unit else (g_number[0], p_number[0])
+        return of == plain * 100 or of == plain >= 1  # 10% is 0.1 and, where it cannot be meant as a proportion, 10
+    if p_unit and g_unit and p_unit != g_unit:
+        return False
     if p_number and g_number:
-        return same_quantity(*p_number, p_unit, *g_number, g_unit)
-    if re.fullmatch(r"\d+ ?: ?\d+", p) and re.fullmatch(r"\d+ ?: ?\d+", g):
-        return False  # times that differ
+        return p_number[0] == g_number[0] or abs(p_number[0] - g_number[0]) < max(p_number[1], g_number[1])
     if p_items and g_items and not p_number and not g_number:
         return same_items(*items(p), *items(g))
-    if WORDS.fullmatch(g) and len(g) > 2 and (p_number or WORDS.fullmatch(p)) or g_number and WORDS.fullmatch(p):
+    if p_word and (g_word or g_number) or g_word and p_number or re.fullmatch(r"(?:#\d+ ?: ?\d+){2}", f"#{p}#{g}"):
         return False
     if p_items and g_number or g_items and p_number:
-        return None if PROSE.search(p) else False
+        return None if PROSE.search(p) or re.fullmatch(r"-?\d+,\d+", p) else False  # 1000,99 may be a decimal
     if p_name and g_name and p_name[0] != g_name[0] and len(p_name[0] + g_name[0]) == 2:  # another variable's value
         return False if number(p_name[1]) and number(g_name[1]) else None
     if p_name or g_name:
         return same(p_name[1] if p_name else p, g_name[1] if g_name else g)
-    if p_unit and g_unit and p_unit != g_unit:
-        return False
-    bare = split_unit(p_core)[1] is None and split_unit(g_core)[1] is None
-    return same(p_core, g_core) if (p_unit or g_unit) and bare else None
-
-
-def same_quantity(p, p_tolerance, p_unit, g, g_tolerance, g_unit):
-    if p_unit and g_unit:
-        return p_unit[1] == g_unit[1] and p * p_unit[0] == g * g_unit[0]
-    if "%" in (p_unit or g_unit or ((), ()))[1]:  # 10% is 0.1 and, if it cannot be meant as a proportion, 10
-        of, plain = (p, g) if p_unit else (g, p)
-        return of == plain * 100 or of == plain >= 1
-    return p == g or abs(p - g) < max(p_tolerance, g_tolerance)
+    return same(p_core, g_core) if (p_unit or g_unit) and not (TAIL.search(p_core) or TAIL.search(g_core)) else None
 
 
 def same_items(p_kind, ps, g_kind, gs):
@@ -241,56 +211,48 @@ def same_items(p_kind, ps, g_kind, gs):
     return False if any(set(row) == {False} for row in rows) else all(True in row for row in rows) or None
 
 
-# ---- Math-Verify, in a worker process.
 _lock, _process = threading.Lock(), None
 os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock(), _process=None))  # not its pipes
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def math_verify(pred, gold):
-    """The worker's verdict; False without Math-Verify and where a limit was hit. A worker that died is replaced."""
+    """The worker's verdict; False without Math-Verify and at a limit. A worker that somebody ended is replaced."""
     global _process
-    if not HAVE_MATH_VERIFY:
+    if importlib.util.find_spec("math_verify") is None:
         warnings.warn("Math-Verify is missing (extra `math`): answers are compared as texts and numbers", stacklevel=1)
         return False
     with _lock:
-        for _ in range(2):
-            process, _process = _process, None  # so that after an interrupt nobody reads another question's answer
-            command = [sys.executable, "-P", os.path.abspath(__file__), "--worker"]
-            process = process or subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            try:
-                process.stdin.write(json.dumps([pred, gold]).encode() + b"\n")
-                verdict, _process = json.loads(process.stdout.readline()), process
-                return verdict
-            except (OSError, ValueError):
-                process.kill()
-                process.communicate()
-    raise RuntimeError("rewards.py: the Math-Verify worker does not start; its own error is above")
+        process, _process = _process, None  # so that after an interrupt nobody reads another question's answer
+        if process is None or process.poll() is not None:
+            command = [sys.executable, "-P", __file__, "--worker"]
+            process = Popen(command, bufsize=0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        process.stdin.write(json.dumps([pred, gold]).encode() + b"\n")
+        if not (line := process.stdout.readline()):
+            raise RuntimeError("the Math-Verify worker ended: `python rewards.py --worker` shows why")
+        _process = process
+        return json.loads(line)
 
 
 def serve():
     """The worker: a line [pred, gold] in, a verdict out, each from a child of its own that may hang, swell or crash."""
-    import logging
-
     from math_verify import parse, verify
 
     def read(text):  # as a formula where nothing in it says prose, else by Math-Verify's extraction
         text = text.translate(UNICODE).replace("\\$", "")
-        formula = not re.search(r"(?<![\\{A-Za-z])(?!sqrt)[A-Za-z]{4,}|\$|\\[(\[]|\\boxed|[^\0-\x7f]", text)
+        formula = not re.search(r"(?<![\\{A-Za-z])(?!sqrt)[A-Za-z]{4,}|\$|\\[(\[]|\\boxed|[^\0-\x7f]|^[-\d.,]+$", text)
         return (parse(f"${text}$", parsing_timeout=None) if formula else []) or parse(text, parsing_timeout=None)
 
-    logging.disable()
     verify(read("\\frac{1}{2}"), read("0.5"), timeout_seconds=None)  # fills the parser's tables before the forks
     for line in sys.stdin:
         if (child := os.fork()) == 0:
-            status = 1
             try:
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                 signal.setitimer(signal.ITIMER_REAL, SECONDS)  # its signal ends the child, whatever that is doing
                 pred, gold = map(read, json.loads(line))
-                status = 0 if verify(gold, pred, timeout_seconds=None) else 1
+                os._exit(0 if verify(gold, pred, timeout_seconds=None) else 1)
             finally:
-                os._exit(status)
+                os._exit(1)
         print(json.dumps(os.waitpid(child, 0)[1] == 0), flush=True)
 
 

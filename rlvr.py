@@ -192,8 +192,8 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
                 (logp.sum() * 0.0).backward()
                 continue
             sampler_logp = torch.tensor([x for g, c in where for x in groups[g].rollouts[c].logps], device=device)
-            diff = (logp.detach() - sampler_logp).abs()
             old = logp.detach() if on_policy else torch.cat([groups[g].old_logp[c] for g, c in where]).to(device)
+            diff = (old - sampler_logp).abs()  # both under the policy that sampled
             mask = pack.rows(torch.ones_like(logp)).bool()
             loss, m = policy_loss(
                 pack.rows(logp), pack.rows(old), torch.stack([groups[g].advantage[c] for g, c in where]).to(device),
@@ -210,18 +210,16 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
             sums["clipped"] += m["clip_frac"] * m["tokens"]
             sums["entropy"] += float(entropy.sum())
             ratio_max = max(ratio_max, m["ratio_max"])
-            if part == 0:
-                sums["diff"], most = sums["diff"] + float(diff.sum()), max(most, float(diff.max()))
-                sums["first"] = sums.get("first", 0) + len(diff)
+            sums["diff"], most = sums["diff"] + float(diff.sum()), max(most, float(diff.max()))
         norm, bad = step_if_finite(opt, part_loss, args.grad_clip, "policy")
         norms, skipped, sums["loss"] = [*norms, norm], skipped + bad, sums["loss"] + part_loss
-    sums = all_sum(sums | {"first": sums.get("first", 0)})
-    tokens, first = sums["tokens"] or float("nan"), sums["first"] or float("nan")
+    sums = all_sum(sums)
+    tokens = sums["tokens"] or float("nan")
     return {
         "loss": sums["loss"] / args.minibatches, "grad_norm": sum(norms) / len(norms), "skipped": skipped,
         "clip_frac": sums["clipped"] / tokens, "ratio_max": all_max(ratio_max), "entropy": sums["entropy"] / tokens,
         "kl": sums["kl"] / tokens if ref_logp else float("nan"), "tokens": sums["tokens"],
-        "logp_diff": sums["diff"] / first, "logp_diff_max": all_max(most),
+        "logp_diff": sums["diff"] / tokens, "logp_diff_max": all_max(most),
     }  # fmt: skip
 
 
@@ -272,6 +270,7 @@ def main(args):
     # data
     data = read(args.data, "rl", args.image_root, args.max_bad)
     order, surplus, start = Order(len(data), args.seed), [], 0
+    spare = Tree(data.draw(Order(len(data), args.seed), 1, encoder.prompt)[0], [[encoder.eos]])  # for ranks without a group
     # resume
     last = f"{args.out}/last"
     if args.resume and (found := restore(last, {"policy": (policy, opt)})):
@@ -285,7 +284,6 @@ def main(args):
         # 1) rollout   2) score
         hf = sampler.refresh()
         groups, new_surplus, seen, counts = collect(step, data, order, hf, encoder, args, ranks, surplus)
-        spare = Tree((groups or seen or surplus)[0].prompt, [[encoder.eos]])
         for g, logps in zip(new_surplus, trainer_logps(policy, new_surplus, args, spare, device), strict=True):
             g.old_logp = logps
         # 3) advantage

@@ -16,17 +16,17 @@ import align
 import rlvr
 import sft
 
-GAME = dict(steps=2, lr=1e-3, disc_lr=1e-3, probe_every=1, warmup_steps=2, warmup_pairs=32, upcycle_noise=0.1)
+GAME = dict(steps=1, lr=1e-3, disc_lr=1e-3, probe_every=1, warmup_steps=2, warmup_pairs=32, upcycle_noise=0.1)
 RUNS = {  # name -> (stage, data, flags)
-    "sft": ("sft", "curated", dict(steps=2, batch=8, lr=1e-3)),
+    "sft": ("sft", "curated", dict(steps=2, batch=8, lr=1e-3, schedule="constant", warmup=0.0)),
     "align": ("align", "align", GAME | ROLLOUTS),
-    "rlvr": ("rlvr", "rl", dict(steps=2, lr=1e-3, minibatches=2, kl=0.1) | ROLLOUTS),
+    "rlvr": ("rlvr", "rl", dict(steps=1, lr=1e-3, minibatches=2, kl=0.1) | ROLLOUTS),
     "experts": ("align", "align", GAME | ROLLOUTS | dict(disc="experts", warmup_steps=0)),
     "dense": ("align", "align", GAME | ROLLOUTS | dict(disc="dense", disc_blind=True, warmup_steps=0)),
     "whole": ("align", "align", GAME | ROLLOUTS | dict(spans="whole", warmup_steps=0, checkpointing=True)),
     "uneven": ("align", "align", GAME | ROLLOUTS | dict(prompts_per_step=3, warmup_steps=0, pack_tokens=64)),
     "gspo": ("rlvr", "rl", dict(steps=2, lr=1e-3, algo="gspo", pack_tokens=64) | ROLLOUTS),
-    "dapo": ("rlvr", "rl", dict(steps=4, lr=1e-3, algo="dapo", overlong=8, prompts_per_draw=4, max_draws=3) | ROLLOUTS),
+    "dapo": ("rlvr", "rl", dict(steps=4, lr=1e-3, algo="dapo", overlong=8, prompts_per_draw=12, max_draws=3) | ROLLOUTS),
 }
 FAST = ("sft", "align", "rlvr")
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
@@ -76,14 +76,14 @@ def on_two_ranks(jobs, folder, timeout=240):
     assert codes == [0, 0], "\n".join(f"--- {f.name}\n{f.read_text()[-4000:]}" for f in prints)
 
 
-def agree(one, two):
+def agree(one, two, rel=1e-4):
     """Records of runs on one and on two ranks: sums and means of the same numbers in another order."""
     assert len(one) == len(two) > 0
     loose = {"logp_diff", "logp_diff_max", "seconds"}
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - loose:
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=2e-6, nan_ok=True), (a["step"], key)
+        wrong = {k: (a[k], b[k]) for k in a.keys() - loose if a[k] != pytest.approx(b[k], rel=rel, abs=2e-6, nan_ok=True)}
+        assert not wrong, a["step"]
         assert b.get("logp_diff_max", 0) < 1e-4
 
 
@@ -125,37 +125,32 @@ def test_dapo_on_two_ranks(world, tmp_path):  # noqa: F811
     on_two_ranks([(stage, flags | {"steps": 3}), (stage, flags | {"resume": True})], tmp_path)
     found = records(tmp_path / "dapo")
     assert [r["step"] for r in found] == [1, 2, 3, 4]
+    assert sum(r["surplus"] for r in found) > 0
     for r in found:
-        assert r["groups"] <= 4 and r["draws"] <= 3 and r["sampled"] == 4 * r["draws"]
+        assert r["groups"] <= 4 and r["draws"] <= 3 and r["sampled"] == 12 * r["draws"]
         assert r["logp_diff_max"] < 1e-4 and (r["groups"] == 0 or r["grad_norm"] > 0)
 
 
 @pytest.mark.slow
 def test_resume_on_another_number_of_ranks(world, tmp_path):  # noqa: F811
-    """Two steps on two ranks, two more on one: as four on one. The checkpoint is cut anew."""
-    for name in ("sft", "align", "rlvr"):
-        stage, flags = arguments(name, world, tmp_path / name)
-        on_two_ranks([(stage, flags)], tmp_path)
-        more = STAGES[stage].Args(**flags | dict(steps=3, resume=True))
-        STAGES[stage].main(more)
-        stage, flags = arguments(name, world, tmp_path / f"{name}1", steps=3)
-        if name == "sft":
-            flags |= dict(schedule="constant")
-        STAGES[stage].main(STAGES[stage].Args(**flags))
-        one, two = records(tmp_path / f"{name}1")[-1], records(tmp_path / name)[-1]
-        if name != "sft":
-            assert one["length"] == two["length"] and one["loss"] == pytest.approx(two["loss"], rel=1e-3, abs=1e-5)
+    """Begun on two ranks, ended on one: as all on one. What was saved in two pieces is put together."""
+    on_two_ranks([arguments(name, world, tmp_path / f"{name}2") for name in FAST], tmp_path)
+    for name in FAST:
+        stage, flags = arguments(name, world, tmp_path / f"{name}2")
+        more = dict(steps=flags["steps"] + 1)
+        STAGES[stage].main(STAGES[stage].Args(**flags | more | dict(resume=True)))
+        STAGES[stage].main(STAGES[stage].Args(**arguments(name, world, tmp_path / f"{name}1", **more)[1]))
+        agree(records(tmp_path / f"{name}1"), records(tmp_path / f"{name}2"), rel=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft.py"])
-def test_torchrun(world, tmp_path, stage):  # noqa: F811
+def test_torchrun(world, tmp_path):  # noqa: F811
     """The command of the docstring; torchrun sets what ranks.setup reads."""
     _, flags = arguments("sft", world, tmp_path)
     flags = [f"--{k}={v}" for k, v in flags.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_ports(1)[0]}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(ROOT / stage), *flags], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, str(ROOT / "sft.py"), *flags], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
     header = json.loads(Path(tmp_path, "log.jsonl").read_text().splitlines()[0])

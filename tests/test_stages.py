@@ -30,7 +30,8 @@ GAME = dict(steps=2, lr=1e-3, disc_lr=1e-3, warmup_steps=0, probe_every=1) | ROL
 EVERY_STEP = ("loss", "grad_norm", "entropy", "tokens", "logp_diff", "logp_diff_max", "format", "accuracy", "reward",
               "length", "truncated", "informative", "lr", "clip_frac", "ratio_max")  # fmt: skip
 OF_A_SPAN = ("acc", "margin", "margin_p10", "margin_p90", "saturated", "reference_mean", "reference_std", "policy_mean",
-             "policy_std", "policy_absmax", "group_std", "flat_groups", "longer", "clipped", "leak", "length_probe")  # fmt: skip
+             "policy_std", "policy_absmax", "group_std", "flat_groups", "longer", "clipped", "leak",
+             "length_probe")  # fmt: skip
 
 
 def build_world(folder):
@@ -40,7 +41,7 @@ def build_world(folder):
     scenes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(scenes)
     for name, rows in {"curated": 32, "align": 24, "pairs": 24, "rl": 12}.items():
-        scenes.FILES[name] = replace(scenes.FILES[name], objects=(1, 2), matches=0)
+        scenes.FILES[name] = replace(scenes.FILES[name], objects=(1, 2), matches=1)
         scenes.write(folder / f"{name}.jsonl", scenes.make(folder, name, rows, 0))
     (folder / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     world = SimpleNamespace(folder=folder, sft=f"{folder}/sft/last", config=f"{folder}/config.json")
@@ -178,8 +179,8 @@ def test_game(world, tmp_path, form):
     opens_everywhere(tmp_path / "last", world)
     assert moved(weights(world.sft), weights(tmp_path / "last"))
 
-    disc = align.load_discriminator(tmp_path / "last/discriminator", args)
-    other = align.upcycle(world.sft, args)
+    disc = align.load_discriminator(replace(args, disc_path=f"{tmp_path}/last/discriminator"))
+    other = align.load_discriminator(args)
     policy = model.load(tmp_path / "last")
     assert torch.isfinite(scores(disc, world, policy)).all()
     assert not torch.equal(scores(disc, world, policy), scores(other, world, policy))
@@ -210,19 +211,19 @@ def test_discriminator_learns_what_it_is_told(world, tmp_path):
     warmed = tmp_path / "warmup/last"
     start_from = align.Args(policy=world.sft, data=world.align, out=str(tmp_path / "game"), disc_path=str(warmed), **GAME)
     policy = model.load(world.sft)
-    before = scores(align.load_discriminator(warmed, start_from), world, policy)
+    before = scores(align.load_discriminator(start_from), world, policy)
     align.main(start_from)
     check_game(tmp_path / "game")
     assert not (tmp_path / "game/warmup").exists()
-    after = align.load_discriminator(tmp_path / "game/last/discriminator", start_from)
+    after = align.load_discriminator(replace(start_from, disc_path=f"{tmp_path}/game/last/discriminator"))
     assert not torch.equal(scores(after, world, policy), before)
     # What is written is what was in memory: saved again, it gives the same tensors and the same scores.
     align.save_discriminator(after, world.sft, tmp_path / "again")
     same(weights(tmp_path / "again"), weights(tmp_path / "game/last/discriminator"))
-    again = align.load_discriminator(tmp_path / "again", start_from)
+    again = align.load_discriminator(replace(start_from, disc_path=f"{tmp_path}/again"))
     assert torch.equal(scores(again, world, policy), scores(after, world, policy))
     with pytest.raises(ValueError, match="--disc moe"):
-        align.load_discriminator(warmed, replace(start_from, disc="dense"))
+        align.load_discriminator(replace(start_from, disc="dense"))
 
 
 def test_warm_up_from_rollouts_precedes_the_game(world, tmp_path):
@@ -243,8 +244,8 @@ def test_warm_up_from_rollouts_precedes_the_game(world, tmp_path):
 @pytest.mark.parametrize("algo", rlvr.ALGORITHMS)
 def test_rlvr(world, tmp_path, algo):
     flags = dict(overlong=8, prompts_per_draw=4, max_draws=3, warmup=1) if algo == "dapo" else {}
-    args = rlvr.Args(policy=world.sft, data=world.rl, out=str(tmp_path), algo=algo, steps=3, lr=1e-3, **ROLLOUTS | COMMON | flags)
-    rlvr.main(args)
+    flags |= dict(algo=algo, steps=3, lr=1e-3) | ROLLOUTS | COMMON
+    rlvr.main(rlvr.Args(policy=world.sft, data=world.rl, out=str(tmp_path), **flags))
     found = records(tmp_path)
     assert [r["step"] for r in found] == [1, 2, 3]
     for r in found:
@@ -264,7 +265,7 @@ def test_minibatches_leave_the_policy_that_sampled(world, tmp_path):
     (first,) = records(tmp_path)
     finite(first, [*EVERY_STEP, "kl"])
     assert first["ratio_max"] > 1 and first["clip_frac"] > 0  # the second minibatch's ratios
-    assert first["logp_diff_max"] < 1e-4  # of the first minibatch: under the policy that sampled
+    assert first["logp_diff_max"] < 1e-4  # under the policy that sampled, in each minibatch
     assert first["kl"] > 1e-4  # the second minibatch is away from the start policy
 
 
@@ -366,6 +367,7 @@ def test_resume_is_bitwise(world, tmp_path, monkeypatch, name):
         same(tensors(tmp_path / "whole/warmup/last"), tensors(tmp_path / "parts/warmup/last"))
     if name == "rlvr":
         assert one[1]["surplus"] > 0  # the surplus groups went through the checkpoint
+        assert max(r["logp_diff_max"] for r in one) < 1e-4  # their old log-probs are of the policy that sampled them
 
 
 def test_resume_without_a_checkpoint_starts_afresh(world, tmp_path):
