@@ -364,7 +364,8 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     if args.resume and (found := restore(last, {"disc": (disc, opt)})):
         start, best, stale = found[0]["step"], found[1]["best"], found[1]["stale"]
         order.load(found[1]["order"])
-    shown = [f"{name}/{key}" for name in NAMES[: 2 if args.spans == "both" else 1] for key in ("acc", "margin", "held_out")]
+    spans = NAMES[: 1 + (args.spans == "both")]
+    shown = [f"{name}/{key} {key}_{name[0]}" for name in spans for key in ("acc", "margin", "held_out")]
     log = Log(f"{args.out}/warmup", replace(args, steps=args.warmup_steps), ("loss", *shown, "grad_norm"), start)
     test, test_numbers = share(data.fetch(range(len(data) - held_out, len(data)), build), ranks)
     if not args.pairs:
@@ -431,9 +432,9 @@ def main(args):
         warm_up(disc, sampler.refresh(), encoder, disc_encoder, policy.source, args, ranks)
     if args.warmup_only:
         return ranks.close()
-    spans = NAMES[: 2 if args.spans == "both" else 1]
-    shown = [f"{name}/{key}" for name in spans for key in ("acc", "margin")]
-    log = Log(args.out, args, ("loss", "disc_loss", *shown, "format", "accuracy", "length", "entropy", "logp_diff"), start)
+    spans = NAMES[: 1 + (args.spans == "both")]
+    shown = [f"{name}/{key} {key}_{name[0]}" for name in spans for key in ("acc", "margin")]
+    log = Log(args.out, args, ("loss", "disc_loss disc", *shown, "format", "accuracy", "length", "entropy"), start)
 
     for step in range(start, args.steps):
         # 1) rollout

@@ -120,7 +120,7 @@ def provenance():
 class Log:
     """
     `<folder>/log.jsonl`: a header (arguments, provenance) at each start, then a record per step; NaN means no data.
-    `show`: keys of the printed line. `done`: steps in the resumed checkpoint; records of later ones, to be redone, go.
+    `show`: keys of the printed line ("key" or "key label"). `done`: steps in the resumed checkpoint; records of later ones, to be redone, go.
     """
 
     def __init__(self, folder, args, show=(), done=0):
@@ -156,7 +156,7 @@ class Log:
         if self.wandb:
             self.wandb.log(record, step=step)
         if step % self.args.log_every == 0 or step == self.args.steps:
-            cells = [f"| {key} {record.get(key, math.nan):<9.4g}" for key in (*self.show, "seconds")]
+            cells = [f"| {k.split()[-1]} {record.get(k.split()[0], math.nan):<8.3g}" for k in (*self.show, "seconds s")]
             print0(f"{step:>6}/{self.args.steps}", *cells)
 
 

@@ -278,7 +278,7 @@ def main(args):
         start = meta["step"]
         order.load(state["order"])
         surplus = unpack_groups(state["surplus"][ranks.rank :: ranks.world], data, encoder)
-    log = Log(args.out, args, ("loss", "reward", "accuracy", "format", "length", "entropy", "logp_diff", "grad_norm"), start)
+    log = Log(args.out, args, ("loss", "reward", "accuracy", "format", "length", "entropy", "grad_norm grad"), start)
 
     for step in range(start, args.steps):
         # 1) rollout   2) score

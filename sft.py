@@ -84,7 +84,7 @@ def main(args):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
-    log = Log(args.out, args, ("loss", "tokens", "grad_norm", "lr"), start)
+    log = Log(args.out, args, ("loss", "tokens", "grad_norm grad", "lr"), start)
 
     for step in range(start, args.steps):
         # 1) batch

@@ -144,7 +144,7 @@ def test_rules_take_bounded_time(monkeypatch):
     """Without the worker: 4000 characters of anything, whatever the reference, and no exception."""
     monkeypatch.setattr(rewards, "math_verify", lambda pred, gold: False)
     pieces = ["1,", "(", "a ", "\\boxed{", "}", "1 ", "=", "$", "\\", "[1,2],", "m/", "1/", "\\frac{1}{", "or", "the ", "^",
-              "°", "answer: ", "(A) ", "is ", "\\text{", "5 cm ", "...", "\\approx", "{,}", "((1,2),", "{{1},", "10^", "1e5", "\n"]
+              "°", "answer: ", "(A) ", "is ", "\\text{", "5 cm ", "...", "\\approx", "{,}", "((1,2),", "{{1},", "10^", "\n"]
     draw = random.Random(0)
     texts = [(piece * 4000)[:3999] + end for piece in pieces for end in ("", "!")]
     texts += ["".join(draw.choices(pieces, k=500))[:4000] for _ in range(60)]

@@ -346,8 +346,9 @@ def tensors(folder):
 STAGES = {
     "sft": (sft, "curated", dict(batch=8, steps=4, lr=1e-2, warmup=0.5), [1]),
     "align": (align, "align", GAME | dict(steps=4, warmup_steps=3, warmup_pairs=16, probe_every=0), [1, 3]),
-    "rlvr": (rlvr, "rl", ROLLOUTS | dict(algo="dapo", overlong=8, prompts_per_draw=12, minibatches=2, steps=4, lr=1e-3), [1]),
-}
+    "rlvr": (rlvr, "rl", ROLLOUTS | dict(algo="dapo", prompts_per_step=2, prompts_per_draw=12, overlong=8, minibatches=2, steps=4,
+                                      lr=1e-3), [1]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STAGES)
