@@ -120,7 +120,7 @@ def provenance():
 class Log:
     """
     `<folder>/log.jsonl`: a header (arguments, provenance) at each start, then a record per step; NaN means no data.
-    `show`: keys of the printed line ("key" or "key label"). `done`: steps in the resumed checkpoint; records of later ones, to be redone, go.
+    `show`: keys of the printed line ("key" or "key label"). `done`: steps in the resumed checkpoint; later ones go.
     """
 
     def __init__(self, folder, args, show=(), done=0):
