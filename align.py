@@ -387,7 +387,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
             found = disc_metrics(test, test_numbers, spread, args, probe=True)
             held = {k.replace("/acc", "/held_out"): v for k, v in found.items() if k.endswith("/acc")}
             metrics |= held | {k: v for k, v in found.items() if k.endswith(("/leak", "/length_probe"))}
-            stale = 0 if min(held.values()) > best + 0.005 else stale + 1
+            stale = 0 if min(held.values()) > best + 0.005 else stale + 1  # NaN, no well-formed rollout, is no gain
             best = max(best, min(held.values()))
         log.step(step + 1, metrics)
         done, stop = step + 1 == args.warmup_steps or best >= args.warmup_until or stale >= 5, ranks.stop()
@@ -398,7 +398,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
             sys.exit(SAVED_AND_STOPPED)
         if done:
             break
-    print0(f"warm-up: {best:.3f} held-out pair accuracy (of the kind of span that is hardest) -> {last}")
+    print0(f"warm-up: {best:.3f} held-out pair accuracy, of the harder kind of span (0: no pair was seen) -> {last}")
 
 
 def main(args):

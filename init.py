@@ -9,6 +9,7 @@ on the corpus, and the image processor takes its sizes from the configuration.
 
 import argparse
 import json
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -63,16 +64,17 @@ def init(config_file, out, corpus=(), seed=0) -> Path:
 
 
 def train_tokenizer(corpus):
-    """A word-level tokenizer over every text of the JSON or JSONL files in `corpus` (white space splits words)."""
-    def texts(value):
-        if isinstance(value, str):
+    """A word-level tokenizer over what the rows of the JSON or JSONL files in `corpus` say (white space splits words)."""
+
+    def texts(value, key=None):
+        if isinstance(value, str) and key not in ("role", "from", "style"):
             yield value
         elif isinstance(value, dict | list):
-            for v in value.values() if isinstance(value, dict) else value:
-                yield from texts(v)
+            for k, v in value.items() if isinstance(value, dict) else zip(repeat(key), value, strict=False):
+                if k not in ("images", "image", "id", "data_source", "extra_info"):
+                    yield from texts(v, k)
 
-    words = sorted({w for f in corpus for row in Rows(f) for k, v in row.items() if k not in ("images", "image", "id")
-                    for t in texts(v) for w in t.replace("<image>", " ").split()})  # fmt: skip
+    words = sorted({w for f in corpus for row in Rows(f) for t in texts(row) for w in t.replace("<image>", " ").split()})
     vocabulary = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *words])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -31,7 +31,7 @@ from data import Order, read
 from model import RolloutCopy, load, shard
 from model import save as save_policy
 from packs import Tree, each
-from ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, setup, share, world
+from ranks import SAVED_AND_STOPPED, agree, all_max, all_sum, gather, setup, share, world
 from sampler import Group, Rollout, rollout_metrics, sample, show_rollout, verify
 
 ALGORITHMS = {  # what METHOD's table of stage 3 says; each entry is also a flag of its own
@@ -171,8 +171,8 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
 
     Stages 2 and 3 share it: they differ in where `group.advantage` comes from. `spare`: any tree (see packs.each).
     """
-    on_policy = args.minibatches == 1 and all(g.old_logp is None for g in groups)
-    if all_max(float(not on_policy)):
+    on_policy = not agree(args.minibatches > 1 or any(g.old_logp for g in groups))  # then the ratio is 1 by construction
+    if not on_policy:
         fresh = [g for g in groups if g.old_logp is None]
         for g, logps in zip(fresh, trainer_logps(policy, fresh, args, spare, device), strict=True):
             g.old_logp = logps

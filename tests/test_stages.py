@@ -197,6 +197,20 @@ def test_what_one_flag_changes(world, tmp_path):
     assert len({r["grad_norm"] for r in found.values()}) == len(found)
 
 
+def test_a_blind_discriminator_reads_no_image(world, tmp_path):
+    """Two pictures, the same text: only one that sees them scores them differently."""
+    rows = [json.loads(line) for line in Path(world.align).read_text().splitlines()]
+    for row in rows:
+        row |= {"prompt": rows[0]["prompt"], "teacher_response": rows[0]["teacher_response"]}
+    path = world.folder / "one_text.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for blind in (False, True):
+        out = tmp_path / str(blind)
+        align.main(align.Args(policy=world.sft, data=str(path), out=str(out), disc_blind=blind, **GAME | dict(steps=1)))
+        (found,) = records(out)
+        assert (found["perception/reference_std"] < 1e-6) == blind
+
+
 def test_discriminator_learns_what_it_is_told(world, tmp_path):
     """Warm-up on pairs whose sides differ in manner: it tells them apart, stops by itself, and is saved as it is."""
     flags = dict(pairs=world.pairs, warmup_steps=80, warmup_pairs=16, warmup_lr=1e-2, upcycle_noise=0.0)
@@ -313,23 +327,24 @@ def test_image_root(world, tmp_path):
 
 
 def interrupted(stage, args, monkeypatch, at):
-    """Run `stage`, with a SIGTERM in each run at the update numbers `at` (counted within the run), and --resume."""
-    plain = stage.schedule
+    """Run `stage` with a SIGTERM in the update number at[0] of the first run (from 0), at[1] of the second, which
+    resumes, and so on; then to its end."""
+    plain = Log.step
     for update in at:
         count = iter(range(100))
 
-        def schedule(*args, count=count, update=update):
+        def step(log, *args, count=count, update=update):
             if next(count) == update:
                 signal.raise_signal(signal.SIGTERM)
-            return plain(*args)
+            return plain(log, *args)
 
-        monkeypatch.setattr(stage, "schedule", schedule)
+        monkeypatch.setattr(Log, "step", step)
         with pytest.raises(SystemExit) as stop:
             stage.main(args)
         assert stop.value.code == SAVED_AND_STOPPED
         torch.manual_seed(99)  # nothing but the checkpoint may carry the run on
         args = replace(args, resume=True)
-    monkeypatch.setattr(stage, "schedule", plain)
+    monkeypatch.setattr(Log, "step", plain)
     stage.main(args)
 
 
@@ -345,9 +360,9 @@ def tensors(folder):
 
 STAGES = {
     "sft": (sft, "curated", dict(batch=8, steps=4, lr=1e-2, warmup=0.5), [1]),
-    "align": (align, "align", GAME | dict(steps=4, warmup_steps=3, warmup_pairs=16, probe_every=0), [1, 3]),
+    "align": (align, "align", GAME | dict(steps=4, warmup_steps=3, warmup_pairs=16, probe_every=0), [1, 2]),  # in the warm-up, in the game
     "rlvr": (rlvr, "rl", ROLLOUTS | dict(algo="dapo", prompts_per_step=2, prompts_per_draw=12, overlong=8, minibatches=2, steps=4,
-                                      lr=1e-3), [1]),
+                                      lr=1e-3), [0]),
 }  # fmt: skip
 
 
@@ -361,13 +376,15 @@ def test_resume_is_bitwise(world, tmp_path, monkeypatch, name):
     same(weights(whole), weights(parts))
     same(tensors(whole), tensors(parts))
     one, two = records(tmp_path / "whole"), records(tmp_path / "parts")
+    starts = [json.loads(line).get("done") for line in Path(tmp_path, "parts/log.jsonl").read_text().splitlines()]
+    assert [n for n in starts if n is not None] == {"sft": [0, 2], "align": [0, 2], "rlvr": [0, 1]}[name]
     for a, b in zip(one, two, strict=True):
         assert {k for k in a if a[k] != b[k] and a[k] == a[k]} <= {"seconds"}
     if name == "align":
         same(weights(whole / "discriminator"), weights(parts / "discriminator"))
         same(tensors(tmp_path / "whole/warmup/last"), tensors(tmp_path / "parts/warmup/last"))
     if name == "rlvr":
-        assert one[1]["surplus"] > 0  # the surplus groups went through the checkpoint
+        assert one[0]["surplus"] > 0  # the surplus groups went through the checkpoint
         assert max(r["logp_diff_max"] for r in one) < 1e-4  # their old log-probs are of the policy that sampled them
 
 
