@@ -26,8 +26,9 @@ RUNS = {  # name -> (stage, data, flags)
     "whole": ("align", "align", GAME | ROLLOUTS | dict(spans="whole", warmup_steps=0, checkpointing=True)),
     "uneven": ("align", "align", GAME | ROLLOUTS | dict(prompts_per_step=3, warmup_steps=0, pack_tokens=64)),
     "gspo": ("rlvr", "rl", dict(steps=2, lr=1e-3, algo="gspo", pack_tokens=64) | ROLLOUTS),
-    "dapo": ("rlvr", "rl", dict(steps=4, lr=1e-3, algo="dapo", overlong=8, prompts_per_draw=12, max_draws=3) | ROLLOUTS | dict(prompts_per_step=2)),
-}
+    "dapo": ("rlvr", "rl", ROLLOUTS | dict(steps=4, lr=1e-3, algo="dapo", overlong=8, prompts_per_step=2,
+                                           prompts_per_draw=12, max_draws=3)),
+}  # fmt: skip
 FAST = ("sft", "align", "rlvr")
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
 SCRIPT = """

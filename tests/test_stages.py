@@ -360,9 +360,9 @@ def tensors(folder):
 
 STAGES = {
     "sft": (sft, "curated", dict(batch=8, steps=4, lr=1e-2, warmup=0.5), [1]),
-    "align": (align, "align", GAME | dict(steps=4, warmup_steps=3, warmup_pairs=16, probe_every=0), [1, 2]),  # in the warm-up, in the game
-    "rlvr": (rlvr, "rl", ROLLOUTS | dict(algo="dapo", prompts_per_step=2, prompts_per_draw=12, overlong=8, minibatches=2, steps=4,
-                                      lr=1e-3), [0]),
+    "align": (align, "align", GAME | dict(steps=4, warmup_steps=3, warmup_pairs=16, probe_every=0), [1, 2]),
+    "rlvr": (rlvr, "rl", ROLLOUTS | dict(algo="dapo", prompts_per_step=2, prompts_per_draw=12, overlong=8, minibatches=2,
+                                         steps=4, lr=1e-3), [0]),
 }  # fmt: skip
 
 

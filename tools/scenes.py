@@ -2,22 +2,21 @@
 The embedded world: small pictures, questions with one right answer, demonstrations in PRISM's three parts. No download.
 
 A picture is a 3 x 3 grid of 8-pixel cells (24 x 24), each empty or holding one of 4 colours x 3 shapes; with Qwen3-VL's
-patch 4 and merge 2 a cell is one visual token. A question counts shapes, or adds up their sides (circle 0, triangle 3,
-square 4), over those that have one of two properties or lie in one part of the grid. Prompts are one short line without
-a system message; words and marks stand apart, so that a tokenizer may split at white space.
+patch 4 and merge 2 a cell is one visual token. A question counts the shapes of one or two colours, in the picture or in a
+part of it, or adds up their sides (circle 0, triangle 3, square 4). Prompts are one short line without a system message;
+words and marks stand apart, so that a tokenizer may split at white space.
 
     python tools/scenes.py --out data/tiny --seed 0   # --quick: 1/20 of the rows; --parquet: verl rows also as parquet
 
     words.json                every word of the world, for the tokenizer: the same for each seed and size
-    easy.jsonl, base.jsonl    sharegpt, accurate: demonstrations, descriptions, bare answers; easy is to come first
-    public.jsonl              sharegpt: many terse, partly wrong demonstrations, at the rates below
-    curated.jsonl, sft.json   sharegpt: few complete and right ones; public and curated, shuffled, the other dialect
-    align.jsonl               verl rows with teacher_response: curated demonstrations that sft.json has not
+    easy, look, base.jsonl    sharegpt, accurate, in this order: descriptions; places of colours; demonstrations
+    public, curated.jsonl     sharegpt: many terse, partly wrong demonstrations (rates below); few complete and right ones
+    sft.json                  both shuffled together, in the other sharegpt dialect
+    align.jsonl, rl.jsonl     verl rows with teacher_response, curated, not in sft.json; with answers only, harder
     pairs.jsonl               warm-up pairs: a curated and a public response to one prompt
-    rl.jsonl                  verl rows, answers only, harder
-    test_{id,hard,ood}.jsonl  verl rows with references; ood has more objects than any other file but base
-No scene (what lies where) is in two files (sft.json apart): a hash of the scene says which file may hold it. Same seed
-and sizes, same bytes (of PNG files: with the same Pillow).
+    test_{id,hard,ood}.jsonl  verl rows with references; ood has more objects than any other file but look and base
+No scene (what lies where) is in two files (sft.json apart): a hash of the scene says which may hold it. Same seed and
+sizes, same bytes (of PNG files: with the same Pillow).
 """
 
 import argparse
@@ -47,28 +46,28 @@ MISTAKEN = 0.05  # of the answers: off by one
 class File:
     rows: int
     objects: tuple[int, int]  # fewest and most in a scene
-    families: str  # of questions: c one property, r in a region, o either of two, s sides of a colour, t of two
+    families: str  # of questions: c count a colour, r in a region, o count two colours, s sides of a colour, t of two
     share: int  # of all scenes, in parts of the sum: those that this file may hold
     matches: int = 1  # fewest objects that an answer rests on
     per_scene: int = 1  # questions about one picture
-    describe: float = 0.0  # share of rows that ask for a description;
-    short: float = 0.0  # for the bare answer
+    kinds: tuple = (0, 0, 0, 1)  # weights of rows that ask for a description, places, the bare answer, the three parts
 
 
 FILES = {
-    "easy": File(16_000, (1, 3), "crost", 2, 0, 2, 0.8, 0.05),
-    "base": File(80_000, (1, 9), "crost", 8, 0, 4, 0.15, 0.25),
+    "easy": File(8_000, (1, 3), "cro", 2, 0, 2, (16, 4, 0, 0)),
+    "look": File(12_800, (1, 9), "cro", 2, 0, 4, (4, 12, 0, 4)),
+    "base": File(48_000, (1, 9), "crostot", 6, 0, 4, (1, 2, 3, 14)),
     "public": File(14_000, (2, 7), "crost", 3, 1, 2),
     "curated": File(800, (2, 7), "crost", 1),
     "align": File(1_500, (3, 7), "crost", 1),
     "pairs": File(1_000, (3, 7), "crost", 1),
-    "rl": File(4_000, (4, 7), "ost", 2, 2),
+    "rl": File(4_000, (5, 7), "ot", 2, 3),
     "test_id": File(500, (2, 7), "crost", 1),
-    "test_hard": File(500, (5, 7), "ost", 1, 2),
-    "test_ood": File(500, (8, 9), "ost", 1, 2),
+    "test_hard": File(500, (5, 7), "ot", 1, 3),
+    "test_ood": File(500, (8, 9), "ot", 1, 3),
 }
 OWNERS = [name for name, file in FILES.items() for _ in range(file.share)]
-SFT_FILES = ("easy", "base", "public", "curated")
+SFT_FILES = ("easy", "look", "base", "public", "curated")
 Scene = tuple  # nine entries in raster order: None or (colour, shape)
 
 
@@ -88,7 +87,7 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
     for place, (colour, shape) in ((place, thing) for place, thing in enumerate(scene) if thing):
         fill = tuple(max(0, min(255, part + rng.randint(-25, 25))) for part in COLOURS[colour])
         size = rng.randint(5, 6)
-        x, y = place % 3 * CELL + rng.randint(0, 7 - size), place // 3 * CELL + rng.randint(0, 7 - size)
+        x, y = (CELL * cell + rng.randint(0, 7 - size) for cell in (place % 3, place // 3))
         if shape == "triangle":
             pen.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill)
         else:
@@ -103,7 +102,7 @@ def solve(scene: Scene, question: str) -> tuple[list[tuple[int, int]], int]:
     where = REGIONS[words[-1]].split() if "in" in words else POSITIONS
     steps, total = [], 0
     for place, thing in enumerate(scene):
-        if thing and POSITIONS[place] in where and (thing[0] in words or thing[1] in words):
+        if thing and POSITIONS[place] in where and thing[0] in words:
             total += 1 if verb == "count" else SIDES[thing[1]]
             steps.append((place, total))
     return steps, total
@@ -111,11 +110,10 @@ def solve(scene: Scene, question: str) -> tuple[list[tuple[int, int]], int]:
 
 def ask(rng: random.Random, scene: Scene, file: File) -> str:
     for _ in range(50):  # a scene may allow no question with enough matches: then the last one stays
-        family, region = rng.choice(file.families), rng.choice(tuple(REGIONS))
-        first, second = rng.sample((*COLOURS, *SIDES), 2)
-        question = "sides " if family in "st" else "count "
-        question += rng.choice(tuple(COLOURS)) if family == "s" else first
-        question += {"r": f" in {region}", "o": f" or {second}", "t": f" or {second}"}.get(family, "")
+        first, second = rng.sample(tuple(COLOURS), 2)
+        count, region = f"count {first}", rng.choice(tuple(REGIONS))
+        question = {"c": count, "r": f"{count} in {region}", "o": f"{count} or {second}",
+                    "s": f"sides {first}", "t": f"sides {first} or {second}"}[rng.choice(file.families)]  # fmt: skip
         if len(solve(scene, question)[0]) >= file.matches:
             break
     return question
@@ -126,15 +124,14 @@ def describe(scene: Scene) -> str:
 
 
 def three_parts(caption: str, steps: list[str], answer: int) -> str:
-    think = " ".join([*(f"{step} ." for step in steps), f"so {answer} ."])
+    think = " ".join(f"{step} ." for step in (*steps, f"so {answer}"))
     return f"<caption>\n{caption}\n</caption>\n<think>\n{think}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
 def good(scene: Scene, question: str) -> str:
     """The references' manner: every object with its place, every step with the running total, always right."""
     steps, answer = solve(scene, question)
-    spelled = [f"{POSITIONS[place]} {' '.join(scene[place])} {total}" for place, total in steps]
-    return three_parts(describe(scene), spelled, answer)
+    return three_parts(describe(scene), [f"{POSITIONS[at]} {' '.join(scene[at])} {total}" for at, total in steps], answer)
 
 
 def terse(scene: Scene, question: str, rng: random.Random) -> str:
@@ -154,13 +151,12 @@ def terse(scene: Scene, question: str, rng: random.Random) -> str:
 
 def demonstrate(name: str, scene: Scene, question: str, rng: random.Random) -> tuple[str, str]:
     """(prompt, response) of a row of one of the SFT files."""
-    kind, file = rng.random(), FILES[name]
-    if name == "public":
-        return question, terse(scene, question, rng)
-    if kind < file.describe:
-        return "describe", describe(scene)
-    bare = kind < file.describe + file.short
-    return (f"short {question}", str(solve(scene, question)[1])) if bare else (question, good(scene, question))
+    steps, answer = solve(scene, question)
+    places = " ".join(POSITIONS[place] for place, _ in steps)
+    kinds = [("describe", describe(scene)), (f"where {question.split(' ', 1)[1]}", places or "none"),
+             (f"short {question}", str(answer)),
+             (question, terse(scene, question, rng) if name == "public" else good(scene, question))]  # fmt: skip
+    return rng.choices(kinds, FILES[name].kinds)[0]
 
 
 def items(name: str, rows: int, seed: int):
@@ -224,8 +220,8 @@ def main() -> None:
 
     files, scenes = {}, {}
     for name, file in FILES.items():
-        rows = max(40, file.rows // 20) if args.quick else file.rows
-        files[name] = make(args.out, name, max(1, round(rows * args.scale)), args.seed)
+        rows = max(1, round(args.scale * (max(40, file.rows // 20) if args.quick else file.rows)))
+        files[name] = make(args.out, name, rows, args.seed)
         write(args.out / f"{name}.jsonl", files[name])
         if args.parquet and name not in (*SFT_FILES, "pairs"):
             write(args.out / f"{name}.parquet", files[name])
@@ -239,8 +235,8 @@ def main() -> None:
         user, assistant = (turn["content"] for turn in row.pop("messages"))
         row["conversations"] = [{"from": "human", "value": user}, {"from": "gpt", "value": assistant}]
     write(args.out / "sft.json", mixed)
-    words = [*three_parts("; describe short count sides or in", [], 0).split(), *POSITIONS, *COLOURS, *SIDES, *REGIONS]
-    write(args.out / "words.json", [{"text": " ".join([*words, *map(str, range(4 * 9 + 1))])}])
+    words = [*three_parts("; describe where none short count sides or in", [], 0).split(), *POSITIONS, *COLOURS, *SIDES]
+    write(args.out / "words.json", [{"text": " ".join([*words, *REGIONS, *map(str, range(4 * 9 + 1))])}])
 
 
 if __name__ == "__main__":
