@@ -254,8 +254,7 @@ class Item:
 
     score: dict = field(default_factory=dict)  # kind -> {rollout, or None for the reference: raw score}
 
-    def tree(self):
-        """What the discriminator reads: the references' spans, then the policy's."""
+    def tree(self):  # what the discriminator reads
         children = [*self.reference.values(), *(ids for *_, ids in self.policy)]
         kinds = [*self.reference, *(kind for _, kind, _ in self.policy)]
         return Tree(self.seen, children, kinds, shared=len(self.reference))
@@ -299,8 +298,8 @@ def roll(items, numbers, hf, encoder, args, seed):
     return groups
 
 
-def disc_pass(disc, items, args, device, train=True):
-    """Score the spans of `items` (this rank's) in one forward, and with `train` accumulate the gradients of
+def disc_pass(disc, items, args, device, spare, train=True):
+    """Score the spans of `items` (this rank's; `spare`: any item) in one forward, and with `train` accumulate the gradients of
 
         sum over kinds of mean_i [bradley_terry(D(x, y*), D(x, y_i))] + score_l2 * mean square of the raw scores
         + balance * load balance,      means over all well-formed rollouts of the step, on all ranks
@@ -311,7 +310,7 @@ def disc_pass(disc, items, args, device, train=True):
     n = all_sum({kind: sum(s[1] == kind for item in items for s in item.policy) for kind in (PERCEPTION, REASONING)})
     kinds, spans, total, loads = sum(c > 0 for c in n.values()), max(1.0, sum(n.values())), 0.0, []
     with torch.set_grad_enabled(train):
-        for pack in each([item.tree() for item in busy], args.pack_tokens, device, items[0].tree()):
+        for pack in each([item.tree() for item in busy], args.pack_tokens, device, spare.tree()):
             raw, balance, load = disc(pack)
             loss = (raw.sum() + balance.sum()) * 0.0
             at = {child: k for k, child in enumerate(pack.children if pack.weight else [])}  # (item, child) -> row of raw
@@ -338,7 +337,7 @@ def disc_metrics(items, numbers, load, args, probe=False):
     """The discriminator's side of a step in figures (health.py), over all ranks."""
     rows = [(kind, number, item.score[kind][None], item.score[kind][k], len(item.reference[kind]), len(ids))
             for item, number in zip(items, numbers, strict=True) for k, kind, ids in item.policy]  # fmt: skip
-    names = NAMES[: len(items[0].reference)]
+    names = NAMES[: 1 + (args.spans == "both")]
     metrics = health.game_metrics(sum(gather(rows), []), load, names, args.score_clip)
     if probe:
         mine = [(kind, x.seen.ids.tolist(), x.reference[kind], ids) for x in items for _, kind, ids in x.policy]
@@ -367,6 +366,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     spans = NAMES[: 1 + (args.spans == "both")]
     shown = [f"{name}/{key} {key}_{name[0]}" for name in spans for key in ("acc", "margin", "held_out")]
     log = Log(f"{args.out}/warmup", replace(args, steps=args.warmup_steps), ("loss", *shown, "grad_norm"), start)
+    spare = data.draw(Order(len(data), args.seed), 1, build)[0]  # for ranks without an item
     test, test_numbers = share(data.fetch(range(len(data) - held_out, len(data)), build), ranks)
     if not args.pairs:
         roll(test, test_numbers, hf, encoder, args, (args.seed, 1, 0))
@@ -376,14 +376,14 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         items, numbers = share(data.draw(order, rows, build), ranks)
         if not args.pairs:
             roll(items, numbers, hf, encoder, args, (args.seed, 1, step + 1))
-        loss, spread = disc_pass(disc, items, args, ranks.device)
+        loss, spread = disc_pass(disc, items, args, ranks.device, spare)
         for group in opt.param_groups:
             group["lr"] = args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine")
         norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
         metrics = {"loss": all_sum(loss), "grad_norm": norm, "skipped": skipped, "left_out": len(data.bad)}
         metrics |= disc_metrics(items, numbers, spread, args)
         if step + 1 == args.warmup_steps or (step + 1) % WARMUP_CHECK == 0:
-            _, spread = disc_pass(disc, test, args, ranks.device, train=False)
+            _, spread = disc_pass(disc, test, args, ranks.device, spare, train=False)
             found = disc_metrics(test, test_numbers, spread, args, probe=True)
             held = {k.replace("/acc", "/held_out"): v for k, v in found.items() if k.endswith("/acc")}
             metrics |= held | {k: v for k, v in found.items() if k.endswith(("/leak", "/length_probe"))}
@@ -407,15 +407,15 @@ def main(args):
     device, dtype = ranks.device, getattr(torch, args.dtype)
     # model: the policy, the copy that samples, the discriminator
     options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
-    policy = load(args.policy, device=device, checkpointing=args.checkpointing, **options).train()
+    policy = load(args.policy, device=device, **options).train()
     encoder = policy.encoder
     disc = load_discriminator(args).to(device).train()
     same_input(disc.model.config, policy.hf.config)
     disc_encoder = copy.copy(encoder)
     disc_encoder.blind = args.disc_blind
     sampler = RolloutCopy(policy, dtype)
-    shard(policy, policy.hf.model, dtype)
-    shard(disc, disc.model, dtype, exact=[disc.v_head])
+    shard(policy, policy.hf.model, dtype, args.checkpointing)
+    shard(disc, disc.model, dtype, args.checkpointing, exact=[disc.v_head])
     # optimisers
     opt = optimizer(policy, args.lr, args.weight_decay)
     disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
@@ -432,6 +432,7 @@ def main(args):
         warm_up(disc, sampler.refresh(), encoder, disc_encoder, policy.source, args, ranks)
     if args.warmup_only:
         return ranks.close()
+    spare = data.draw(Order(len(data), args.seed), 1, build)[0]  # for ranks without a prompt
     spans = NAMES[: 1 + (args.spans == "both")]
     shown = [f"{name}/{key} {key}_{name[0]}" for name in spans for key in ("acc", "margin")]
     log = Log(args.out, args, ("loss", "disc_loss disc", *shown, "format", "accuracy", "length", "entropy"), start)
@@ -441,7 +442,7 @@ def main(args):
         items, numbers = share(data.draw(order, args.prompts_per_step, build), ranks)
         groups = roll(items, numbers, sampler.refresh(), encoder, args, (args.seed, 0, step))
         # 2) score, and 3) update the discriminator: one forward serves both
-        disc_loss, spread = disc_pass(disc, items, args, device)
+        disc_loss, spread = disc_pass(disc, items, args, device, spare)
         disc_norm, disc_skipped = step_if_finite(disc_opt, disc_loss, args.grad_clip, "discriminator")
         # 4) advantage
         for group, item in zip(groups, items, strict=True):
@@ -457,13 +458,13 @@ def main(args):
         # 5) update the policy
         for group in opt.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
-        metrics = policy_update(policy, opt, groups, args, Tree(groups[0].prompt, [[encoder.eos]]), device)
+        metrics = policy_update(policy, opt, groups, args, Tree(spare.prompt, [[encoder.eos]]), device)
         # 6) log
         metrics |= disc_metrics(items, numbers, spread, args, bool(args.probe_every) and step % args.probe_every == 0)
         metrics |= rollout_metrics(groups) | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
         metrics |= {"disc_loss": all_sum(disc_loss), "disc_grad_norm": disc_norm, "disc_skipped": disc_skipped}
         log.step(step + 1, metrics)
-        if args.sample_every and step % args.sample_every == 0:
+        if args.sample_every and step % args.sample_every == 0 and groups:
             show_rollout(step + 1, groups[0])
         # 7) save
         stop = ranks.stop()

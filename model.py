@@ -56,7 +56,7 @@ class Policy(nn.Module):
         return token_logps(hidden, self.hf.lm_head.weight, pack.target, temperature, banned, entropy)
 
 
-def load(path, dtype=torch.float32, device="cpu", checkpointing=False, **encoder_options) -> Policy:
+def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     """Open a checkpoint folder or hub name. Weights come from safetensors only and no remote code runs.
 
     Raises FileNotFoundError for a folder without config.json, ValueError for a model that packs cannot run.
@@ -69,21 +69,24 @@ def load(path, dtype=torch.float32, device="cpu", checkpointing=False, **encoder
     if not Path(path).is_dir() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
         raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
     hf = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    return _policy(hf, _folder(path), device, checkpointing, **encoder_options)
+    return _policy(hf, _folder(path), device, **encoder_options)
 
 
-def _policy(hf, folder, device, checkpointing=False, **encoder_options):
+def _policy(hf, folder, device, **encoder_options):
     if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model (get_rope_index, language_model)")
     hf.model.language_model.config._attn_implementation = "packs"
-    if checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})  # re-entrant would cut side outputs' gradients
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
     images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     encoder = Encoder(tokenizer, images, hf.config, hf.model.get_rope_index, **encoder_options)
     return Policy(hf.to(device), encoder, folder)
+
+
+def recompute(hf):
+    """Activation checkpointing, not re-entrant: that would cut the gradients of what layers put aside (load balance)."""
+    getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _folder(path):
@@ -112,13 +115,16 @@ def copy_processor(source, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------- ranks
-def shard(module: nn.Module, base: nn.Module, dtype, exact=()):
-    """FSDP2, in place: decoder layers, the vision tower as one unit, then the root (`module`, whose forward is called
-    and whose unit holds embeddings and head). `base`: the transformers model without head inside it.
+def shard(module: nn.Module, base: nn.Module, dtype, checkpointing=False, exact=()):
+    """Activation checkpointing if asked for, then FSDP2, in place: decoder layers, the vision tower as one unit, then the
+    root (`module`, whose forward is called and whose unit holds embeddings and head). `base`: the transformers model
+    without head inside it.
 
     Parameters stay float32 in shards, are gathered and computed with in `dtype`, gradients are reduced in float32.
     Units in `exact` compute in float32. One process in float32 is left as it is: there is nothing to share or cast.
     """
+    if checkpointing:
+        recompute(base)
     if world() == 1 and dtype == torch.float32:
         return
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -87,10 +87,8 @@ def world():
 
 
 def share(items, ranks):
-    """This rank's part of a list that all ranks hold, and the numbers of its items. ValueError where there are fewer
-    items than ranks."""
-    if len(items) < ranks.world:
-        raise ValueError(f"{len(items)} rows cannot be shared by {ranks.world} ranks: give more per step, or use fewer ranks")
+    """This rank's part of a list that all ranks hold (nothing, where there are fewer items than ranks), and the numbers
+    of its items."""
     numbers = range(ranks.rank, len(items), ranks.world)
     return [items[i] for i in numbers], numbers
 

@@ -260,11 +260,11 @@ def main(args):
     device, dtype = ranks.device, getattr(torch, args.dtype)
     # model
     options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
-    policy = load(args.policy, device=device, checkpointing=args.checkpointing, **options).train()
+    policy = load(args.policy, device=device, **options).train()
     reference = load(args.policy, device=device, **options).requires_grad_(False) if args.kl else None
     sampler, encoder = RolloutCopy(policy, dtype), policy.encoder
     for model in filter(None, (policy, reference)):
-        shard(model, model.hf.model, dtype)
+        shard(model, model.hf.model, dtype, args.checkpointing)
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
     # data

@@ -69,8 +69,8 @@ def main(args):
         agree(False)  # all ranks wait for rank 0's files
     options = dict(max_prompt_tokens=args.max_prompt + args.max_response, max_pixels=args.max_pixels)
     start_from = f"{args.out}/init" if args.init else args.policy
-    policy = model.load(start_from, device=device, checkpointing=args.checkpointing, **options).train()
-    model.shard(policy, policy.hf.model, dtype)
+    policy = model.load(start_from, device=device, **options).train()
+    model.shard(policy, policy.hf.model, dtype, args.checkpointing)
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
     # data
@@ -81,9 +81,10 @@ def main(args):
     # resume
     last = f"{args.out}/last"
     if args.resume and (found := restore(last, {"policy": (policy, opt)})):
-        meta, state = found
-        start = meta["step"]
-        order.load(state["order"])
+        start = found[0]["step"]
+        order.load(found[1]["order"])
+    spare = data.draw(Order(len(data), args.seed), 1, policy.encoder.conversation)[0]
+    spare = Tree(spare[0], mask=spare[1])  # for ranks without a row
     log = Log(args.out, args, ("loss", "tokens", "grad_norm grad", "lr"), start)
 
     for step in range(start, args.steps):
@@ -93,7 +94,7 @@ def main(args):
         tokens = all_sum(float(sum(int(tree.mask.sum()) for tree in trees)))
         # 2) loss   3) update
         total = 0.0
-        for pack in each(trees, args.pack_tokens, device, trees[0]):
+        for pack in each(trees, args.pack_tokens, device, spare):
             loss = sft_loss(policy(pack), tokens) * pack.weight
             (loss * ranks.world).backward()  # FSDP averages over ranks; the denominator is global already
             total += float(loss.detach())
@@ -104,7 +105,7 @@ def main(args):
         metrics = {"loss": all_sum(total), "tokens": tokens, "grad_norm": norm, "lr": opt.param_groups[0]["lr"],
                    "skipped": skipped, "epoch": (step + 1) * args.batch / len(data), "left_out": len(data.bad)}  # fmt: skip
         log.step(step + 1, metrics)
-        if args.sample_every and step % args.sample_every == 0:
+        if args.sample_every and step % args.sample_every == 0 and trees:
             prompt, text = trees[0].prompt, policy.encoder.decode(trees[0].prompt.ids[trees[0].mask].tolist())
             print0(f"--- step {step + 1}, {prompt.example.where}: the trained tokens\n{text}\n---")
         # 5) save

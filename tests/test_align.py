@@ -24,6 +24,7 @@ from align import (
     load_discriminator,
     save_discriminator,
 )
+from model import recompute
 from packs import Tree, make, plan
 
 CASES = json.loads((Path(__file__).parent / "reference.json").read_text())
@@ -176,7 +177,7 @@ def test_load_balance():
 def test_load_balance_has_a_gradient(checkpointing):
     d = disc().train()
     if checkpointing:
-        d.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(d.model)
     trees = [Tree(tiny_prompt(SimpleNamespace(model=d.model), 5), SPANS, KINDS)]
     d(make(trees, plan(trees, 10**6)[0]))[1].sum().backward()
     grads = torch.stack([mlp.gate.weight.grad for mlp in d.mlps])
@@ -199,7 +200,7 @@ def test_disc_pass_is_the_written_loss():
     """One forward over packs against the formula, span by span; a group without well-formed rollouts takes no part."""
     d = disc()
     scored = items(d)
-    loss, load = disc_pass(d, scored, ARGS, "cpu")
+    loss, load = disc_pass(d, scored, ARGS, "cpu", scored[0])
     expected, squares = 0.0, []
     for kind in (0, 1):
         terms = []
@@ -221,8 +222,8 @@ def test_disc_pass_is_the_written_loss():
 def test_disc_pass_gradient_does_not_depend_on_packs():
     whole, parts = disc(), disc()
     args = SimpleNamespace(**vars(ARGS) | {"pack_tokens": 40, "balance": 0.0})
-    a, _ = disc_pass(whole, items(whole), SimpleNamespace(**vars(ARGS) | {"balance": 0.0}), "cpu")
-    b, _ = disc_pass(parts, items(parts), args, "cpu")
+    a, _ = disc_pass(whole, items(whole), SimpleNamespace(**vars(ARGS) | {"balance": 0.0}), "cpu", items(whole)[0])
+    b, _ = disc_pass(parts, items(parts), args, "cpu", items(parts)[0])
     near(a, b, atol=1e-6)
     split = plan([items(parts)[0].tree()], 40)
     assert len(split) > 1 and all(cs[:2] == [0, 1] for part in split for _, cs in part)  # the references in each part

@@ -192,7 +192,8 @@ def test_weights_that_are_no_safetensors_are_refused(checkpoint, tmp_path):
 def test_checkpointing_changes_no_gradient(checkpoint):
     found = []
     for on in (False, True):
-        policy = model.load(checkpoint, checkpointing=on).train()
+        policy = model.load(checkpoint).train()
+        model.shard(policy, policy.hf.model, torch.float32, checkpointing=on)
         tree = Tree(policy.encoder.prompt(example()), [policy.encoder.response(RESPONSE)])
         policy(make([tree], [(0, [0])])).sum().backward()
         found.append([p.grad for p in policy.parameters()])

@@ -57,8 +57,8 @@ FILES = {
     "easy": File(8_000, (1, 3), "cro", 2, 0, 2, (16, 4, 0, 0)),
     "look": File(12_800, (1, 9), "cro", 2, 0, 4, (4, 12, 0, 4)),
     "base": File(48_000, (1, 9), "crostot", 6, 0, 4, (1, 2, 3, 14)),
-    "public": File(14_000, (2, 7), "crost", 3, 1, 2),
-    "curated": File(800, (2, 7), "crost", 1),
+    "public": File(12_000, (2, 7), "crost", 3, 1, 2),
+    "curated": File(950, (2, 7), "crost", 1),
     "align": File(1_500, (3, 7), "crost", 1),
     "pairs": File(1_000, (3, 7), "crost", 1),
     "rl": File(4_000, (5, 7), "ot", 2, 3),
@@ -68,10 +68,10 @@ FILES = {
 }
 OWNERS = [name for name, file in FILES.items() for _ in range(file.share)]
 SFT_FILES = ("easy", "look", "base", "public", "curated")
-Scene = tuple  # nine entries in raster order: None or (colour, shape)
 
 
-def draw_scene(rng: random.Random, name: str) -> Scene:
+def draw_scene(rng: random.Random, name: str) -> tuple:
+    """A scene that file `name` may hold: nine entries in raster order, each None or (colour, shape)."""
     while True:
         cells = [None] * 9
         for place in rng.sample(range(9), rng.randint(*FILES[name].objects)):
@@ -80,7 +80,7 @@ def draw_scene(rng: random.Random, name: str) -> Scene:
             return tuple(cells)
 
 
-def paint(scene: Scene, rng: random.Random) -> Image.Image:
+def paint(scene: tuple, rng: random.Random) -> Image.Image:
     """24 x 24 RGB: size, place and colour of each shape vary a little, and every pixel carries some noise."""
     image = Image.new("RGB", (3 * CELL, 3 * CELL), (rng.randint(15, 60),) * 3)
     pen = ImageDraw.Draw(image)
@@ -96,19 +96,18 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
     return ImageChops.add(image, noise.point(lambda value: value // 10), offset=-12)
 
 
-def solve(scene: Scene, question: str) -> tuple[list[tuple[int, int]], int]:
+def solve(scene: tuple, question: str) -> tuple[list[tuple[int, int]], int]:
     """([(place, running total) of each step, in raster order], answer)."""
-    verb, *words = question.split()
+    words, steps, total = question.split(), [], 0
     where = REGIONS[words[-1]].split() if "in" in words else POSITIONS
-    steps, total = [], 0
     for place, thing in enumerate(scene):
         if thing and POSITIONS[place] in where and thing[0] in words:
-            total += 1 if verb == "count" else SIDES[thing[1]]
+            total += 1 if words[0] == "count" else SIDES[thing[1]]
             steps.append((place, total))
     return steps, total
 
 
-def ask(rng: random.Random, scene: Scene, file: File) -> str:
+def ask(rng: random.Random, scene: tuple, file: File) -> str:
     for _ in range(50):  # a scene may allow no question with enough matches: then the last one stays
         first, second = rng.sample(tuple(COLOURS), 2)
         count, region = f"count {first}", rng.choice(tuple(REGIONS))
@@ -119,7 +118,7 @@ def ask(rng: random.Random, scene: Scene, file: File) -> str:
     return question
 
 
-def describe(scene: Scene) -> str:
+def describe(scene: tuple) -> str:
     return " ; ".join(f"{POSITIONS[place]} {' '.join(thing)}" for place, thing in enumerate(scene) if thing)
 
 
@@ -128,13 +127,13 @@ def three_parts(caption: str, steps: list[str], answer: int) -> str:
     return f"<caption>\n{caption}\n</caption>\n<think>\n{think}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
-def good(scene: Scene, question: str) -> str:
+def good(scene: tuple, question: str) -> str:
     """The references' manner: every object with its place, every step with the running total, always right."""
     steps, answer = solve(scene, question)
     return three_parts(describe(scene), [f"{POSITIONS[at]} {' '.join(scene[at])} {total}" for at, total in steps], answer)
 
 
-def terse(scene: Scene, question: str, rng: random.Random) -> str:
+def terse(scene: tuple, question: str, rng: random.Random) -> str:
     """The public manner: no places, objects left out or wrong, steps left out; the answer is nearly always right."""
     things = [thing for thing in scene if thing]
     named = [thing for thing in things if rng.random() >= DROPPED] or [rng.choice(things)]
@@ -149,7 +148,7 @@ def terse(scene: Scene, question: str, rng: random.Random) -> str:
     return three_parts(" ; ".join(map(" ".join, named)), kept, answer)
 
 
-def demonstrate(name: str, scene: Scene, question: str, rng: random.Random) -> tuple[str, str]:
+def demonstrate(name: str, scene: tuple, question: str, rng: random.Random) -> tuple[str, str]:
     """(prompt, response) of a row of one of the SFT files."""
     steps, answer = solve(scene, question)
     places = " ".join(POSITIONS[place] for place, _ in steps)
@@ -163,8 +162,8 @@ def items(name: str, rows: int, seed: int):
     """Yields (number of the picture, scene, question, rng) for each row; questions about one picture are neighbours."""
     seen = set()
     for row in range(rows):
-        picture, again = divmod(row, FILES[name].per_scene)
-        if not again:
+        picture = row // FILES[name].per_scene
+        if row % FILES[name].per_scene == 0:
             rng = random.Random(f"{seed} {name} {picture}")
             scene = draw_scene(rng, name)
             while name.startswith("test") and scene in seen:  # a test has no scene twice
@@ -176,22 +175,21 @@ def items(name: str, rows: int, seed: int):
 def make(out: Path, name: str, rows: int, seed: int) -> list[dict]:
     """Saves the pictures of a file and returns its rows; image paths are relative to `out`."""
     (out / "images" / name).mkdir(parents=True, exist_ok=True)
-    result, painted = [], -1
+    result = []
     for index, (picture, scene, question, rng) in enumerate(items(name, rows, seed)):
         path = f"images/{name}/{picture:05d}.png"
-        if picture != painted:
+        if index % FILES[name].per_scene == 0:
             paint(scene, rng).save(out / path, compress_level=1)
-            painted = picture
         prompt, response = demonstrate(name, scene, question, rng)
         turn, truth = {"role": "user", "content": f"<image>{prompt}"}, {"index": index, "scene": describe(scene)}
-        reward = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
         if name in SFT_FILES:
             row = {"messages": [turn, {"role": "assistant", "content": response}], "images": [path]}
         elif name == "pairs":
             student = terse(scene, question, rng)
             row = {"image": path, "prompt": [turn], "teacher_response": response, "student_response": student}
         else:
-            row = {"data_source": name, "prompt": [turn], "images": [{"path": path}], "reward_model": reward}
+            row = {"data_source": name, "prompt": [turn], "images": [{"path": path}]}
+            row["reward_model"] = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
             row |= {} if name == "rl" else {"teacher_response": response}
         result.append({**row, "extra_info": truth})
     return result
@@ -202,8 +200,7 @@ def write(path: Path, rows: list[dict]) -> None:
     if path.suffix == ".parquet":
         import pyarrow.parquet  # an optional extra
 
-        image = lambda row: {**row["images"][0], "bytes": (path.parent / row["images"][0]["path"]).read_bytes()}  # noqa: E731
-        rows = [{**row, "images": [image(row)]} for row in rows]
+        rows = [{**r, "images": [{**i, "bytes": (path.parent / i["path"]).read_bytes()} for i in r["images"]]} for r in rows]
         return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     lines = [json.dumps(row) for row in rows]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""]))
