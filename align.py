@@ -216,11 +216,6 @@ def save_discriminator(disc, source, folder):
     write_backbone(full_state(disc), disc.model.config, {"discriminator": disc.form}, source, folder, mixture)
 
 
-def save_players(policy, disc, folder):
-    save_policy(policy, folder)
-    save_discriminator(disc, policy.source, folder / "discriminator")
-
-
 def load_discriminator(args) -> Discriminator:
     """Open --disc_path, written by `save_discriminator` or the released one; without it upcycle --disc_init (the policy).
     ValueError where --disc_path is no discriminator, or in doubt."""
@@ -469,7 +464,8 @@ def main(args):
         # 7) save
         stop = ranks.stop()
         if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
-            save(last, partial(save_players, policy, disc), {"step": step + 1, "args": vars(args), "metrics": metrics},
+            save(last, lambda at: (save_policy(policy, at), save_discriminator(disc, policy.source, at / "discriminator")),
+                 {"step": step + 1, "args": vars(args), "metrics": metrics},
                  {"policy": (policy, opt), "disc": (disc, disc_opt)}, {"order": order.state()})  # fmt: skip
         if stop:
             sys.exit(SAVED_AND_STOPPED)

@@ -87,8 +87,6 @@ def read(path, kind=None, image_root=None, max_bad=100) -> Data:
 
 
 # -------------------------------------------------------------------------------------------------- rows -> examples
-
-
 def to_example(row, where="", index=-1, kind=None, root="."):
     """A row of any of the formats as Example or PairExample. Raises BadRow."""
     bad = partial(BadRow, where)
@@ -196,8 +194,6 @@ def _strings(value, field, where):
 
 
 # ------------------------------------------------------------------------------------------------ examples -> prompts
-
-
 class Encoder:
     """Text and images -> token ids, for prompts, responses and conversations, in one way for all stages.
 
@@ -300,8 +296,6 @@ class Encoder:
 
 
 # ------------------------------------------------------------------------------------------- drift proxies, the check
-
-
 def count_items(caption) -> int:
     """Items of a caption: bullet lines, else `;`-separated parts, else sentences. For rollouts and references alike."""
     text = re.sub(r"</?caption>", "", caption)

@@ -9,7 +9,6 @@ on the corpus, and the image processor takes its sizes from the configuration.
 
 import argparse
 import json
-from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from data import Rows
 from model import copy_processor
 
 SPECIAL = [f"<|{x}|>" for x in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
+UNREAD = ("images", "image", "id", "role", "from", "style", "data_source", "extra_info")  # fields that no model reads
 SHORT_CHAT = (  # ChatML without role words: every token of a tiny model's prompt counts
     "{% for m in messages %}{{ '<|im_start|>' if m.role != 'assistant' else '' }}{% if m.content is string %}"
     "{{ m.content }}{% else %}{% for c in m.content %}{{ '<|vision_start|><|image_pad|><|vision_end|>' if c.type == "
@@ -33,8 +33,7 @@ def init(config_file, out, corpus=(), seed=0) -> Path:
     """Write a checkpoint of random weights to the folder `out`. corpus: data files, read only to train a tokenizer."""
     config_file, out = Path(config_file), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(config_file.read_text())
-    vision = settings["vision_config"]
+    vision = (settings := json.loads(config_file.read_text()))["vision_config"]
     copy_processor(config_file.parent, out)
     if not (out / "tokenizer.json").exists():
         if not corpus:
@@ -64,15 +63,15 @@ def init(config_file, out, corpus=(), seed=0) -> Path:
 
 
 def train_tokenizer(corpus):
-    """A word-level tokenizer over what the rows of the JSON or JSONL files in `corpus` say (white space splits words)."""
+    """A word-level tokenizer over every text of the rows of the files in `corpus` (white space splits words)."""
 
-    def texts(value, key=None):
-        if isinstance(value, str) and key not in ("role", "from", "style"):
+    def texts(value):
+        if isinstance(value, str):
             yield value
         elif isinstance(value, dict | list):
-            for k, v in value.items() if isinstance(value, dict) else zip(repeat(key), value, strict=False):
-                if k not in ("images", "image", "id", "data_source", "extra_info"):
-                    yield from texts(v, k)
+            fields = [v for k, v in value.items() if k not in UNREAD] if isinstance(value, dict) else value
+            for part in fields:
+                yield from texts(part)
 
     words = sorted({w for f in corpus for row in Rows(f) for t in texts(row) for w in t.replace("<image>", " ").split()})
     vocabulary = {w: i for i, w in enumerate([*SPECIAL, "<unk>", *words])}

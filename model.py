@@ -37,18 +37,12 @@ PROCESSOR_FILES = (
 
 
 class Policy(nn.Module):
-    """A transformers vision-language model, what encodes its inputs, and log-probs over packs.
-
-    Loss-bearing calls go through this module's forward, so that FSDP2's hooks on it run.
-    """
+    """A transformers vision-language model and what encodes its inputs. Loss-bearing calls go through this forward, so
+    that FSDP2's hooks on it run."""
 
     def __init__(self, hf, encoder, source):
         super().__init__()
         self.hf, self.encoder, self.source = hf, encoder, Path(source)
-
-    @property
-    def banned(self):
-        return self.encoder.banned
 
     def forward(self, pack, temperature=1.0, banned=(), entropy=False):
         """Log-probs (S,) float32 of the pack's scored tokens; with `entropy` also the entropies (S,)."""
@@ -68,20 +62,15 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
         raise FileNotFoundError(f"{path} has no config.json: neither a checkpoint nor a run folder with one in last/")
     if not Path(path).is_dir() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
         raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
-    hf = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    return _policy(hf, _folder(path), device, **encoder_options)
-
-
-def _policy(hf, folder, device, **encoder_options):
+    hf, folder = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True), _folder(path)
     if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model (get_rope_index, language_model)")
     hf.model.language_model.config._attn_implementation = "packs"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    encoder = Encoder(tokenizer, images, hf.config, hf.model.get_rope_index, **encoder_options)
-    return Policy(hf.to(device), encoder, folder)
+    images, positions = Qwen2VLImageProcessorPil.from_pretrained(folder), hf.model.get_rope_index
+    return Policy(hf.to(device), Encoder(tokenizer, images, hf.config, positions, **encoder_options), folder)
 
 
 def recompute(hf):

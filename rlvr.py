@@ -156,7 +156,7 @@ def trainer_logps(policy, groups, args, spare, device):
     """Log-probs of every rollout under `policy` as it is: per group a list of (T,). All ranks."""
     out = [[None] * len(g.rollouts) for g in groups]
     for pack in each([_tree(g) for g in groups], args.pack_tokens, device, spare):
-        logp = policy(pack, args.temperature, policy.banned)
+        logp = policy(pack, args.temperature, policy.encoder.banned)
         for k, (t, c) in enumerate(pack.children if pack.weight else []):
             out[t][c] = logp[pack.sequence == k].cpu()
     return out
@@ -186,7 +186,7 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
         counts["constant"] = counts["seq-mean-token-mean"] * args.max_response  # Dr. GRPO: no length in the divisor
         part_loss = 0.0
         for pack in each([_tree(groups[g]) for g in mine], args.pack_tokens, device, spare):
-            logp, entropy = policy(pack, args.temperature, policy.banned, entropy=True)
+            logp, entropy = policy(pack, args.temperature, policy.encoder.banned, entropy=True)
             where = [(mine[t], c) for t, c in pack.children] if pack.weight else []
             if not where:
                 (logp.sum() * 0.0).backward()
@@ -274,8 +274,7 @@ def main(args):
     # resume
     last = f"{args.out}/last"
     if args.resume and (found := restore(last, {"policy": (policy, opt)})):
-        meta, state = found
-        start = meta["step"]
+        start, state = found[0]["step"], found[1]
         order.load(state["order"])
         surplus = unpack_groups(state["surplus"][ranks.rank :: ranks.world], data, encoder)
     log = Log(args.out, args, ("loss", "reward", "accuracy", "format", "length", "entropy", "grad_norm grad"), start)

@@ -83,9 +83,7 @@ class _Capture:
 class _Slots:
     """What is being decoded: keys and values (layers, B, H, S, d) and, per slot, the token to feed next, its rotary
     position, how many positions are filled, how many tokens were sampled, and the row's uniform numbers and results.
-
-    Stands in for both a transformers cache (`update`) and a layout (`attend`) while one token per slot is decoded.
-    """
+    Stands in for both a transformers cache (`update`) and a layout (`attend`)."""
 
     def __init__(self, text, slots, longest, max_tokens):
         cfg, like = text.config, dict(device=text.device)
@@ -109,15 +107,13 @@ class _Slots:
         self.token[slots], self.position[slots] = prompt.ids[-1].item(), prompt.next_position - 1
         self.filled[slots], self.count[slots] = length, 0
 
-    def keep(self, slots):
-        """Drop all slots but `slots`."""
+    def keep(self, slots):  # drop all others
         self.rows, self.k, self.v = [self.rows[s] for s in slots], self.k[:, slots], self.v[:, slots]
         for name in ("token", "position", "filled", "count", "u", "ids", "logps"):
             setattr(self, name, getattr(self, name)[slots])
         self.all = self.all[: len(slots)]
 
-    def step(self):
-        """Feed each slot's token: hidden states (B, D)."""
+    def step(self):  # feed each slot's token: hidden states (B, D)
         self.reach = int(self.filled.max()) + 1
         self.mask = torch.arange(self.reach, device=self.k.device) <= self.filled[:, None, None, None]
         hidden = self.text(

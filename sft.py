@@ -52,8 +52,7 @@ class Args(Common):
 
 # ----------------------------------------------------------------------------------------------------- the algorithm
 def sft_loss(logp, denominator):
-    """Cross-entropy: minus the sum of the log-probs (S,) of the trained tokens over `denominator`, the number of trained
-    tokens of the whole batch (all micro-batches and ranks; at least 1 is divided by)."""
+    """Cross-entropy: log-probs (S,) of the trained tokens; their number in the whole batch, over all ranks -> scalar."""
     return -logp.sum() / max(1.0, denominator)
 
 

@@ -58,7 +58,7 @@ FILES = {
     "look": File(12_800, (1, 9), "cro", 2, 0, 4, (4, 12, 0, 4)),
     "base": File(48_000, (1, 9), "crostot", 6, 0, 4, (1, 2, 3, 14)),
     "public": File(12_000, (2, 7), "crost", 3, 1, 2),
-    "curated": File(950, (2, 7), "crost", 1),
+    "curated": File(550, (2, 7), "crost", 1),
     "align": File(1_500, (3, 7), "crost", 1),
     "pairs": File(1_000, (3, 7), "crost", 1),
     "rl": File(4_000, (5, 7), "ot", 2, 3),
