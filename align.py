@@ -442,8 +442,9 @@ def main(args):
         # 4) advantage
         for group, item in zip(groups, items, strict=True):
             for kind, name in enumerate(spans):
-                rewards = [item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)]  # NaN: malformed
-                group.scores[name] = torch.tensor(rewards).clamp(-args.score_clip, args.score_clip)
+                raw = torch.tensor([item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)])
+                raw = raw.masked_fill(raw.isinf(), float("nan"))  # skips the update (clipped, it would pass); NaN: malformed
+                group.scores[name] = raw.clamp(-args.score_clip, args.score_clip)
             group.advantage = alignment_advantage(
                 group.scores[spans[0]], group.scores[spans[-1]], item.well_formed, args.group_size, alpha=args.alpha,
                 malformed_penalty=args.malformed_penalty, normalize=args.normalize, std_floor=args.std_floor,
