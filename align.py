@@ -366,8 +366,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     if not args.pairs:
         roll(test, test_numbers, hf, encoder, args, (args.seed, 1, 0))
 
-    done = best >= args.warmup_until or stale >= 5
-    for step in range(start, start if done else args.warmup_steps):
+    for step in range(start, start if best >= args.warmup_until or stale >= 5 else args.warmup_steps):
         items, numbers = share(data.draw(order, rows, build), ranks)
         if not args.pairs:
             roll(items, numbers, hf, encoder, args, (args.seed, 1, step + 1))
@@ -443,8 +442,8 @@ def main(args):
         for group, item in zip(groups, items, strict=True):
             for kind, name in enumerate(spans):
                 raw = torch.tensor([item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)])
-                raw = raw.masked_fill(raw.isinf(), float("nan"))  # skips the update (clipped, it would pass); NaN: malformed
-                group.scores[name] = raw.clamp(-args.score_clip, args.score_clip)
+                raw = raw.masked_fill(raw.isinf(), torch.nan)  # clipped, it would pass; so it skips the update
+                group.scores[name] = raw.clamp(-args.score_clip, args.score_clip)  # NaN: malformed
             group.advantage = alignment_advantage(
                 group.scores[spans[0]], group.scores[spans[-1]], item.well_formed, args.group_size, alpha=args.alpha,
                 malformed_penalty=args.malformed_penalty, normalize=args.normalize, std_floor=args.std_floor,

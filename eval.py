@@ -119,8 +119,7 @@ def evaluate(policy, path, args, ranks):
     records = {mode: [] for mode in modes}
     mine = range(ranks.rank, min(args.limit or len(data), len(data)), ranks.world)
     chunk = max(8, 4 * args.slots // max(1, args.samples))  # prompts at once: enough to keep the slots busy
-    bar = tqdm(range(0, len(mine), chunk), Path(path).name, disable=None if is_main() else True)  # None: on a terminal only
-    for start in bar:  # no collective in here
+    for start in tqdm(range(0, len(mine), chunk), Path(path).name, disable=None if is_main() else True):
         prompts = data.fetch(mine[start : start + chunk], encoder.prompt)
         numbers = [prompt.example.row for prompt in prompts]
         for mode, (n, temperature) in modes.items():

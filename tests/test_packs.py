@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
+from torch.nn.attention.flex_attention import flex_attention
 
 from model import recompute
-from packs import Tree, make, plan, run, token_logps
+from packs import FlexLayout, Tree, make, plan, run, token_logps
 
 
 def forest(hf):
@@ -84,6 +85,18 @@ def test_layout_is_the_dense_mask(hf):
     q, k, v = (torch.randn(1, h, len(pack.ids), 8, generator=g) for h in (4, 2, 2))
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(pack), scale=0.3, enable_gqa=True)
     torch.testing.assert_close(pack.layout.attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_layout_is_the_dense_mask(hf, monkeypatch):
+    """The CUDA layout, run without its compiled kernel."""
+    monkeypatch.setattr(FlexLayout, "kernel", staticmethod(flex_attention))
+    trees = forest(hf)
+    pack = make(trees, whole(trees), pad_to=128)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, len(pack.ids), 16, generator=g) for h in (4, 2, 2))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(pack), scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(FlexLayout(pack).attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-5, rtol=1e-4)
 
 
 def test_children_see_root_and_themselves_only(hf):
