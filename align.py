@@ -374,8 +374,9 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         for group in opt.param_groups:
             group["lr"] = args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine")
         norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
-        metrics = {"loss": all_sum(loss), "grad_norm": norm, "skipped": skipped, "left_out": len(data.bad)}
-        metrics |= disc_metrics(items, numbers, spread, args)
+        metrics = disc_metrics(items, numbers, spread, args)
+        loss = all_sum(loss) if metrics[f"{spans[0]}/acc"] >= 0 else torch.nan  # no pair was seen
+        metrics |= {"loss": loss, "grad_norm": norm, "skipped": skipped, "left_out": len(data.bad)}
         if step + 1 == args.warmup_steps or (step + 1) % WARMUP_CHECK == 0:
             _, spread = disc_pass(disc, test, args, ranks.device, spare, train=False)
             found = disc_metrics(test, test_numbers, spread, args, probe=True)
@@ -457,7 +458,8 @@ def main(args):
         # 6) log
         metrics |= disc_metrics(items, numbers, spread, args, bool(args.probe_every) and step % args.probe_every == 0)
         metrics |= rollout_metrics(groups) | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
-        metrics |= {"disc_loss": all_sum(disc_loss), "disc_grad_norm": disc_norm, "disc_skipped": disc_skipped}
+        disc_loss = all_sum(disc_loss) if metrics[f"{spans[0]}/acc"] >= 0 else torch.nan  # no pair was seen
+        metrics |= {"disc_loss": disc_loss, "disc_grad_norm": disc_norm, "disc_skipped": disc_skipped}
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
             show_rollout(step + 1, groups[0])

@@ -155,15 +155,11 @@ def overlong_penalty(length, limit, buffer):
 def trainer_logps(policy, groups, args, spare, device):
     """Log-probs of every rollout under `policy` as it is: per group a list of (T,). All ranks."""
     out = [[None] * len(g.rollouts) for g in groups]
-    for pack in each([_tree(g) for g in groups], args.pack_tokens, device, spare):
+    for pack in each([g.tree() for g in groups], args.pack_tokens, device, spare):
         logp = policy(pack, args.temperature, policy.encoder.banned)
         for k, (t, c) in enumerate(pack.children if pack.weight else []):
             out[t][c] = logp[pack.sequence == k].cpu()
     return out
-
-
-def _tree(group):
-    return Tree(group.prompt, [r.ids for r in group.rollouts])
 
 
 def policy_update(policy, opt, groups, args, spare, device, reference=None):
@@ -185,7 +181,7 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
                           "seq-mean-token-mean": sum(len(groups[g].rollouts) for g in mine)})  # fmt: skip
         counts["constant"] = counts["seq-mean-token-mean"] * args.max_response  # Dr. GRPO: no length in the divisor
         part_loss = 0.0
-        for pack in each([_tree(groups[g]) for g in mine], args.pack_tokens, device, spare):
+        for pack in each([groups[g].tree() for g in mine], args.pack_tokens, device, spare):
             logp, entropy = policy(pack, args.temperature, policy.encoder.banned, entropy=True)
             where = [(mine[t], c) for t, c in pack.children] if pack.weight else []
             if not where:
@@ -312,7 +308,7 @@ def main(args):
 
 
 def pack_groups(groups):
-    """Surplus groups as plain data for a checkpoint, and back."""
+    # surplus groups as plain data for a checkpoint, and back
     return [{"row": g.prompt.example.row, "rollouts": [(r.ids, r.logps, r.stop) for r in g.rollouts], "texts": g.texts,
              "scores": g.scores, "old_logp": g.old_logp} for g in groups]  # fmt: skip
 

@@ -219,6 +219,9 @@ class Group:
     advantage: torch.Tensor | None = None  # (N,)
     old_logp: list[torch.Tensor] | None = None  # (T,) each, the trainer's, under the policy that sampled
 
+    def tree(self):
+        return Tree(self.prompt, [r.ids for r in self.rollouts])
+
 
 def sample(hf, encoder, prompts, numbers, args, seed) -> list[Group]:
     """`args.group_size` rollouts of each prompt."""
