@@ -82,8 +82,7 @@ def main(args):
     if args.resume and (found := restore(last, {"policy": (policy, opt)})):
         start = found[0]["step"]
         order.load(found[1]["order"])
-    spare = data.draw(Order(len(data), args.seed), 1, policy.encoder.conversation)[0]
-    spare = Tree(spare[0], mask=spare[1])  # for ranks without a row
+    spare = Tree(data.draw(Order(len(data), args.seed), 1, policy.encoder.conversation)[0][0])  # for ranks without a row
     log = Log(args.out, args, ("loss", "tokens", "grad_norm grad", "lr"), start)
 
     for step in range(start, args.steps):
