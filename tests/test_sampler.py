@@ -83,6 +83,7 @@ def test_pick_edges():
 def test_uniforms_are_named_by_their_row():
     a = uniforms((1, 2), 3, 4, 5)
     assert (a == uniforms((1, 2), 3, 4, 9)[:5]).all() and (a != uniforms((1, 2), 4, 3, 5)).all()
+    assert (a != uniforms((1, 2), 5, 4, 5)).all() and (a != uniforms((1, 2), 3, 5, 5)).all()  # prompt and k both count
     assert ((0 <= a) & (a < 1)).all()
 
 
