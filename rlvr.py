@@ -1,5 +1,5 @@
 """
-Stage 3: reinforcement learning with verifiable rewards (PRISM, arXiv 2604.28123, section 3.3 and appendix D).
+Stage 3: reinforcement learning with verifiable rewards (PRISM, arXiv 2604.28123, section 3).
 
 1. Draw prompts, sample a group of N rollouts for each at temperature 1.
 2. Reward: 0.8 accuracy + 0.2 format (rewards.py); a malformed response gets 0.
