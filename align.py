@@ -246,7 +246,6 @@ class Item:
     reference: dict[int, list[int]]  # kind -> ids
     policy: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (rollout, kind, ids)
     well_formed: torch.Tensor | None = None  # (N,) bool
-
     score: dict = field(default_factory=dict)  # kind -> {rollout, or None for the reference: raw score}
 
     def tree(self):  # what the discriminator reads

@@ -173,8 +173,8 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
         for g, logps in zip(fresh, trainer_logps(policy, fresh, args, spare, device), strict=True):
             g.old_logp = logps
     ref_logp = trainer_logps(reference, groups, args, spare, device) if reference else None
-    sums, most, norms, skipped = dict.fromkeys(("tokens", "clipped", "entropy", "diff", "kl", "loss"), 0.0), 0.0, [], 0
-    ratio_max = 0.0
+    sums = dict.fromkeys(("tokens", "clipped", "entropy", "diff", "kl", "loss"), 0.0)
+    ratios, diffs, norms, skipped = [-torch.inf], [-torch.inf], [], 0
     for part in range(args.minibatches):
         mine = range(*(len(groups) * p // args.minibatches for p in (part, part + 1)))  # the same on any number of ranks
         counts = all_sum({"token-mean": sum(len(r.ids) for g in mine for r in groups[g].rollouts),
@@ -205,17 +205,18 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
             sums["tokens"] += m["tokens"]
             sums["clipped"] += m["clip_frac"] * m["tokens"]
             sums["entropy"] += float(entropy.sum())
-            ratio_max = max(ratio_max, m["ratio_max"])
-            sums["diff"], most = sums["diff"] + float(diff.sum()), max(most, float(diff.max()))
+            sums["diff"] += float(diff.sum())
+            ratios, diffs = [*ratios, m["ratio_max"]], [*diffs, float(diff.max())]
         norm, bad = step_if_finite(opt, part_loss, args.grad_clip, "policy")
         norms, skipped, sums["loss"] = [*norms, norm], skipped + bad, sums["loss"] + part_loss
     sums = all_sum(sums)
     tokens = sums["tokens"] or float("nan")
+    ratio, most = (all_max(torch.tensor(x).max()).item() for x in (ratios, diffs))  # torch's max keeps a NaN
     return {
         "loss": sums["loss"] / args.minibatches, "grad_norm": sum(norms) / len(norms), "skipped": skipped,
-        "clip_frac": sums["clipped"] / tokens, "ratio_max": all_max(ratio_max), "entropy": sums["entropy"] / tokens,
+        "clip_frac": sums["clipped"] / tokens, "ratio_max": ratio, "entropy": sums["entropy"] / tokens,
         "kl": sums["kl"] / tokens if ref_logp else float("nan"), "tokens": sums["tokens"],
-        "logp_diff": sums["diff"] / tokens, "logp_diff_max": all_max(most),
+        "logp_diff": sums["diff"] / tokens, "logp_diff_max": most,
     }  # fmt: skip
 
 

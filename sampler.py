@@ -158,13 +158,13 @@ def generate(hf, prompts, n, max_tokens, *, eos, banned=(), temperature=1.0, see
     Returns per prompt a list of n `Rollout`.
     """
     was_training, device = hf.training, hf.device
-    hf.eval()
     text = hf.model.language_model
     banned, ends = (torch.as_tensor(x, dtype=torch.long, device=device) for x in (banned, eos))
     numbers = range(len(prompts)) if numbers is None else numbers
     waiting = [(p, k) for p in range(len(prompts)) for k in range(n)]
     if not waiting:
         return [[] for _ in prompts]
+    hf.eval()
     out = [[None] * n for _ in prompts]
     state = _Slots(text, min(slots, len(waiting)), max(len(p.ids) for p in prompts), max_tokens)
 
