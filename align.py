@@ -33,7 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import health
-from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
+from checkpoint import restore, save
+from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import BadRow, Order, Prompt, read, split_spans
 from model import RolloutCopy, full_state, load, read_backbone, same_input, shard, write_backbone
 from model import save as save_policy

@@ -1,5 +1,5 @@
 """
-What the three stages share and what is no part of the method: arguments, log, optimiser, checkpoints, ranks (ranks.py).
+What the three stages share and what is no part of the method: arguments, log, optimiser (checkpoint.py, ranks.py: the rest).
 
 Batch sizes on the command line are global (prompts or pairs of one step over all ranks), the same at any number of
 ranks; only `--pack_tokens` is per device, it bounds memory and changes no result. A run folder (`--out`) holds
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 
 from ranks import agree, clip_grad, is_main, print0, world
@@ -195,66 +193,3 @@ def step_if_finite(optimizer, loss, max_norm, who):
         optimizer.step()
     optimizer.zero_grad()
     return norm, int(bad)
-
-
-# ----------------------------------------------------------------------------- checkpoints
-def save(folder, write_weights, meta, players=None, state=None):
-    """
-    Writes the checkpoint `folder` whole or not at all: under another name, then renamed. All ranks.
-    write_weights(path), on all ranks: weights, config, tokenizer. meta: for meta.json (args, step, cursor, metrics).
-    For `restore`: players {name: (model, AdamW)}; state: plain values and CPU tensors, the same on all ranks.
-    """
-    folder, new, old = Path(folder), Path(f"{folder}.new"), Path(f"{folder}.old")
-    if is_main():
-        shutil.rmtree(new, ignore_errors=True)
-        (new / "resume").mkdir(parents=True)
-    agree(False)  # all ranks: wait for it
-    write_weights(new)
-    if players:
-        dcp.save(_tensors(players), checkpoint_id=new / "resume")
-    if is_main():
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        kept = {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda, "state": state}
-        torch.save(kept, new / "resume/state.pt")
-        (new / "meta.json").write_text(json.dumps(provenance() | meta, indent=1))
-        os.sync()  # the data has to reach the disk before the names
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    agree(False)
-
-
-def restore(folder, players):
-    """Loads what `save` kept into models, optimisers and RNG -> (meta, state), or None: no checkpoint. All ranks."""
-    folder, old = Path(folder), Path(f"{folder}.old")
-    if is_main() and old.exists() and not folder.exists():
-        old.rename(folder)  # a kill between the two renames
-    agree(False)
-    if not folder.exists():
-        return None
-    known = set(dcp.FileSystemReader(folder / "resume").read_metadata().state_dict_metadata)
-    tensors = _tensors(players, known)
-    if odd := sorted(known ^ set(tensors)):
-        raise ValueError(f"{folder}/resume is of another model: {len(odd)} tensors differ, first {odd[0]}")
-    dcp.load(tensors, checkpoint_id=folder / "resume")  # in place, and cut anew for this number of ranks
-    kept = torch.load(folder / "resume/state.pt", weights_only=True)
-    random.setstate(kept["python"])
-    torch.set_rng_state(kept["cpu"])
-    if kept["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(kept["cuda"])
-    return json.loads((folder / "meta.json").read_text()), kept["state"]
-
-
-def _tensors(players, known=()):
-    """{key: tensor} of models and optimisers, by reference; optimiser tensors with a key in `known` are made first."""
-    found = {}
-    for name, (model, optimizer) in players.items():
-        found |= {f"{name}.model.{k}": t for k, t in model.state_dict().items()}
-        for n, p in model.named_parameters():  # one that never had a gradient has no optimiser state, before and after
-            prefix = f"{name}.optimizer.{n}."
-            for k in [k for k in ("step", "exp_avg", "exp_avg_sq") if prefix + k in known]:
-                optimizer.state[p][k] = torch.zeros(()) if k == "step" else torch.zeros_like(p, requires_grad=False)
-            found |= {prefix + k: t for k, t in optimizer.state.get(p, {}).items()}
-    return found

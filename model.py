@@ -24,7 +24,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging
 
 from data import Encoder
-from packs import run, token_logps
+from logprob import token_logps
+from packs import run
 from ranks import is_main, world
 
 logging.disable_progress_bar()  # "Loading weights", four times per stage

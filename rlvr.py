@@ -26,7 +26,8 @@ from typing import Literal
 
 import torch
 
-from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
+from checkpoint import restore, save
+from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import Order, read
 from model import RolloutCopy, load, shard
 from model import save as save_policy

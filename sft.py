@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 
 import model
-from common import Common, Log, optimizer, parse, restore, save, schedule, step_if_finite
+from checkpoint import restore, save
+from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import Order, read
 from init import init
 from packs import Tree, each

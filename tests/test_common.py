@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
+import checkpoint
 import common
 import ranks
 
@@ -211,11 +212,11 @@ def test_resume_is_bit_for_bit(tmp_path, alone):
     losses = train(half, half_optimizer, order, 2)
     state = {"order": order.get_state(), "surplus": [(1, torch.ones(2))]}
     folder, players = tmp_path / "last", {"p": (half, half_optimizer)}
-    common.save(folder, lambda path: (path / "weights").touch(), {"step": 2}, players, state)
+    checkpoint.save(folder, lambda path: (path / "weights").touch(), {"step": 2}, players, state)
     assert (folder / "weights").exists() and list(tmp_path.iterdir()) == [folder]
 
     again, again_optimizer = fresh(1)
-    meta, kept = common.restore(tmp_path / "last", {"p": (again, again_optimizer)})
+    meta, kept = checkpoint.restore(tmp_path / "last", {"p": (again, again_optimizer)})
     assert meta["step"] == 2 and {"commit", "versions"} <= set(meta) and kept["surplus"][0][0] == 1
     order = torch.Generator()
     order.set_state(kept["order"])
@@ -227,32 +228,32 @@ def test_resume_is_bit_for_bit(tmp_path, alone):
 
 def test_no_checkpoint_and_another_model(tmp_path, alone):
     model, optimizer = fresh(0)
-    assert common.restore(tmp_path / "last", {"p": (model, optimizer)}) is None
-    common.save(tmp_path / "last", lambda path: None, {"step": 0}, {"p": (model, optimizer)})
+    assert checkpoint.restore(tmp_path / "last", {"p": (model, optimizer)}) is None
+    checkpoint.save(tmp_path / "last", lambda path: None, {"step": 0}, {"p": (model, optimizer)})
     model.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="another model.*p.model.extra"):
-        common.restore(tmp_path / "last", {"p": (model, optimizer)})
+        checkpoint.restore(tmp_path / "last", {"p": (model, optimizer)})
 
 
 def test_failed_save_leaves_the_last_checkpoint(tmp_path, alone, monkeypatch):
     """An error in each phase of a save, the swap of names included, costs the new checkpoint, never the old one."""
     folder, player = tmp_path / "last", {"p": fresh(0)}
-    common.save(folder, lambda path: None, {"step": 1}, player)
+    checkpoint.save(folder, lambda path: None, {"step": 1}, player)
 
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
     with pytest.raises(OSError):
-        common.save(folder, full_disk, {"step": 2}, player)
-    assert common.restore(folder, player)[0]["step"] == 1
+        checkpoint.save(folder, full_disk, {"step": 2}, player)
+    assert checkpoint.restore(folder, player)[0]["step"] == 1
     rename = Path.rename
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda a, b: full_disk() if a.name == "last.new" else rename(a, b))
         with pytest.raises(OSError):
-            common.save(folder, lambda path: None, {"step": 3}, player)
-    assert not folder.exists() and common.restore(folder, player)[0]["step"] == 1
-    common.save(folder, lambda path: None, {"step": 4}, player)
-    assert common.restore(folder, player)[0]["step"] == 4 and list(tmp_path.iterdir()) == [folder]
+            checkpoint.save(folder, lambda path: None, {"step": 3}, player)
+    assert not folder.exists() and checkpoint.restore(folder, player)[0]["step"] == 1
+    checkpoint.save(folder, lambda path: None, {"step": 4}, player)
+    assert checkpoint.restore(folder, player)[0]["step"] == 4 and list(tmp_path.iterdir()) == [folder]
 
 
 def test_sigterm_is_a_flag(alone):
@@ -288,9 +289,9 @@ def _two_ranks(rank, folder):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     common.step_if_finite(optimizer, 1.0, 1.0, "toy")
-    common.save(folder / "last", lambda path: None, {"step": 1}, {"p": (model, optimizer)}, {"cursor": 7})
+    checkpoint.save(folder / "last", lambda path: None, {"step": 1}, {"p": (model, optimizer)}, {"cursor": 7})
     other, other_optimizer = fresh(1, tied=False, sharded=True)
-    assert common.restore(folder / "last", {"p": (other, other_optimizer)})[1] == {"cursor": 7}
+    assert checkpoint.restore(folder / "last", {"p": (other, other_optimizer)})[1] == {"cursor": 7}
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(whole(a), whole(b))
         assert torch.equal(whole(optimizer.state[a]["exp_avg"]), whole(other_optimizer.state[b]["exp_avg"]))
@@ -306,7 +307,7 @@ def test_two_ranks_and_resume_on_one(tmp_path):
     mp.spawn(_two_ranks, (tmp_path,), nprocs=2)
     here = ranks.setup(Args(policy="p", out="o", device="cpu"))
     model, optimizer = fresh(1, tied=False)
-    meta, _ = common.restore(tmp_path / "last", {"p": (model, optimizer)})
+    meta, _ = checkpoint.restore(tmp_path / "last", {"p": (model, optimizer)})
     assert meta["hardware"]["ranks"] == 2 and optimizer.state[model.first.weight]["step"] == 1
     expected, expected_optimizer = fresh(0, tied=False)
     for p in expected.parameters():

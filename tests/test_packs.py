@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
 from torch.nn.attention.flex_attention import flex_attention
 
+from logprob import token_logps
 from model import recompute
-from packs import FlexLayout, Tree, make, plan, run, token_logps
+from packs import FlexLayout, Tree, make, plan, run
 
 
 def forest(hf):
@@ -132,7 +133,7 @@ def test_plan_splits_and_fills(hf):
 @pytest.mark.parametrize("temperature,banned", [(1.0, ()), (0.7, (3, 9)), (2.0, (1,))])
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_token_logps(monkeypatch, temperature, banned, rows):
-    monkeypatch.setattr("packs._chunk", lambda weight: rows)
+    monkeypatch.setattr("logprob._chunk", lambda weight: rows)
     torch.manual_seed(0)
     hidden = torch.randn(11, 16, dtype=torch.float64).float().requires_grad_()
     weight = torch.randn(20, 16).requires_grad_()

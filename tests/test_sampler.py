@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import EOS, IMAGE, PAD, START, STOP, VIDEO, VOCAB, plain_logits, tiny_hf, tiny_prompt
 
-from packs import Tree, make, plan, run, token_logps
+from logprob import token_logps
+from packs import Tree, make, plan, run
 from sampler import generate, pick, uniforms
 
 BANNED = (PAD, START, STOP, IMAGE, VIDEO, 62, 63)
