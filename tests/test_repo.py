@@ -86,7 +86,7 @@ def test_manual_names_the_commands(name):
 def test_every_argument_is_read(name):
     """No dead knob: what a script accepts is read as args.<field>, by itself or by what it hands its `args` to."""
     known = {f.name for f in fields(importlib.import_module(name).Args)}
-    takers = ["common", "checkpoint", "ranks", "sampler", *(["rlvr"] if name == "align" else [])]  # rlvr.py: the policy's update
+    takers = ["common", "checkpoint", "ranks", "sampler", *(["rlvr"] if name == "align" else [])]  # which updates the policy
     elsewhere = set().union(*(read_of(tree(taker), "args", "self.args") for taker in takers))
     here = read_of(tree(name), "args")
     assert known - here - elsewhere - read_of(args_class(name), "self") == set()
