@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,10 +46,11 @@ class Policy(nn.Module):
         super().__init__()
         self.hf, self.encoder, self.source = hf, encoder, Path(source)
 
-    def forward(self, pack, temperature=1.0, banned=(), entropy=False):
-        """Log-probs (S,) float32 of the pack's scored tokens; with `entropy` also the entropies (S,)."""
+    def forward(self, pack, temperature=1.0, banned=(), entropy=False, coefficient=None):
+        """Log-probs (S,) float32 of the pack's scored tokens; with `entropy` also the entropies (S,). coefficient (S,):
+        their gradient in the loss, where it is known beforehand (see logprob.py: a matrix product less)."""
         hidden = run(self.hf.model, pack)[pack.source]
-        return token_logps(hidden, self.hf.lm_head.weight, pack.target, temperature, banned, entropy)
+        return token_logps(hidden, self.hf.lm_head.weight, pack.target, temperature, banned, entropy, coefficient)
 
 
 def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
@@ -120,8 +122,9 @@ def shard(module: nn.Module, base: nn.Module, dtype, checkpointing=False, exact=
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in exact:
         fully_shard(unit)
-    for unit in (*base.language_model.layers, base.visual, module):
+    for unit in (*base.language_model.layers, base.visual):
         fully_shard(unit, mp_policy=precision)
+    fully_shard(module, mp_policy=replace(precision, cast_forward_inputs=False))  # gradients among them: they stay exact
 
 
 def full_state(module: nn.Module):

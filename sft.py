@@ -94,7 +94,8 @@ def main(args):
         # 2) loss   3) update
         total = 0.0
         for pack in each(trees, args.pack_tokens, device, spare):
-            loss = sft_loss(policy(pack), tokens) * pack.weight
+            alike = torch.ones(len(pack.target), device=device)  # every token's log-prob counts the same in the loss
+            loss = sft_loss(policy(pack, coefficient=alike), tokens) * pack.weight
             (loss * ranks.world).backward()  # FSDP averages over ranks; the denominator is global already
             total += float(loss.detach())
         for group in opt.param_groups:
