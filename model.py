@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from data import Encoder
 from logprob import token_logps
-from packs import run
+from packs import adopt, run
 from ranks import is_main, world
 
 logging.disable_progress_bar()  # "Loading weights", four times per stage
@@ -68,7 +68,7 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     hf, folder = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True), _folder(path)
     if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model (get_rope_index, language_model)")
-    hf.model.language_model.config._attn_implementation = "packs"
+    adopt(hf.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
