@@ -28,7 +28,7 @@ from packs import Tree, make, plan, run
 from ranks import all_sum, print0
 from rewards import score
 
-REACH = 256  # positions that a captured step attends to: a multiple of it, so that few steps are captured
+BLOCK = {"cpu": 16, "cuda": 256}  # positions by which the store grows: on CUDA each time captures the step anew
 
 
 @dataclass
@@ -83,21 +83,22 @@ class _Prefill:
 
 
 class _Slots:
-    """What is being decoded: keys and values (layers, B, H, S, d) and, per slot, the token to feed next, its rotary
-    position, how many positions are filled, how many tokens were sampled, whether it is live, and the row's uniform
+    """What is being decoded: keys and values, (B * H, S, d) in each layer, and, per slot, the token to feed next, its
+    rotary position, how many positions are filled, how many tokens were sampled, whether it is live, and the row's uniform
     numbers and results. Stands in both for a transformers cache (`update`) and for a layout (`attend`).
 
     `step` decodes one token in every slot and changes these tensors in place, without asking the host anything: on CUDA
-    it is captured as a graph and replayed. A slot that is not live computes too, where nobody reads.
+    it is captured as a graph and replayed. A slot that is not live computes too, where nobody reads. S grows with the
+    longest row, so that the store is as large as what is in it and attention reads no more.
     """
 
-    def __init__(self, hf, slots, longest, max_tokens, ends, banned, temperature):
+    def __init__(self, hf, slots, max_tokens, ends, banned, temperature):
         self.text, self.head, self.rows = hf.model.language_model, hf.lm_head.weight, [None] * slots  # a row: (prompt, k)
         self.max_tokens, self.ends, self.banned, self.temperature = max_tokens, ends, banned, temperature
         cfg, like, self.graph = self.text.config, dict(device=hf.device), None
-        width = self.text.layers[0].self_attn.head_dim
-        shape = (cfg.num_hidden_layers, slots, cfg.num_key_value_heads, longest + max_tokens, width)
-        self.k, self.v = (torch.zeros(shape, dtype=hf.dtype, **like) for _ in "kv")
+        self.heads, width = cfg.num_key_value_heads, self.text.layers[0].self_attn.head_dim
+        empty = torch.zeros(slots * self.heads, 0, width, dtype=hf.dtype, **like)
+        self.store = [[empty, empty] for _ in range(cfg.num_hidden_layers)]
         self.token, self.position, self.filled, self.count = torch.zeros(4, slots, dtype=torch.long, **like)
         self.live, self.all = torch.zeros(slots, dtype=torch.bool, **like), torch.arange(slots, **like)
         self.u = torch.zeros(slots, max_tokens + 1, dtype=torch.float64, **like)  # the last column is the idle slots'
@@ -108,41 +109,42 @@ class _Slots:
         """Begin a row of `prompt` in each of `slots`, with uniform numbers u. Its last token is left out of the prefill
         (which has the prompt at `start`) and fed by the first step, so that a fresh row needs no step of its own."""
         length = len(prompt.ids) - 1
-        for layer, (k, v) in prefill.layers.items():
-            self.k[layer, slots, :, :length] = k[:, start : start + length]
-            self.v[layer, slots, :, :length] = v[:, start : start + length]
+        self.reserve(length + 1)
+        for layer, pair in prefill.layers.items():
+            for store, new in zip(self.store[layer], pair, strict=True):
+                store.unflatten(0, (-1, self.heads))[slots, :, :length] = new[:, start : start + length]
         self.u[slots, : self.max_tokens] = torch.from_numpy(np.stack(u)).to(self.u.device)
         self.token[slots], self.position[slots] = prompt.ids[-1].item(), prompt.next_position - 1
         self.filled[slots], self.count[slots], self.live[slots] = length, 0, True
 
+    def reserve(self, length):
+        """Room for `length` positions in every slot."""
+        more = length - self.store[0][0].shape[1]
+        if more > 0:
+            block, self.graph = BLOCK[self.u.device.type], None
+            self.store = [[F.pad(x, (0, 0, 0, -(-more // block) * block)) for x in pair] for pair in self.store]
+
     def keep(self, slots):  # drop all others
-        reach, self.graph = int(self.filled.max()) + 1, None
-        for name in ("k", "v"):
-            old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], len(slots), *old.shape[2:])
-            new[:, :, :, :reach] = old[:, slots, :, :reach]
-            setattr(self, name, new)
-        self.rows, self.all = [self.rows[s] for s in slots], self.all[: len(slots)]
+        self.rows, self.all, self.graph = [self.rows[s] for s in slots], self.all[: len(slots)], None
+        self.store = [[x.unflatten(0, (-1, self.heads))[slots].flatten(0, 1) for x in pair] for pair in self.store]
         for name in ("token", "position", "filled", "count", "live", "u", "ids", "logps"):
             setattr(self, name, getattr(self, name)[slots])
 
     def advance(self, steps):
         """Decode `steps` tokens in every slot; then the host looks: slots whose row has ended."""
-        longest, cuda = int(self.filled.max()), self.k.is_cuda
-        for n in range(1, steps + 1):
-            reach = min(longest + n, self.k.shape[3])
-            if not cuda:
-                self.reach = reach
-                self.step()
-            elif self.graph is None or reach > self.reach:
-                self.capture(-(-reach // REACH) * REACH)  # runs the step once
-            else:
+        self.reserve(int(self.filled.max()) + steps)
+        for _ in range(steps):
+            if self.u.is_cuda and self.graph is None:
+                self.capture()
+            elif self.u.is_cuda:
                 self.graph.replay()
+            else:
+                self.step()
         return (~self.live).nonzero().squeeze(1).tolist()
 
-    def capture(self, reach):
-        """Run a step that attends to the first `reach` positions, then capture it: shapes stay until rows outgrow it."""
-        self.graph, self.reach, stream = torch.cuda.CUDAGraph(), min(reach, self.k.shape[3]), torch.cuda.Stream()
+    def capture(self):
+        """Run a step, then capture it: shapes stay until the store grows or shrinks."""
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up in it, which a graph must not hold
             self.step()
@@ -151,7 +153,10 @@ class _Slots:
             self.step()
 
     def step(self):
-        self.mask = torch.arange(self.reach, device=self.k.device) > self.filled[:, None, None]  # (B, 1, reach): hidden
+        size = self.store[0][0].shape[1]
+        self.hidden = torch.arange(size, device=self.u.device) > self.filled[:, None, None]  # (B, 1, S)
+        rows = self.all[:, None] * self.heads + torch.arange(self.heads, device=self.u.device)
+        self.where = (rows * size + self.filled[:, None]).flatten()  # this token's, in the store's (B * H * S, d)
         hidden = self.text(
             inputs_embeds=self.text.embed_tokens(self.token).unsqueeze(1), past_key_values=self, layout=self,
             position_ids=self.position.expand(3, -1).unsqueeze(2),
@@ -166,17 +171,16 @@ class _Slots:
         self.live &= (token.unsqueeze(1) != self.ends).all(1) & (self.count < self.max_tokens)
 
     def update(self, key, value, layer, *_):
-        self.k[layer, self.all, :, self.filled] = key[:, :, 0]
-        self.v[layer, self.all, :, self.filled] = value[:, :, 0]
-        return self.k[layer, :, :, : self.reach], self.v[layer, :, :, : self.reach]
+        for store, new in zip(self.store[layer], (key, value), strict=True):
+            store.flatten(0, 1).index_copy_(0, self.where, new.reshape(-1, new.shape[-1]))
+        return self.store[layer]
 
     def attend(self, query, key, value, scaling):
         # One query a row: two thin products that read each key and value once. SDPA would repeat them for each query head.
         b, heads, _, d = query.shape
-        q = (query * scaling).view(b * key.shape[1], -1, d)
-        scores = product(q, key.flatten(0, 1).transpose(1, 2)).view(b, -1, self.reach)
-        p = scores.masked_fill_(self.mask, -torch.inf).softmax(-1).to(value.dtype)
-        return (p.view(b * key.shape[1], -1, self.reach) @ value.flatten(0, 1)).view(b, 1, heads, d)
+        scores = product((query * scaling).view(len(key), -1, d), key.transpose(1, 2)).view(b, heads, -1)
+        p = scores.masked_fill_(self.hidden, -torch.inf).softmax(-1).to(value.dtype)
+        return (p.view(len(value), -1, key.shape[1]) @ value).view(b, 1, heads, d)
 
     def take(self, slot):
         """Free `slot`: its row and rollout."""
@@ -205,8 +209,7 @@ def generate(hf, prompts, n, max_tokens, *, eos, banned=(), temperature=1.0, see
         return [[] for _ in prompts]
     hf.eval()
     out, read = [[None] * n for _ in prompts], {}  # read: prompt -> its keys and values, as long as rows of it wait
-    longest = max(len(p.ids) for p in prompts)
-    state = _Slots(hf, min(slots, len(waiting)), longest, max_tokens, ends, banned, temperature)
+    state = _Slots(hf, min(slots, len(waiting)), max_tokens, ends, banned, temperature)
     while waiting or any(state.rows):
         free, taken = [s for s, row in enumerate(state.rows) if row is None], {}  # taken: prompt -> [(slot, k)]
         for slot in free[: len(waiting)]:

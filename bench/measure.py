@@ -86,6 +86,10 @@ def clock(contenders, device="cpu", repeat=5, warmup=1):
     return seconds
 
 
+def seconds_of(run, device="cpu"):
+    return clock({"it": run}, device, repeat=1, warmup=0)["it"][0]
+
+
 def peak(run, device="cpu"):
     """Bytes that `run()` holds at most beyond what was there before. CPU: torch's own allocations, by its profiler."""
     if torch.device(device).type == "cuda":
