@@ -227,7 +227,7 @@ class FlexLayout:
         self.mask = create_block_mask(rule, None, None, size, size, device=pack.ids.device)
 
     def attend(self, query, key, value, scaling):
-        FlexLayout.kernel = FlexLayout.kernel or torch.compile(flex_attention, dynamic=False)
+        FlexLayout.kernel = FlexLayout.kernel or torch.compile(flex_attention)  # shapes become dynamic by themselves
         gqa = query.shape[1] != key.shape[1]
         return FlexLayout.kernel(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
 

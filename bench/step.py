@@ -120,7 +120,8 @@ if __name__ == "__main__":
     cli = parser.parse_args()
     common = dict(policy=f"{cli.out}/sft", out="unused", group_size=8, lr=1.5e-4, max_response=128, device="cpu")
     for_grpo = rlvr.Args(data=f"{cli.data}/rl.jsonl", prompts_per_step=24, **common)
-    for_game = align.Args(data=f"{cli.data}/align.jsonl", disc_init="ckpt/base-tiny", disc_lr=5e-4, prompts_per_step=16, **common)
+    game_data = dict(data=f"{cli.data}/align.jsonl", disc_init="ckpt/base-tiny", disc_lr=5e-4)
+    for_game = align.Args(prompts_per_step=16, **game_data, **common)
     setup(for_grpo)
     figures, whole = {}, {}
     for name, run, args in (("GRPO", grpo, for_grpo), ("alignment", game, for_game)):

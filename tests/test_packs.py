@@ -1,4 +1,4 @@
-"""Packs equal separate rows under transformers' own forward; token_logps equals log_softmax."""
+"""Packs equal separate rows under transformers' own forward, vision tower included."""
 
 import copy
 
@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
 from torch.nn.attention.flex_attention import flex_attention
 
-import logprob
 from logprob import token_logps
 from model import recompute
-from packs import FlexLayout, Tree, make, plan, run
+from packs import FlexLayout, Tree, adopt, make, plan, run
 
 
 def forest(hf):
@@ -131,33 +130,47 @@ def test_plan_splits_and_fills(hf):
     assert len(plan(trees, 10**6)) == 1 and plan(trees, 1) and parts == plan(trees, root + 14)
 
 
-@pytest.mark.parametrize("temperature,banned", [(1.0, ()), (0.7, (3, 9)), (2.0, (1,))])
-@pytest.mark.parametrize("rows", [1, 3, 1000])
-def test_token_logps(monkeypatch, temperature, banned, rows):
-    monkeypatch.setitem(logprob.CHUNK, "cpu", rows * 20)
-    torch.manual_seed(0)
-    hidden = torch.randn(11, 16, dtype=torch.float64).float().requires_grad_()
-    weight = torch.randn(20, 16).requires_grad_()
-    targets = torch.randint(10, 20, (11,))
-    up = torch.randn(11)
-    logp, entropy = token_logps(hidden, weight, targets, temperature, banned, entropy=True)
-    got = torch.autograd.grad((logp * up).sum(), (hidden, weight))
-    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    logits = h @ w.T / temperature
-    logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long), -torch.inf)
-    ref = logits.log_softmax(-1)
-    expected = ref.gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=1e-5)
-    expected_entropy = -(ref.exp() * ref.masked_fill(ref == -torch.inf, 0)).sum(-1)
-    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
-    for a, b in zip(got, torch.autograd.grad((expected * up.double()).sum(), (h, w)), strict=True):
-        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
-    assert not entropy.requires_grad
+@pytest.mark.slow
+def test_compiled_flex_attention_is_the_dense_mask_and_compiled_few_times(hf, monkeypatch):
+    """The kernel that CUDA runs, compiled for this CPU: packs of every length after the third compile nothing anew."""
+    kernel = torch.compile(flex_attention)
+    monkeypatch.setattr(FlexLayout, "kernel", staticmethod(kernel))
+    torch._dynamo.utils.counters.clear()
+    for n in (5, 9, 20, 30, 40):
+        trees = [Tree(tiny_prompt(hf, 5 + n, (1, 4, 4), 0), [[3] * k for k in range(2, 2 + n)]), *forest(hf)]
+        pack = make(trees, whole(trees), pad_to=128)
+        with torch.no_grad():
+            expected, pack.layout = run(hf.model, pack), FlexLayout(pack)
+            torch.testing.assert_close(run(hf.model, pack), expected, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
-def test_token_logps_banned_target_and_empty():
-    hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
-    assert token_logps(hidden, weight, torch.tensor([1, 2]), banned=(2,))[1] == -torch.inf
-    empty = token_logps(hidden[:0].requires_grad_(), weight, torch.zeros(0, dtype=torch.long))
-    assert empty.shape == (0,)
-    empty.sum().backward()
+# ----------------------------------------------------------------------------- the vision tower
+GRIDS = [[(1, 4, 4)] * 3, [(1, 4, 4), (1, 8, 4), (1, 8, 4), (1, 4, 4), (1, 4, 8)], [(2, 4, 4), (1, 4, 4)]]
+
+
+@pytest.mark.parametrize("grids", GRIDS)
+def test_vision_tower_equals_transformers_own(grids):
+    """Images of one size at once, patches by a matrix product: same features, gradients and names of weights."""
+    theirs, ours = tiny_hf(packs=False).model, adopt(tiny_hf(packs=False).model)
+    assert type(ours.visual.patch_embed.proj) is not torch.nn.Conv3d
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
+    grid = torch.tensor(grids)
+    pixels = torch.randn(int(grid.prod(1).sum()), 96)
+    found = []
+    for visual in (theirs.visual, ours.visual):
+        out = visual(pixels, grid_thw=grid)
+        sum((x * x.detach().cos()).sum() for x in (out.pooler_output, *out.deepstack_features)).backward()
+        found.append((out, {k: p.grad for k, p in visual.named_parameters()}))
+    (a, a_grads), (b, b_grads) = found
+    for x, y in zip((a.pooler_output, *a.deepstack_features), (b.pooler_output, *b.deepstack_features), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    for name, grad in a_grads.items():
+        torch.testing.assert_close(grad, b_grads[name], atol=1e-3, rtol=1e-3)
+
+
+def test_images_of_one_size_are_one_call(hf, monkeypatch):
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *x, **k: (calls.append(q.shape), sdpa(q, *x, **k))[1])
+    hf.model.visual(torch.randn(5 * 16, 96), grid_thw=torch.tensor([[1, 4, 4]] * 5))
+    assert [shape[0] for shape in calls] == [5] * len(hf.model.visual.blocks)

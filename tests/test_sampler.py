@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, IMAGE, PAD, START, STOP, VIDEO, VOCAB, plain_logits, tiny_hf, tiny_prompt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from logprob import token_logps
 from packs import Tree, make, plan, run
-from sampler import generate, pick, uniforms
+from sampler import BLOCK, _Slots, generate, pick, uniforms
 
 BANNED = (PAD, START, STOP, IMAGE, VIDEO, 62, 63)
 
@@ -91,3 +92,61 @@ def test_uniforms_are_named_by_their_row():
 def test_empty(hf):
     hf.train()  # a rank without a prompt stays as it was: in eval mode it would no longer checkpoint its activations
     assert generate(hf, [], 4, 5, eos=(EOS,)) == [] and hf.training
+
+
+@pytest.mark.parametrize("look_every", [2, 5, 100])
+def test_how_often_the_host_looks_changes_nothing(hf, look_every):
+    ps = prompts(hf)
+    expected = generate(hf, ps, 4, 10, eos=(EOS, 5), banned=BANNED, slots=5)
+    found = generate(hf, ps, 4, 10, eos=(EOS, 5), banned=BANNED, slots=5, look_every=look_every)
+    assert [[(r.ids, r.stop) for r in g] for g in expected] == [[(r.ids, r.stop) for r in g] for g in found]
+
+
+@pytest.mark.parametrize("slots,pack_tokens", [(1, 10**4), (3, 10**4), (3, 20), (64, 1)])
+def test_each_prompt_is_read_once(hf, monkeypatch, slots, pack_tokens):
+    packs = []
+    monkeypatch.setattr("sampler.run", lambda model, pack, **k: (packs.append(pack), run(model, pack, **k))[1])
+    ps = prompts(hf)
+    expected = generate(hf, ps, 5, 6, eos=(EOS,), banned=BANNED)
+    packs.clear()
+    found = generate(hf, ps, 5, 6, eos=(EOS,), banned=BANNED, slots=slots, pack_tokens=pack_tokens)
+    assert sum(len(pack.ids) for pack in packs) == sum(len(p.ids) for p in ps)
+    assert [[r.ids for r in g] for g in expected] == [[r.ids for r in g] for g in found]
+
+
+class Asked(TorchDispatchMode):
+    """Operations that make the host wait for the device."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_host_nothing(hf, monkeypatch):
+    """And makes the same operations in the same order each time: what a captured graph needs."""
+    steps, step = [], _Slots.step
+
+    def watched(self):
+        with Asked() as asked:
+            step(self)
+        steps.append(asked.names)
+
+    monkeypatch.setattr(_Slots, "step", watched)
+    generate(hf, prompts(hf), 4, 8, eos=(EOS,), banned=BANNED)
+    assert len(steps) > 3 and not [n for n in steps[0] for wait in Asked.WAIT if n.split("::")[1].split(".")[0] == wait]
+    assert all(names == steps[0] for names in steps)
+
+
+def test_the_store_grows_with_the_rows(hf, monkeypatch):
+    monkeypatch.setitem(BLOCK, "cpu", 4)
+    sizes, advance = [], _Slots.advance
+    monkeypatch.setattr(_Slots, "advance", lambda s, n: (advance(s, n), sizes.append(s.store[0][0].shape[1]))[0])
+    (rollouts,) = generate(hf, [tiny_prompt(hf, 5, None)], 8, 500, eos=(EOS,), banned=BANNED)
+    longest = 5 + max(len(r.ids) for r in rollouts)
+    assert longest - 1 <= max(sizes) < longest + 5 and sizes == sorted(sizes) and len(set(sizes)) > 2
