@@ -297,7 +297,7 @@ def main(args):
         metrics |= rollout_metrics(seen) | counts | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
-            show_rollout(step + 1, groups[0])
+            show_rollout(log, step + 1, groups[0])
         # 6) save
         stop = ranks.stop()
         if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):

@@ -14,6 +14,8 @@ any order of the rows. Rows are slots of one key-value store; a slot whose row e
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +26,7 @@ from data import Prompt
 from packs import Tree, make, plan, run
 from ranks import all_sum, print0
 from rewards import score
+from rows import open_image
 
 
 @dataclass
@@ -253,8 +256,25 @@ def rollout_metrics(groups):
     return {k: v / (groups if k == "informative" else n) for k, v in sums.items()}
 
 
-def show_rollout(step, group):
-    """Print one rollout with its scores, now and then: nothing finds mistakes faster."""
-    scores = {k: round(float(v[0]), 3) for k, v in group.scores.items()} | {"advantage": round(float(group.advantage[0]), 3)}
-    example = group.prompt.example
-    print0(f"--- step {step}, {example.where}, answer {example.answer!r}\n{group.texts[0]}\n--- {scores}")
+def show_rollout(log, step, group, reference_scores=None):
+    """Print a rollout with its scores, now and then: nothing finds mistakes faster. `log` keeps the whole group, for
+    tools/report.py. reference_scores: {kind of span: the discriminator's raw score of the reference}."""
+    columns, example = group.scores | {"advantage": group.advantage}, group.prompt.example
+    rows = [{k: round(float(v[i]), 4) for k, v in columns.items()} for i in range(len(group.rollouts))]
+    print0(f"--- step {step}, {example.where}, answer {example.answer!r}\n{group.texts[0]}\n--- {rows[0]}")
+    log.rollouts(step, {
+        "where": example.where, "question": example.messages[-1]["content"], "answer": example.answer,
+        "reference": example.response, "reference_scores": reference_scores or {},
+        "images": [_data_url(open_image(image, example.where)) for image in example.images],
+        "rollouts": [{"text": text, "tokens": len(r.ids), "stop": r.stop, "advantage": row.pop("advantage"), "scores": row}
+                     for text, r, row in zip(group.texts, group.rollouts, rows, strict=True)],
+    })  # fmt: skip
+
+
+def _data_url(image, side=384, most=50_000):  # scaled down to `side` pixels; exact, a JPEG where that takes > `most` bytes
+    image.thumbnail((side, side))
+    for form in ("png", "jpeg"):
+        image.save(file := io.BytesIO(), form)
+        if file.tell() <= most:
+            break
+    return f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode()}"
