@@ -122,8 +122,8 @@ def _flags(path, Args, parser):
         parser.error(f"--config {path}: not a JSON file of arguments, as a run's last/meta.json is ({error})")
     defaults, flags = {f.name: f.default for f in fields(Args)}, []
     if odd := [name for name in config if name not in defaults]:
-        (near,) = difflib.get_close_matches(odd[0], defaults, 1, cutoff=0)
-        parser.error(f"--config {path}: {parser.prog} has no {', '.join(odd)}: is it {near}, or of another script?")
+        near = [f"did you mean {x}?" for x in difflib.get_close_matches(odd[0], defaults, 1)] or ["is it of another script?"]
+        parser.error(f"--config {path}: {parser.prog} has no {', '.join(odd)}: {near[0]}")
     for name, value in config.items():
         value = value if isinstance(value, list) else [value]
         if name != "config" and tuple(value) not in ((defaults[name],), defaults[name]):

@@ -207,7 +207,7 @@ def test_rollouts_from_the_loop_to_the_page(tmp_path, capsys):
 def test_the_page_in_a_browser(tmp_path):
     groups = [group(1), group(2, text=HOSTILE, format=0.0), group(3, accuracy=0.0)]
     text, _ = write_page(tmp_path, make(tmp_path / "run", "align", [{"format": v} for v in (1.0, math.nan, 0.5)], groups))
-    clicks = """<pre id="said"></pre><script>
+    clicks = """<p id="said"></p><script>
     const say = x => { document.getElementById("said").textContent += x + "|"; };
     const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
     const place = () => say(document.getElementById("place").textContent);
@@ -220,6 +220,6 @@ def test_the_page_in_a_browser(tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--window-size=500,800", "--virtual-time-budget=2000", "--dump-dom"]  # fmt: skip
     dom = subprocess.run([*command, (tmp_path / "clicks.html").as_uri()], capture_output=True, text=True)
-    said = re.search(r'<pre id="said">(.*?)</pre>', dom.stdout)[1].strip("|").split("|")
+    said = re.search(r'<p id="said">(.*?)</p>', dom.stdout)[1].strip("|").split("|")
     assert said == ["run, step 1 (1 of 3)", "run, step 2 (2 of 3)", "true", "run, step 1 (1 of 2)", "run, step 3 (2 of 2)",
                     "2", "true", "PRISM runs"]  # fmt: skip
