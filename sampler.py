@@ -271,10 +271,8 @@ def show_rollout(log, step, group, reference_scores=None):
     })  # fmt: skip
 
 
-def _data_url(image, side=384, most=50_000):  # scaled down to `side` pixels; exact, a JPEG where that takes > `most` bytes
+def _data_url(image, side=384):  # scaled down to `side` pixels; small drawings exactly, the rest as JPEG
     image.thumbnail((side, side))
-    for form in ("png", "jpeg"):
-        image.save(file := io.BytesIO(), form)
-        if file.tell() <= most:
-            break
+    form = "png" if image.width * image.height <= 200 * 200 else "jpeg"
+    image.save(file := io.BytesIO(), form)
     return f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode()}"

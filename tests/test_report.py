@@ -102,6 +102,8 @@ def test_nan_is_a_gap_and_long_logs_are_thinned(tmp_path):
     assert [v for _, v in points[29:61]] == [2.0] + [None] * 30 + [2.0]
     assert "the mean of up to 100 steps" in text and len(text) < 40_000
     sparse = {"steps": [{"step": n, **({"leak": 0.5} if n % 10 == 1 else {})} for n in range(1, 32)]}
+    both = [{"name": n, "stage": "align", "steps": [{"step": 1, k: 0.5}]} for n, k in (("a", "format"), ("b", "disc_loss"))]
+    assert [[s["colour"] for s in c["series"]] for c in report.charts(both)] == [[0], [1]]  # a run's own, in each chart
     assert report.points(sparse, "leak") == [[1, 0.5], [11, 0.5], [21, 0.5], [31, 0.5]]  # joined, not gaps
 
 

@@ -122,7 +122,7 @@ def points(run, key, most=POINTS):
 
 
 def charts(runs):
-    """[{"stage", "title", "gloss", "series": [{"label", "points"}]}], runs of one stage in one chart."""
+    """[{"stage", "title", "gloss", "series": [{"label", "colour", "points"}]}], runs of one stage in one chart."""
     found = []
     for stage, wanted in CHARTS.items():
         mine = [run for run in runs if run["stage"] == stage]
@@ -131,7 +131,7 @@ def charts(runs):
             for run in mine:
                 for key in metrics(title):
                     label = " ".join([run["name"]] * (len(mine) > 1) + [key.split("/")[0]] * (len(mine) == 1 or "/" in key))
-                    series.append({"label": label, "points": points(run, key)})
+                    series.append({"label": label, "colour": len(series), "points": points(run, key)})
             series = [s for s in series if any(v is not None for _, v in s["points"])]
             title = title.removeprefix("*/")
             if series:
