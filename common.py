@@ -126,7 +126,7 @@ def _flags(path, Args, parser):
         parser.error(f"--config {path}: {parser.prog} has no {', '.join(odd)}: {near[0]}")
     for name, value in config.items():
         value = value if isinstance(value, list) else [value]
-        if name != "config" and tuple(value) not in ((defaults[name],), defaults[name]):
+        if tuple(value) not in ((defaults[name],), defaults[name]):
             switch = any(isinstance(v, bool) for v in value)
             flags += [f"--{'' if value[0] else 'no-'}{name}"] if switch else [f"--{name}", *map(str, value)]
     return flags

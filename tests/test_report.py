@@ -217,7 +217,8 @@ def test_the_page_in_a_browser(tmp_path):
     document.querySelector("[value=malformed]").click(); place(); press("j"); place();
     say(document.querySelector("svg path").getAttribute("d").match(/M/g).length);
     say(document.documentElement.scrollWidth <= innerWidth);
-    say(document.title);</script>"""
+    setTimeout(() => say(document.title), 500);  // an onerror would have fired by then
+    </script>"""
     (tmp_path / "clicks.html").write_text(text.replace("</body>", clicks + "</body>"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--window-size=500,800", "--virtual-time-budget=2000", "--dump-dom"]  # fmt: skip

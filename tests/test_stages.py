@@ -266,7 +266,8 @@ def test_groups_are_kept_to_be_looked_at(world, tmp_path):
         assert all(math.isfinite(rollout["advantage"]) for rollout in kept[stage])
         if stage is align:
             assert all("<caption>" in r["reference"] and r["reference_scores"].keys() == {*align.NAMES} for r in found)
-            assert any(isinstance(r["reference_scores"]["reasoning"], float) for r in found)
+            theirs, ours = found[0]["reference_scores"], [r["scores"] for r in found[0]["rollouts"] if r["scores"]["format"]]
+            assert all(abs(theirs[name] - scores[name]) > 2e-4 for name in align.NAMES for scores in ours) and ours
     assert {tuple(r["scores"]) for r in kept[align]} == {(*align.NAMES, "accuracy", "format", "reward")}
     assert all((r["scores"]["perception"] is None) == (r["scores"]["format"] == 0) for r in kept[align])
     assert {tuple(r["scores"]) for r in kept[rlvr]} == {("accuracy", "format", "reward")}
