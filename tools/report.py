@@ -54,7 +54,7 @@ LIGHTS = [  # stages, name, metrics, figure, what is bad about it (small is good
     ("align", "Score and length", "*/length_corr", late, abs, 0.5, 0.8, "Within groups, scores should follow content, not "
      "length.", "Compare references' and rollouts' lengths; read rollouts of both ends below."),
     ("align rlvr", "Canary: format", "format", late, lambda v: 1 - v, 0.1, 0.3, "Share of rollouts with the three parts.",
-     "Raise --malformed_penalty or lower --lr; read the malformed ones below."),
+     "Lower --lr, in alignment raise --malformed_penalty; read the malformed ones below."),
     ("align", "Canary: accuracy", "accuracy", change, lambda v: -v, 0.05, 0.15, "Change since the first steps; the verifier is "
      "not trained on in this stage.", "Some cost is usual before stage 3; a collapse is not: fewer --steps or a lower --lr."),
     ("align rlvr", "Cut rollouts", "truncated", late, abs, 0.05, 0.2, "Rollouts that hit the limit of tokens.",
@@ -209,7 +209,7 @@ def health_section(runs):
             blocks.append(f'<li class="{colour}"><b>{name} <i>● {word[colour]}</i></b><br><small>{escape(shown)}</small>'
                           f'<p>{escape(means)} <span class="mend">{mend}</span></p></li>')  # fmt: skip
         blocks.append("</ul>")
-    figures = f'<p class="dim">Figures are means of the last {LATE} steps that have any.</p>'
+    figures = f'<p class="dim">Means of the last {LATE} steps that have the figure; skipped updates: all.</p>'
     return f'<section id="health"><h2>Health</h2>{figures}{"".join(blocks)}</section>'
 
 
