@@ -36,12 +36,12 @@ import health
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import BadRow, Order, Prompt, read, split_spans
+from groups import rollout_metrics, sample, show_rollout, verify
 from model import RolloutCopy, full_state, load, read_backbone, same_input, shard, write_backbone
 from model import save as save_policy
 from packs import Tree, adopt, each, run
 from ranks import SAVED_AND_STOPPED, all_sum, gather, print0, setup, share, world
 from rlvr import policy_update
-from sampler import rollout_metrics, sample, show_rollout, verify
 
 PERCEPTION, REASONING = 0, 1  # kinds of span
 NAMES = ("perception", "reasoning")
@@ -79,11 +79,11 @@ class Args(Common):
     temperature: float = 1.0  # of sampling and of the log-probs alike
     slots: int = 256  # rows decoded at once, per device
     probe_every: int = 50  # steps between leak probes; 0: never
+    # not for choice: strictly on-policy, no KL; so every ratio is 1 and the clip of no effect
+    minibatches, kl, ratio, clip_low, clip_high, dual_clip, aggregation = 1, 0.0, "token", 0.2, 0.2, 3.0, "token-mean"
 
     def __post_init__(self):
         super().__post_init__()
-        self.minibatches, self.kl = 1, 0.0  # strictly on-policy, no KL: every ratio is 1 and the clip of no effect
-        self.ratio, self.clip_low, self.clip_high, self.dual_clip, self.aggregation = "token", 0.2, 0.2, 3.0, "token-mean"
         if self.spans == "whole" and (self.disc == "experts" or self.normalize == "sum"):
             raise ValueError("--spans whole has one kind of span: --disc experts and --normalize sum need two")
         if self.group_size < 2 or not 0 <= self.alpha <= 1 or self.score_clip <= 0:
@@ -462,7 +462,8 @@ def main(args):
         metrics |= {"disc_loss": disc_loss, "disc_grad_norm": disc_norm, "disc_skipped": disc_skipped}
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
-            show_rollout(step + 1, groups[0])
+            references = {name: items[0].score.get(kind, {}).get(None) for kind, name in enumerate(spans)}
+            show_rollout(log, step + 1, groups[0], references)
         # 7) save
         stop = ranks.stop()
         if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):

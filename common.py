@@ -8,6 +8,7 @@ ranks; only `--pack_tokens` is per device, it bounds memory and changes no resul
 
 import argparse
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -48,12 +49,14 @@ class Common:
     max_pixels: int | None = None  # of one image, larger ones are scaled down; none: the image processor's own limit
     pack_tokens: int = 16384  # of one model call, per device
     log_every: int = 1  # steps between printed lines; log.jsonl gets every step
-    sample_every: int = 50  # steps between printed rollouts; 0: never
+    sample_every: int = 50  # steps between rollouts that are printed, and kept in rollouts.jsonl; 0: never
     max_bad: int = 100  # rows that cannot be used; with more of them the run stops
     image_root: str | None = None  # folder that image paths are relative to and stay in; none: the data file's
     save_every: int = 100  # steps between checkpoints; 0: only the last
     resume: bool = False  # continue from the checkpoint in --out; starts afresh where there is none
     wandb: str = ""  # Weights & Biases project to log to as well
+    tensorboard: bool = False  # write the scalars to <out>/tensorboard as well
+    config: str = ""  # JSON file of arguments, as a run's last/meta.json, which is run again; flags given here win
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters and optimiser stay float32
@@ -94,6 +97,12 @@ def parse(Args, argv=None):
         option |= {"required": True} if f.default is MISSING else {"default": f.default}
         (shared if f.name in common else own).add_argument(f"--{f.name}", **option)
     argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    args = first.parse_known_args(argv)[0]
+    if args.config and "config" in kinds:
+        argv = [*_flags(args.config, Args, parser), *argv]  # of two flags the last counts
+        parser.prog += f" --config {args.config}"  # leads each error message
     flags = list(parser._option_string_actions)
     for flag in [a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0] not in flags]:
         near = difflib.get_close_matches(flag, flags, 1) or ["--help"]
@@ -102,6 +111,25 @@ def parse(Args, argv=None):
         return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
     except ValueError as error:
         parser.error(str(error))
+
+
+def _flags(path, Args, parser):
+    """The arguments in the file of --config as flags; what is at its default needs none. Any fault is a usage error."""
+    try:
+        config = json.loads(Path(path).read_text())
+        config = dict(config.get("args", config))  # of a meta.json
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        parser.error(f"--config {path}: not a JSON file of arguments, as a run's last/meta.json is ({error})")
+    defaults, flags = {f.name: f.default for f in fields(Args)}, []
+    if odd := [name for name in config if name not in defaults]:
+        near = [f"did you mean {x}?" for x in difflib.get_close_matches(odd[0], defaults, 1)] or ["is it of another script?"]
+        parser.error(f"--config {path}: {parser.prog} has no {', '.join(odd)}: {near[0]}")
+    for name, value in config.items():
+        value = value if isinstance(value, list) else [value]
+        if tuple(value) not in ((defaults[name],), defaults[name]):
+            switch = any(isinstance(v, bool) for v in value)
+            flags += [f"--{'' if value[0] else 'no-'}{name}"] if switch else [f"--{name}", *map(str, value)]
+    return flags
 
 
 # ----------------------------------------------------------------------------- log
@@ -118,31 +146,35 @@ def provenance():
 class Log:
     """
     `<folder>/log.jsonl`: a header (arguments, provenance) at each start, then a record per step; NaN means no data.
-    `show`: keys of the printed line ("key" or "key label"). `done`: steps in the resumed checkpoint; later ones go.
+    `<folder>/rollouts.jsonl`: what `groups.show_rollout` keeps. Of both, steps after `done`, the resumed one's, go.
+    `show`: keys of the printed line ("key" or "key label").
     """
 
     def __init__(self, folder, args, show=(), done=0):
-        self.args, self.show, self.wandb, self.clock = args, show, None, time.perf_counter()
+        self.args, self.show, self.wandb, self.board, self.clock = args, show, None, None, time.perf_counter()
         if not is_main():
             return
-        path = Path(folder, "log.jsonl")
+        path, self.samples = Path(folder, "log.jsonl"), Path(folder, "rollouts.jsonl")
         if path.exists() and not args.resume:
             raise SystemExit(f"{path} exists: continue that run with --resume, or remove {folder}, or change --out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what follows the last \n, a kill cut short
-        kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= done]
-        path.with_suffix(".new").write_text("".join(kept))
-        path.with_suffix(".new").replace(path)
-        self.file = open(path, "a", buffering=1)  # line by line
         header = {"args": asdict(args), "done": done, "time": time.time(), **provenance()}
+        for package, asked in ("wandb", args.wandb), ("tensorboard", args.tensorboard):
+            if asked and not importlib.util.find_spec(package):
+                raise SystemExit(f"--{package} needs a package: pip install {package}")
+        if args.wandb:
+            self.wandb = importlib.import_module("wandb").init(project=args.wandb, name=str(folder), config=header)
+        if args.tensorboard:
+            board = importlib.import_module("torch.utils.tensorboard")
+            self.board = board.SummaryWriter(Path(folder, "tensorboard"), purge_step=done + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in filter(Path.exists, (path, self.samples)):
+            lines = file.read_text().split("\n")[:-1]  # what follows the last \n, a kill cut short
+            kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= done]
+            file.with_suffix(".new").write_text("".join(kept))
+            file.with_suffix(".new").replace(file)
+        self.file = open(path, "a", buffering=1)  # line by line
         print(json.dumps(header), file=self.file)
         shutil.copy(inspect.getfile(type(args)), folder)
-        if args.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise SystemExit("--wandb needs a package: pip install wandb") from None
-            self.wandb = wandb.init(project=args.wandb, name=str(folder), config=header)
 
     def step(self, step, metrics):
         """step: updates done, this one included. metrics: {name: number}, already global (rank 0's are written)."""
@@ -153,9 +185,18 @@ class Log:
         print(json.dumps(record), file=self.file)
         if self.wandb:
             self.wandb.log(record, step=step)
+        for name, value in record.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
         if step % self.args.log_every == 0 or step == self.args.steps:
             cells = [f"| {k.split()[-1]} {record.get(k.split()[0], math.nan):<8.3g}" for k in (*self.show, "seconds s")]
             print0(f"{step:>6}/{self.args.steps}", *cells)
+
+    def rollouts(self, step, group):
+        """Append a group of rollouts, plain values, to rollouts.jsonl; there NaN is null."""
+        record = {"step": step, "stage": Path(inspect.getfile(type(self.args))).stem, **group}
+        if is_main():
+            with self.samples.open("a") as file:
+                print(json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)), file=file)
 
 
 # ----------------------------------------------------------------------------- optimiser

@@ -29,11 +29,12 @@ import torch
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import Order, read
+from groups import Group, rollout_metrics, sample, show_rollout, verify
 from model import RolloutCopy, load, shard
 from model import save as save_policy
 from packs import Tree, each
 from ranks import SAVED_AND_STOPPED, agree, all_max, all_sum, gather, setup, share, world
-from sampler import Group, Rollout, rollout_metrics, sample, show_rollout, verify
+from sampler import Rollout
 
 ALGORITHMS = {  # what METHOD's table of stage 3 says; each entry is also a flag of its own
     "grpo": dict(ratio="token", clip_low=0.2, clip_high=0.2, dual_clip=3.0, aggregation="token-mean", scale_by_std=True,
@@ -305,7 +306,7 @@ def main(args):
         metrics |= rollout_metrics(seen) | counts | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
-            show_rollout(step + 1, groups[0])
+            show_rollout(log, step + 1, groups[0])
         # 6) save
         stop = ranks.stop()
         if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):

@@ -16,17 +16,14 @@ all slots is made of tensor operations alone: on CUDA it is a captured graph, an
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Prompt
 from logprob import logits, product
 from packs import Tree, make, plan, run
-from ranks import all_sum, print0
-from rewards import score
 
 BLOCK = {"cpu": 16, "cuda": 256}  # positions by which the store grows: on CUDA each time captures the step anew
 
@@ -244,56 +241,3 @@ def _read(hf, prompts, order, needed, pack_tokens, read):
         pack, prefill = make(trees, part, hf.device), _Prefill()
         run(hf.model, pack, past_key_values=prefill)
         read |= {order[t]: (prefill, start) for (t, _), (start, _) in zip(part, pack.spans, strict=False)}
-
-
-# ---------------------------------------------------------------------------------- groups of rollouts (stages 2, 3)
-@dataclass
-class Group:
-    """A prompt's rollouts and what is known of them."""
-
-    prompt: Prompt
-    rollouts: list[Rollout]
-    texts: list[str]
-    scores: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (N,)
-    advantage: torch.Tensor | None = None  # (N,)
-    old_logp: list[torch.Tensor] | None = None  # (T,) each, the trainer's, under the policy that sampled
-
-    def tree(self):
-        return Tree(self.prompt, [r.ids for r in self.rollouts])
-
-
-def sample(hf, encoder, prompts, numbers, args, seed) -> list[Group]:
-    """`args.group_size` rollouts of each prompt."""
-    rollouts = generate(
-        hf, prompts, args.group_size, args.max_response, eos=encoder.eos_ids, banned=encoder.banned, seed=seed,
-        temperature=args.temperature, numbers=numbers, slots=args.slots, pack_tokens=args.pack_tokens,
-    )  # fmt: skip
-    return [Group(p, g, [encoder.decode(r.ids) for r in g]) for p, g in zip(prompts, rollouts, strict=True)]
-
-
-def verify(group):
-    """Fill in accuracy, format and reward of a group (never trained on in stage 2: there they are a canary)."""
-    example = group.prompt.example
-    verdicts = [score(text, example.answer, example.choices, example.equivalent) for text in group.texts]
-    for name in ("accuracy", "format", "reward"):
-        group.scores[name] = torch.tensor([v[name] for v in verdicts])
-
-
-def rollout_metrics(groups):
-    """What both stages report of the rollouts of a step, over all ranks (NaN: no rollouts)."""
-    rollouts = [r for g in groups for r in g.rollouts]
-    flat = {k: torch.cat([g.scores[k] for g in groups]) if groups else torch.zeros(0) for k in ("reward", "accuracy", "format")}
-    sums = {k: float(v.sum()) for k, v in flat.items()} | {
-        "length": sum(len(r.ids) for r in rollouts), "truncated": sum(r.stop == "length" for r in rollouts),
-        "n": len(rollouts), "groups": len(groups), "informative": sum(bool(g.scores["reward"].std() > 0) for g in groups),
-    }  # fmt: skip
-    sums = all_sum(sums)
-    n, groups = sums.pop("n") or float("nan"), sums.pop("groups") or float("nan")
-    return {k: v / (groups if k == "informative" else n) for k, v in sums.items()}
-
-
-def show_rollout(step, group):
-    """Print one rollout with its scores, now and then: nothing finds mistakes faster."""
-    scores = {k: round(float(v[0]), 3) for k, v in group.scores.items()} | {"advantage": round(float(group.advantage[0]), 3)}
-    example = group.prompt.example
-    print0(f"--- step {step}, {example.where}, answer {example.answer!r}\n{group.texts[0]}\n--- {scores}")

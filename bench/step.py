@@ -24,10 +24,10 @@ import align
 import rlvr
 from common import optimizer, step_if_finite
 from data import Order, read
+from groups import sample, verify
 from model import load
 from packs import Tree
 from ranks import setup
-from sampler import sample, verify
 
 
 class Parts:

@@ -2,7 +2,7 @@
 # Style and tests, in the environment with all extras: two minutes on two cores.
 #   bash runs/test.sh [--slow] [arguments for pytest]        --slow: the slow tests too
 set -euo pipefail
-EXTRAS=math,parquet,plot,wandb,test
+EXTRAS=math,parquet,plot,wandb,tensorboard,test
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 if [ "${1:-}" = --slow ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both, and one table of every
-# checkpoint, greedy and at temperature 1.
+# checkpoint, greedy and at temperature 1; last, a page with table, curves and rollouts: out/tiny-0/report.html.
 #   bash runs/tiny.sh             base within 20 minutes, the rest within 20, on two cores
 #   bash runs/tiny.sh --quick     everything smaller, within 5 minutes: shows that it runs, not that it works
 # SEED=1 bash runs/tiny.sh       other pictures and questions for every stage and test, other rollouts, the same base
@@ -36,4 +36,5 @@ for start in sft align; do
 done
 python eval.py --policy $BASE "$OUT"/{sft,sft-grpo,align,align-grpo} --data "$DATA"/test_{id,hard,ood}.jsonl \
     --limit $LIMIT --samples 1 --device cpu --max_response 128 --out "$OUT/eval.json"
-echo "=== stages and evaluation: $((SECONDS - begin)) s; figures in $OUT/eval.json, logs in $OUT/*/log.jsonl"
+python tools/report.py "$OUT"/{sft,align,sft-grpo,align-grpo} --eval "$OUT/eval.json" --out "$OUT/report.html"
+echo "=== stages and evaluation: $((SECONDS - begin)) s; figures in $OUT/eval.json, logs in $OUT/*/log.jsonl, a page in $OUT/report.html"

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,11 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
+import align
 import checkpoint
 import common
 import ranks
+import rlvr
 
 
 @dataclass
@@ -84,6 +86,51 @@ def test_usage_errors_say_the_mend(line, says, capsys):
     with pytest.raises(SystemExit) as stop:
         common.parse(Args, NEEDED + line.split())
     assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_config_repeats_a_run_and_flags_win(tmp_path):
+    """What a checkpoint's meta.json says of the arguments is, as --config, the same run again, in every stage."""
+    given = {
+        align.Args: ["--alpha", "0.25", "--disc_blind", "--steps", "7", "--max_pixels", "99"],
+        rlvr.Args: ["--algo", "dapo", "--max_response", "9000", "--no-scale_by_std", "--lr", "3e-05"],
+        Args: ["--data", "a b", "c", "--band", "0.1", "0.9", "--no-scaled", "--max_pixels", "none"],
+    }
+    for Kind, line in given.items():
+        was = common.parse(Kind, [*NEEDED, *([] if Kind is Args else ["--data", "d"]), *line])
+        path = tmp_path / "meta.json"
+        path.write_text(json.dumps({"step": 3, "args": vars(was)}))
+        again = common.parse(Kind, ["--config", str(path)])
+        assert again.config == str(path) and replace(again, config="") == was
+        path.write_text(json.dumps(vars(again)))  # a repeated run's, and without what is around the arguments
+        more = common.parse(Kind, ["--out", "elsewhere", f"--config={path}", "--seed", "5"])
+        assert more == replace(was, config=str(path), out="elsewhere", seed=5)
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"aplha": 1}, "has no aplha: did you mean alpha?"),
+        ({"algo": "grpo", "overlong": 3}, "has no algo, overlong: is it of another script?"),
+        ({"alpha": "half"}, "run.json: error: argument --alpha: invalid float value: 'half'"),
+        ({"steps": 2.5}, "invalid int value: '2.5'"),
+        ({"steps": True}, "argument --steps: expected one argument"),
+        ({"blind": "yes"}, "--blind"),
+        ({"schedule": "linear"}, "invalid choice: 'linear'"),
+        ({"alpha": 2}, "run.json: error: --alpha is 2.0: it is a share, at most 1"),
+        ({"band": [0.1]}, "argument --band: expected 2 arguments"),
+        ([1], "not a JSON file of arguments"),
+        ("{", "not a JSON file of arguments"),
+        (None, "No such file"),
+    ],
+)
+def test_config_errors_name_file_and_mend(config, says, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    if config is not None:
+        path.write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(SystemExit) as stop:
+        common.parse(Args, [*NEEDED, "--config", str(path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and str(path) in error
 
 
 def test_missing_required(capsys):
@@ -162,12 +209,43 @@ def test_log(tmp_path, capsys):
     assert [r.get("step") for r in records] == [None, 1, 2, None, 3] and records[-1]["loss"] == 9
 
 
-def test_wandb_only_when_asked(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit, match="pip install wandb"):
-        common.Log(tmp_path, Args(policy="p", out="o", wandb="project"))
+    for package, flag in {"wandb": {"wandb": "project"}, "tensorboard": {"tensorboard": True}}.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(SystemExit, match=f"pip install {package}"):
+            common.Log(tmp_path / package, Args(policy="p", out="o", **flag))
+        assert not (tmp_path / package).exists()  # so that the next start finds no log in its way
+
+
+def test_tensorboard_gets_every_scalar(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = Args(policy="p", out="o", tensorboard=True, resume=True)
+    for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # the second goes on from a checkpoint of step 2
+        log = common.Log(tmp_path, args, done=done)
+        for step in steps:
+            log.step(step, {"a/loss": done + step / 2, "gap": math.nan})
+        log.board.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("a/loss")] == [(1, 0.5), (2, 1.0), (3, 3.5), (4, 4.0)]
+    assert all(math.isnan(e.value) for e in found.Scalars("gap"))
+
+
+def test_resume_drops_later_rollouts(tmp_path):
+    args = Args(policy="p", out="o", resume=True)
+    log = common.Log(tmp_path, args)
+    assert not (tmp_path / "rollouts.jsonl").exists()  # stage 1 has none
+    for step in (1, 2, 3):
+        log.rollouts(step, {"advantage": [math.nan, 1.5]})
+    with open(tmp_path / "rollouts.jsonl", "a") as file:
+        file.write('{"step": 1, "te')  # killed while writing
+    common.Log(tmp_path, args, done=2).rollouts(3, {"advantage": []})
+    records = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["stage"], r["advantage"]) for r in records] == [
+        (1, "test_common", [None, 1.5]), (2, "test_common", [None, 1.5]), (3, "test_common", [])]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- checkpoints

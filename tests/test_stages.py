@@ -218,7 +218,7 @@ def test_discriminator_learns_what_it_is_told(world, tmp_path):
     align.main(args)
     found = records(tmp_path / "warmup")
     assert found[0]["loss"] == pytest.approx(2 * math.log(2), abs=0.1)
-    assert found[-1]["loss"] < 0.3 and len(found) < 80
+    assert sum(record["loss"] for record in found[-5:]) / 5 < 0.5 and len(found) < 80
     assert min(found[-1][f"{s}/held_out"] for s in align.NAMES) >= 0.9
     assert not (tmp_path / "last").exists() and not (tmp_path / "log.jsonl").exists()
 
@@ -250,6 +250,27 @@ def test_warm_up_from_rollouts_precedes_the_game(world, tmp_path):
     finite(warm[-1], ["perception/held_out", "reasoning/held_out"])
     check_game(tmp_path, steps=1)
     assert moved(weights(tmp_path / "warmup/last"), weights(tmp_path / "last/discriminator"))
+
+
+def test_groups_are_kept_to_be_looked_at(world, tmp_path):
+    """What tools/report.py shows: whole groups, with the reference and its scores where the stage has them."""
+    kept = {}
+    for stage, data in ((align, world.align), (rlvr, world.rl)):
+        flags = GAME if stage is align else ROLLOUTS | COMMON
+        out = str(tmp_path / stage.__name__)
+        stage.main(stage.Args(policy=world.sft, data=data, out=out, **flags | dict(steps=1, sample_every=1)))
+        found = [json.loads(line) for line in Path(out, "rollouts.jsonl").read_text().splitlines()]
+        assert [(r["step"], r["stage"], len(r["rollouts"])) for r in found] == [(1, stage.__name__, 4)]
+        assert all(r["images"][0].startswith("data:image/png") and r["answer"] and r["question"] for r in found)
+        kept[stage] = [rollout for r in found for rollout in r["rollouts"]]
+        assert all(math.isfinite(rollout["advantage"]) for rollout in kept[stage])
+        if stage is align:
+            assert all("<caption>" in r["reference"] and r["reference_scores"].keys() == {*align.NAMES} for r in found)
+            theirs, ours = found[0]["reference_scores"], [r["scores"] for r in found[0]["rollouts"] if r["scores"]["format"]]
+            assert all(abs(theirs[name] - scores[name]) > 2e-4 for name in align.NAMES for scores in ours) and ours
+    assert {tuple(r["scores"]) for r in kept[align]} == {(*align.NAMES, "accuracy", "format", "reward")}
+    assert all((r["scores"]["perception"] is None) == (r["scores"]["format"] == 0) for r in kept[align])
+    assert {tuple(r["scores"]) for r in kept[rlvr]} == {("accuracy", "format", "reward")}
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 3
