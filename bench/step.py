@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from measure import ROOT, median, report
@@ -92,7 +91,7 @@ def game(args, steps):
     return parts, tokens
 
 
-def trl(python, args, steps):
+def trl(python, args, steps, batch):
     data = read(args.data, "rl")
     rows = []
     for example in data.fetch(range(args.prompts_per_step * steps)):
@@ -101,7 +100,7 @@ def trl(python, args, steps):
         rows.append({"prompt": turns, "answer": example.answer, "images": images})
     with tempfile.TemporaryDirectory() as out:
         job = {"policy": str(load(args.policy).source), "rows": rows, "prompts": args.prompts_per_step, "lr": args.lr,
-               "group": args.group_size, "most": args.max_response, "steps": steps, "out": out, "device": "cpu",
+               "group": args.group_size, "most": args.max_response, "steps": steps, "out": out, "device": "cpu", "batch": batch,
                "banned": list(load(args.policy).encoder.banned), "threads": torch.get_num_threads()}  # fmt: skip
         command = [python, str(ROOT / "bench/trl_step.py"), json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -129,10 +128,11 @@ if __name__ == "__main__":
         each = [sum(v) for v in zip(*parts.seconds.values(), strict=True)][1:]
         whole[name] = median(each)
         figures[name] = {"step": whole[name], **parts.medians(), "tokens": median(tokens[1:])}
-    if cli.trl and Path(cli.trl).exists():
-        theirs = trl(cli.trl, for_grpo, cli.steps)
+    ratio = {}
+    for batch in (192, 8) if cli.trl else ():  # all rows of a step at once; its own default, with accumulation
+        theirs, name = trl(cli.trl, for_grpo, cli.steps, batch), f"TRL, {batch} rows a forward"
         tokens = median(theirs["mean_length"]) * 24 * 8
-        figures["TRL's GRPO"] = {"step": median(theirs["seconds"]), "tokens": tokens, **theirs["versions"]}
-        figures["ratio"] = median(theirs["seconds"]) / whole["GRPO"]
-        figures["ratio_per_token"] = figures["ratio"] / tokens * figures["GRPO"]["tokens"]
-    report("step", seconds=figures, prompts=24, rollouts=8, device="cpu")
+        figures[name] = {"step": median(theirs["seconds"]), "tokens": tokens, **theirs["versions"]}
+        ratio[name] = {"step": figures[name]["step"] / whole["GRPO"]}
+        ratio[name]["token"] = ratio[name]["step"] / tokens * figures["GRPO"]["tokens"]
+    report("step", ratio=ratio, seconds=figures, prompts=24, rollouts=8, device="cpu")

@@ -52,11 +52,11 @@ features = Features({"prompt": [{"role": Value("string"), "content": Value("stri
                      "images": Sequence(Image())})  # fmt: skip
 rows = Dataset.from_list(job["rows"], features=features)
 config = GRPOConfig(
-    output_dir=job["out"], max_steps=job["steps"], per_device_train_batch_size=job["prompts"] * job["group"],
-    num_generations=job["group"], max_completion_length=job["most"], learning_rate=job["lr"], temperature=1.0, beta=0.0,
-    loss_type="dapo", use_cpu=job["device"] == "cpu", bf16=job["device"] != "cpu", gradient_checkpointing=False,
-    save_strategy="no", report_to=[], logging_steps=1, disable_tqdm=True, dataloader_num_workers=0,
-    generation_kwargs={"suppress_tokens": job["banned"]} if job["banned"] else None,
+    output_dir=job["out"], max_steps=job["steps"], per_device_train_batch_size=job["batch"], num_generations=job["group"],
+    gradient_accumulation_steps=job["prompts"] * job["group"] // job["batch"], max_completion_length=job["most"],
+    learning_rate=job["lr"], temperature=1.0, beta=0.0, loss_type="dapo", use_cpu=job["device"] == "cpu",
+    bf16=job["device"] != "cpu", gradient_checkpointing=False, save_strategy="no", report_to=[], logging_steps=1,
+    disable_tqdm=True, generation_kwargs={"suppress_tokens": job["banned"]} if job["banned"] else None,
 )  # fmt: skip
 policy = AutoModelForImageTextToText.from_pretrained(job["policy"], dtype=torch.float32)
 trainer = GRPOTrainer(policy, reward, config, rows, processing_class=AutoProcessor.from_pretrained(job["policy"]),
