@@ -345,12 +345,12 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     """Train the discriminator alone on pairs until it tells held-out pairs apart (section 3.2.3). All ranks call it."""
     # data: rows of pairs, or prompts whose rollouts become pairs with their references; the last rows are held out
     data = read(args.pairs or args.data, "pairs" if args.pairs else "align", args.image_root, args.max_bad)
-    held_out = max(ranks.world, min(64, len(data) // 10))
+    held_out = max(1, min(64, len(data) // 10))
     if len(data) <= held_out:
         raise ValueError(f"{data.path}: {len(data)} rows are too few to warm up on and to hold {held_out} out")
     order, start, best, stale = Order(len(data) - held_out, args.seed), 0, 0.0, 0
     build = partial(warm_up_pair if args.pairs else demonstration, encoder=encoder, disc_encoder=disc_encoder, args=args)
-    rows = max(1, args.warmup_pairs // (len(NAMES) * (1 if args.pairs else args.group_size) * ranks.world)) * ranks.world
+    rows = max(1, args.warmup_pairs // (len(NAMES) * (1 if args.pairs else args.group_size)))
 
     # optimiser, resume
     opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
@@ -399,18 +399,18 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
 def main(args):
     # set-up
     ranks = setup(args)
-    device, dtype = ranks.device, getattr(torch, args.dtype)
+    device = ranks.device
     # model: the policy, the copy that samples, the discriminator
     options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
-    policy = load(args.policy, device=device, **options).train()
+    policy = load(args.policy, **options).train()
     encoder = policy.encoder
-    disc = load_discriminator(args).to(device).train()
+    disc = load_discriminator(args).train()
     same_input(disc.model.config, policy.hf.config)
     disc_encoder = copy.copy(encoder)
     disc_encoder.blind = args.disc_blind
-    sampler = RolloutCopy(policy, dtype)
-    shard(policy, policy.hf.model, dtype, args.checkpointing)
-    shard(disc, disc.model, dtype, args.checkpointing, exact=[disc.v_head])
+    sampler = RolloutCopy(policy, args, device)
+    shard(policy, policy.hf.model, args, ranks)
+    shard(disc, disc.model, args, ranks, exact=[disc.v_head])
     # optimisers
     opt = optimizer(policy, args.lr, args.weight_decay)
     disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
@@ -454,7 +454,7 @@ def main(args):
         # 5) update the policy
         for group in opt.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
-        metrics = policy_update(policy, opt, groups, args, Tree(spare.prompt, [[encoder.eos]]), device)
+        metrics = policy_update(policy, opt, groups, numbers, args, Tree(spare.prompt, [[encoder.eos]]), device)
         # 6) log
         metrics |= disc_metrics(items, numbers, spread, args, bool(args.probe_every) and step % args.probe_every == 0)
         metrics |= rollout_metrics(groups) | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}

@@ -61,7 +61,7 @@ def sft_loss(logp, denominator):
 def main(args):
     # set-up
     ranks = setup(args)
-    device, dtype = ranks.device, getattr(torch, args.dtype)
+    device = ranks.device
     # model
     if args.init:
         if is_main() and not (args.resume and Path(args.out, "last").exists()):
@@ -69,8 +69,8 @@ def main(args):
         agree(False)  # all ranks wait for rank 0's files
     options = dict(max_prompt_tokens=args.max_prompt + args.max_response, max_pixels=args.max_pixels)
     start_from = f"{args.out}/init" if args.init else args.policy
-    policy = model.load(start_from, device=device, **options).train()
-    model.shard(policy, policy.hf.model, dtype, args.checkpointing)
+    policy = model.load(start_from, **options).train()
+    model.shard(policy, policy.hf.model, args, ranks)
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
     # data

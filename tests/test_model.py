@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,7 +194,8 @@ def test_checkpointing_changes_no_gradient(checkpoint):
     found = []
     for on in (False, True):
         policy = model.load(checkpoint).train()
-        model.shard(policy, policy.hf.model, torch.float32, checkpointing=on)
+        args = SimpleNamespace(dtype="float32", checkpointing=on, offload=False)
+        model.shard(policy, policy.hf.model, args, SimpleNamespace(device="cpu"))
         tree = Tree(policy.encoder.prompt(example()), [policy.encoder.response(RESPONSE)])
         policy(make([tree], [(0, [0])])).sum().backward()
         found.append([p.grad for p in policy.parameters()])
