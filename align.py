@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import health
+import memory
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import BadRow, Order, Prompt, read, split_spans
@@ -398,11 +399,12 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
 
 def main(args):
     # set-up
+    if args.dry_run:
+        return memory.show(args, lambda: (load(args.policy), load_discriminator(args)))
     ranks = setup(args)
     device = ranks.device
     # model: the policy, the copy that samples, the discriminator
-    options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
-    policy = load(args.policy, **options).train()
+    policy = load(args.policy, max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels).train()
     encoder = policy.encoder
     disc = load_discriminator(args).train()
     same_input(disc.model.config, policy.hf.config)

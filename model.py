@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
@@ -63,8 +63,11 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
         path = f"{path}/last"
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         raise FileNotFoundError(f"{path} has no config.json: neither a checkpoint nor a run folder with one in last/")
-    if not Path(path).is_dir() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
+    if not Path(path).exists() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
         raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
+    if torch.get_default_device().type == "meta":  # --dry_run: the configuration, a file too, is enough
+        shapes = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        return Policy(shapes, None, path)
     hf, folder = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True), _folder(path)
     if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model (get_rope_index, language_model)")
@@ -107,9 +110,14 @@ def copy_processor(source, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------- ranks
-def is_sharded(args):
-    """False for one process in float32: there is nothing to share or cast."""
-    return world() > 1 or args.dtype != "float32" or args.offload
+def is_sharded(args, ranks):
+    """False for one process in float32: there is nothing to share or cast. ranks: their number."""
+    return ranks > 1 or args.dtype != "float32" or args.offload
+
+
+def cut_dimension(p, ranks):
+    """Of a parameter, for FSDP over so many ranks: the first; of stacked experts, fewer than ranks may be, the next."""
+    return int(p.ndim == 3 and p.shape[1] % ranks == 0)
 
 
 def units(module: nn.Module, base: nn.Module):
@@ -127,14 +135,15 @@ def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
     """
     if args.checkpointing:
         recompute(base)
-    if not is_sharded(args):
+    if not is_sharded(args, world()):
         return module.to(ranks.device)
     nodes = args.nodes or int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's number of nodes
     if ranks.world % nodes:
         raise ValueError(f"{ranks.world} ranks on {nodes} nodes: all nodes need equally many (--nodes 1 shards over all ranks)")
     shape, names = ((nodes, ranks.world // nodes), ("nodes", "ranks")) if nodes > 1 else ((ranks.world,), ("ranks",))
-    plan = dict(mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
-                offload_policy=CPUOffloadPolicy() if args.offload else OffloadPolicy())  # fmt: skip
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if args.offload else OffloadPolicy()
+    plan = dict(mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=names), offload_policy=offload,
+                shard_placement_fn=lambda p: Shard(cut_dimension(p, shape[-1])))  # fmt: skip
     for unit in exact:
         fully_shard(unit, **plan)
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
@@ -156,7 +165,7 @@ class RolloutCopy:
     def __init__(self, policy: Policy, args, device):
         """Call it before the policy is sharded."""
         self.policy, self.hf = policy, policy.hf
-        if is_sharded(args):  # parameters alone are cast: rotary frequencies in bfloat16 would turn far positions astray
+        if is_sharded(args, world()):  # parameters alone are cast: rotary frequencies in bfloat16 turn far positions astray
             cast = {id(p): nn.Parameter(p.detach().to(device, getattr(torch, args.dtype), copy=True), requires_grad=False)
                     for p in policy.hf.parameters()}  # fmt: skip
             self.hf = copy.deepcopy(policy.hf, cast).to(device)

@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 
+import memory
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import Order, read
@@ -253,6 +254,8 @@ def collect(step, data, order, hf, encoder, args, ranks, kept):
 # ------------------------------------------------------------------------------------------------------------ the loop
 def main(args):
     # set-up
+    if args.dry_run:
+        return memory.show(args, lambda: (load(args.policy),))
     ranks = setup(args)
     device = ranks.device
     # model

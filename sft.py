@@ -22,8 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+import memory
 import model
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
@@ -60,6 +59,8 @@ def sft_loss(logp, denominator):
 # ------------------------------------------------------------------------------------------------------------ the loop
 def main(args):
     # set-up
+    if args.dry_run:
+        return memory.show(args, lambda: (model.load(args.init or args.policy),))
     ranks = setup(args)
     device = ranks.device
     # model

@@ -34,7 +34,7 @@ def step_if_finite(optimizer, loss, max_norm, who):
         print("planted at", time.time(), flush=True)
         raise ValueError("a planted error")
     named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
-    gradients.append({n: getattr(p.grad, "full_tensor", p.grad.clone)() for n, p in named if p.grad is not None})
+    gradients.append({n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().clone() for n, p in named if p.grad is not None})
     return common.step_if_finite(optimizer, loss, max_norm, who)
 
 
