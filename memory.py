@@ -32,7 +32,7 @@ def saved_by_layer(text, b, top_k=None):
 
 def activations(base, tokens, patches, b, checkpointing, top_k=None):
     """Peak bytes of a pack: what layers and vision blocks keep (with checkpointing their inputs, and all of the one at work),
-    and a quarter of a layer for the gradients at work. Within 3 % of a measured peak (tests/test_memory.py)."""
+    and a quarter of a layer for the gradients at work. 0.96 to 1.11 of what is measured (tests/test_memory.py)."""
     text, vision = base.config.text_config, base.config.vision_config
     d, layer = vision.hidden_size, saved_by_layer(text, b, top_k)
     block = b * (10 * d + 2 * vision.intermediate_size)  # per patch: norms, qkv, rotated q and k, attention, MLP

@@ -62,7 +62,6 @@ def main(args):
     if args.dry_run:
         return memory.show(args, lambda: (model.load(args.init or args.policy),))
     ranks = setup(args)
-    device = ranks.device
     # model
     if args.init:
         if is_main() and not (args.resume and Path(args.out, "last").exists()):
@@ -94,7 +93,7 @@ def main(args):
         tokens = all_sum(float(sum(int(tree.mask.sum()) for tree in trees)))
         # 2) loss   3) update
         total = 0.0
-        for pack in each(trees, args.pack_tokens, device, spare):
+        for pack in each(trees, args.pack_tokens, ranks.device, spare):
             loss = sft_loss(policy(pack), tokens) * pack.weight
             (loss * ranks.world).backward()  # FSDP averages over ranks; the denominator is global already
             total += float(loss.detach())

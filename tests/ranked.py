@@ -1,6 +1,7 @@
 """
-A process of test_ranks.py: python ranked.py JOBS.json PORT… runs the jobs, each a stage with its flags, one after the other
-as one of WORLD_SIZE ranks. Of each, <out>/probe.pt keeps the gradients of all updates and the ids of all rollouts.
+A process of test_ranks.py: python ranked.py JOBS.json [PORT…] runs the jobs, each a stage with its flags, one after the
+other as one of WORLD_SIZE ranks, each on a port of its own. Of a job, <out>/probe.pt keeps the gradients of all updates,
+the ids of all rollouts, and the mesh that its parameters are on.
 """
 
 import json
@@ -21,7 +22,7 @@ import sampler
 import sft
 
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
-close, job, gradients, rollouts = ranks.Ranks.close, {}, [], {}
+close, job, gradients, rollouts, meshes = ranks.Ranks.close, {}, [], {}, set()
 
 
 def sgd(model, lr, weight_decay):
@@ -34,6 +35,7 @@ def step_if_finite(optimizer, loss, max_norm, who):
         print("planted at", time.time(), flush=True)
         raise ValueError("a planted error")
     named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    meshes.update(tuple(p.device_mesh.shape) for _, p in named if hasattr(p, "device_mesh"))
     gradients.append({n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().clone() for n, p in named if p.grad is not None})
     return common.step_if_finite(optimizer, loss, max_norm, who)
 
@@ -52,7 +54,8 @@ def sample(hf, encoder, prompts, numbers, args, seed):
 def keep_and_close(self):
     everywhere = {k: v for part in ranks.gather(rollouts) for k, v in part.items()}
     if ranks.is_main():
-        torch.save({"gradients": gradients, "rollouts": everywhere}, Path(job["flags"]["out"], "probe.pt"))
+        found = {"gradients": gradients, "rollouts": everywhere, "meshes": list(meshes)}
+        torch.save(found, Path(job["flags"]["out"], "probe.pt"))
     close(self)
 
 
@@ -61,9 +64,10 @@ if __name__ == "__main__":
     ranks.Ranks.close, align.sample, rlvr.sample = keep_and_close, sample, sample
     for stage in STAGES.values():
         stage.step_if_finite = step_if_finite
-    for job, port in zip(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2:], strict=True):
+    ports = sys.argv[2:] or [os.environ["MASTER_PORT"]]  # torchrun's
+    for job, port in zip(json.loads(Path(sys.argv[1]).read_text()), ports, strict=True):
         os.environ["MASTER_PORT"] = port  # each run makes a process group of its own
-        gradients, rollouts = [], {}
+        gradients, rollouts, meshes = [], {}, set()
         for stage in STAGES.values():
             stage.optimizer = sgd if job.get("sgd") else common.optimizer
         STAGES[job["stage"]].main(STAGES[job["stage"]].Args(**job["flags"]))
