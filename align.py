@@ -39,7 +39,7 @@ from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import BadRow, Order, Prompt, read, split_spans
 from model import RolloutCopy, full_state, load, read_backbone, same_input, shard, write_backbone
 from model import save as save_policy
-from packs import Tree, each, run
+from packs import Tree, adopt, each, run
 from ranks import SAVED_AND_STOPPED, all_sum, gather, print0, setup, share, world
 from rlvr import policy_update
 from sampler import rollout_metrics, sample, show_rollout, verify
@@ -182,7 +182,7 @@ class Discriminator(nn.Module):
         heads = nn.Linear(base.language_model.config.hidden_size, 2 if form == "experts" else 1, bias=False)
         self.v_head = nn.Sequential(nn.Identity(), heads)  # v_head.1.weight in the released checkpoint
         nn.init.normal_(self.v_head[1].weight, std=0.02)
-        base.language_model.config._attn_implementation = "packs"
+        adopt(base)
 
     def forward(self, pack):
         """Raw scores (K,) float32 of the pack's children, the load-balancing loss of each of its trees, and the load

@@ -15,6 +15,7 @@ import os
 
 import torch
 
+from logprob import CHUNK
 from model import cut_dimension, is_sharded, units
 
 
@@ -75,8 +76,8 @@ def account(args, world, policy, disc=None):
             rows.append((phase, "gathered weights", b * (root + 3 * max(sizes))))
             rows.append((phase, "gathered gradients, and reduced in float32", (b + 4) * max(root, *sizes)))
         if who == "policy":
-            head = text.vocab_size * text.hidden_size
-            rows.append((phase, "gradient of the head in float32, 4 chunks of logits", head * (4 + b) + 4 * 2**26))
+            head, chunk = 4 * text.vocab_size * text.hidden_size, 4 * CHUNK["cpu" if args.device == "cpu" else "cuda"]
+            rows.append((phase, "head's gradient in float32, chunks of logits", (head if b == 4 else 2 * head) + 3 * chunk))
         on, off = (activations(base, tokens, patches, b, ckpt, top_k) for ckpt in (True, False))
         other = f"({off / 1e9:.1f} without" if args.checkpointing else f"({on / 1e9:.1f} with"
         rows.append((phase, f"activations of a pack {other} --checkpointing)", on if args.checkpointing else off))

@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from transformers.utils import logging
 
 from data import Encoder
 from logprob import token_logps
-from packs import run
+from packs import adopt, run
 from ranks import is_main, world
 
 logging.disable_progress_bar()  # "Loading weights", four times per stage
@@ -47,10 +48,11 @@ class Policy(nn.Module):
         super().__init__()
         self.hf, self.encoder, self.source = hf, encoder, Path(source)
 
-    def forward(self, pack, temperature=1.0, banned=(), entropy=False):
-        """Log-probs (S,) float32 of the pack's scored tokens; with `entropy` also the entropies (S,)."""
+    def forward(self, pack, temperature=1.0, banned=(), entropy=False, coefficient=None):
+        """Log-probs (S,) float32 of the pack's scored tokens; with `entropy` also the entropies (S,). coefficient (S,):
+        their gradient in the loss, where it is known beforehand (see logprob.py: a matrix product less)."""
         hidden = run(self.hf.model, pack)[pack.source]
-        return token_logps(hidden, self.hf.lm_head.weight, pack.target, temperature, banned, entropy)
+        return token_logps(hidden, self.hf.lm_head.weight, pack.target, temperature, banned, entropy, coefficient)
 
 
 def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
@@ -71,7 +73,7 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     hf, folder = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True), _folder(path)
     if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model (get_rope_index, language_model)")
-    hf.model.language_model.config._attn_implementation = "packs"
+    adopt(hf.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
@@ -147,8 +149,11 @@ def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
     for unit in exact:
         fully_shard(unit, **plan)
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
-    for unit in units(module, base):
+    *parts, root = units(module, base)
+    for unit in parts:
         fully_shard(unit, mp_policy=precision, **plan)
+    exactly = replace(precision, cast_forward_inputs=False)  # gradients among the root's inputs: they stay exact
+    fully_shard(root, mp_policy=exactly, **plan)
 
 
 def full_state(module: nn.Module):

@@ -20,10 +20,12 @@ itself and to its segment's ancestors, so what several sequences share (the prom
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
@@ -239,7 +241,38 @@ def attention(module, query, key, value, attention_mask, scaling=None, layout=No
     return layout.attend(query, key, value, scaling), None
 
 
+def image_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """What transformers calls in the vision tower, (1, H, P, d) -> (1, P, H, d): neighbouring images (or windows) of one
+    size at once. It hands over the whole row only to what is named like flash attention, and loops over images otherwise.
+    """
+    if not hasattr(cu_seq_lens_q, "runs"):  # [(size, images)], once per forward: all layers get the same tensor
+        cu_seq_lens_q.runs = [(n, len(list(same))) for n, same in groupby(cu_seq_lens_q.diff().tolist())]
+    out, parts = [], [x[0].split([n * images for n, images in cu_seq_lens_q.runs], 1) for x in (query, key, value)]
+    for (size, images), *qkv in zip(cu_seq_lens_q.runs, *parts, strict=True):
+        q, k, v = (x.unflatten(1, (images, size)).transpose(0, 1) for x in qkv)  # (images, H, size, d)
+        out.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out).unsqueeze(0), None
+
+
+class _PatchProduct(nn.Conv3d):
+    """The patch embedding's convolution moves by its own size: a matrix product, which convolution kernels are slower at."""
+
+    def forward(self, x):  # (P, channels, time, height, width) -> (P, D)
+        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
+
+
 AttentionInterface.register("packs", attention)
+AttentionInterface.register("images-like-flash", image_attention)
+
+
+def adopt(model):
+    """Make a transformers Qwen-VL base model (the one without a head) run packs; its weights and their names stay."""
+    model.language_model.config._attn_implementation = "packs"
+    model.visual.config._attn_implementation = "images-like-flash"
+    patches = model.visual.patch_embed.proj
+    if type(patches) is nn.Conv3d and patches.kernel_size == patches.stride:
+        patches.__class__ = _PatchProduct
+    return model
 
 
 def run(model, pack: Pack, **kwargs) -> torch.Tensor:

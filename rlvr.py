@@ -164,6 +164,12 @@ def trainer_logps(policy, groups, args, spare, device):
     return out
 
 
+def on_policy_gradient(loss_of, pack):
+    """d loss / d logp (S,) where every ratio is 1: known before any log-prob is, as long as the loss is one of ratios."""
+    zeros = torch.zeros(len(pack.target), device=pack.target.device, requires_grad=True)
+    return torch.autograd.grad(loss_of(pack.rows(zeros), pack.rows(zeros.detach()))[0], zeros)[0]
+
+
 def policy_update(policy, opt, groups, numbers, args, spare, device, reference=None):
     """One step of the policy on `groups` (this rank's), in `args.minibatches` updates -> metrics. All ranks.
 
@@ -185,20 +191,22 @@ def policy_update(policy, opt, groups, numbers, args, spare, device, reference=N
         counts["constant"] = counts["seq-mean-token-mean"] * args.max_response  # Dr. GRPO: no length in the divisor
         part_loss = 0.0
         for pack in each([groups[g].tree() for g in mine], args.pack_tokens, device, spare):
-            logp, entropy = policy(pack, args.temperature, policy.encoder.banned, entropy=True)
             where = [(mine[t], c) for t, c in pack.children] if pack.weight else []
             if not where:
-                (logp.sum() * 0.0).backward()
+                (policy(pack).sum() * 0.0).backward()
                 continue
+            mask = pack.rows(torch.ones(len(pack.target), device=device)).bool()
+            loss_of = partial(
+                policy_loss, advantage=torch.stack([groups[g].advantage[c] for g, c in where]).to(device), mask=mask,
+                ratio=args.ratio, clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
+                aggregation=args.aggregation, denominator=max(1.0, counts[args.aggregation]),
+            )  # fmt: skip
+            ahead = on_policy_gradient(loss_of, pack) if on_policy and not ref_logp else None
+            logp, entropy = policy(pack, args.temperature, policy.encoder.banned, entropy=True, coefficient=ahead)
             sampler_logp = torch.tensor([x for g, c in where for x in groups[g].rollouts[c].logps], device=device)
             old = logp.detach() if on_policy else torch.cat([groups[g].old_logp[c] for g, c in where]).to(device)
             diff = (old - sampler_logp).abs()  # both under the policy that sampled
-            mask = pack.rows(torch.ones_like(logp)).bool()
-            loss, m = policy_loss(
-                pack.rows(logp), pack.rows(old), torch.stack([groups[g].advantage[c] for g, c in where]).to(device),
-                mask, ratio=args.ratio, clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
-                aggregation=args.aggregation, denominator=max(1.0, counts[args.aggregation]),
-            )  # fmt: skip
+            loss, m = loss_of(pack.rows(logp), pack.rows(old))
             if ref_logp:
                 kl = k3(logp, torch.cat([ref_logp[g][c] for g, c in where]).to(device))
                 loss = loss + args.kl * kl.sum() / max(1.0, counts["token-mean"])

@@ -7,13 +7,15 @@ Batched sampling for rollouts: prefill each prompt once, continue it N times, st
 Samples from exactly the distribution that the trainer scores: temperature only, no top-k or top-p, and the same banned
 ids left out. One uniform number per (rollout, token) is drawn beforehand from (seed, prompt's number, k) and turned into
 a token through the inverse of the cumulative distribution, so that the same ids come out on any number of ranks and in
-any order of the rows. Rows are slots of one key-value store; a slot whose row ended takes the next waiting row.
+any order of the rows. Rows are slots of one key-value store; a slot whose row ended takes the next waiting row. A step of
+all slots is made of tensor operations alone: on CUDA it is a captured graph, and the host looks only every few tokens.
 
     B slots   S positions of the store   H key-value heads   d head width   V vocabulary
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,9 +23,12 @@ import torch
 import torch.nn.functional as F
 
 from data import Prompt
+from logprob import logits, product
 from packs import Tree, make, plan, run
 from ranks import all_sum, print0
 from rewards import score
+
+REACH = 256  # positions that a captured step attends to: a multiple of it, so that few steps are captured
 
 
 @dataclass
@@ -38,17 +43,14 @@ def uniforms(seed, prompt, k, length) -> np.ndarray:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, prompt, k]))).random(length)
 
 
-def pick(logits, u, temperature=1.0, banned=None, block=256):
-    """Sample ids (B,) and their log-probs (B,) from logits (B, V) float32 with uniform numbers u (B,).
+def pick(logits, u, block=256):
+    """Sample ids (B,) and their log-probs (B,) from logits (B, V) float32 with uniform numbers u (B,); None: the argmax.
 
-    temperature 0 is the argmax (its log-prob is the one at temperature 1). The distribution is inverted in two steps,
-    a block of ids and then an id, with sums in float64: 150,000 float32 terms would lose the tail.
+    The distribution is inverted in two steps, a block of ids and then an id, with sums in float64: 150,000 float32 terms
+    would lose the tail.
     """
-    logits = logits / (temperature or 1.0)
-    if banned is not None and len(banned):
-        logits = logits.index_fill(1, banned, float("-inf"))
     lse = logits.logsumexp(-1, keepdim=True)
-    if temperature == 0:
+    if u is None:
         ids = logits.argmax(-1, keepdim=True)
     else:
         p = F.pad((logits - lse).exp_(), (0, -logits.shape[1] % block)).view(len(logits), -1, block)
@@ -69,8 +71,8 @@ def _first_above(cdf, target):
     return torch.minimum(torch.searchsorted(cdf, target, right=True), last)
 
 
-class _Capture:
-    """Stands in for a transformers cache during prefill: keeps the keys and values of every layer, (H, T, d)."""
+class _Prefill:
+    """Stands in for a transformers cache while prompts are read: keeps the keys and values of every layer, (H, T, d)."""
 
     def __init__(self):
         self.layers = {}
@@ -82,47 +84,86 @@ class _Capture:
 
 class _Slots:
     """What is being decoded: keys and values (layers, B, H, S, d) and, per slot, the token to feed next, its rotary
-    position, how many positions are filled, how many tokens were sampled, and the row's uniform numbers and results.
-    Stands in for both a transformers cache (`update`) and a layout (`attend`)."""
+    position, how many positions are filled, how many tokens were sampled, whether it is live, and the row's uniform
+    numbers and results. Stands in both for a transformers cache (`update`) and for a layout (`attend`).
 
-    def __init__(self, text, slots, longest, max_tokens):
-        cfg, like = text.config, dict(device=text.device)
-        width = text.layers[0].self_attn.head_dim
+    `step` decodes one token in every slot and changes these tensors in place, without asking the host anything: on CUDA
+    it is captured as a graph and replayed. A slot that is not live computes too, where nobody reads.
+    """
+
+    def __init__(self, hf, slots, longest, max_tokens, ends, banned, temperature):
+        self.text, self.head, self.rows = hf.model.language_model, hf.lm_head.weight, [None] * slots  # a row: (prompt, k)
+        self.max_tokens, self.ends, self.banned, self.temperature = max_tokens, ends, banned, temperature
+        cfg, like, self.graph = self.text.config, dict(device=hf.device), None
+        width = self.text.layers[0].self_attn.head_dim
         shape = (cfg.num_hidden_layers, slots, cfg.num_key_value_heads, longest + max_tokens, width)
-        self.text, self.rows = text, [None] * slots  # a row: (prompt, k), None where the slot is free
-        self.k, self.v = (torch.zeros(shape, dtype=text.dtype, **like) for _ in "kv")
+        self.k, self.v = (torch.zeros(shape, dtype=hf.dtype, **like) for _ in "kv")
         self.token, self.position, self.filled, self.count = torch.zeros(4, slots, dtype=torch.long, **like)
-        self.u = torch.zeros(slots, max_tokens, dtype=torch.float64, **like)
-        self.ids = torch.zeros(slots, max_tokens, dtype=torch.long, **like)
-        self.logps = torch.zeros(slots, max_tokens, **like)
-        self.all = torch.arange(slots, **like)
+        self.live, self.all = torch.zeros(slots, dtype=torch.bool, **like), torch.arange(slots, **like)
+        self.u = torch.zeros(slots, max_tokens + 1, dtype=torch.float64, **like)  # the last column is the idle slots'
+        self.ids = torch.zeros(slots, max_tokens + 1, dtype=torch.long, **like)
+        self.logps = torch.zeros(slots, max_tokens + 1, **like)
 
-    def fill(self, slots, prompt, captured, start):
-        """Begin a row of `prompt` in each of `slots`. Its last token is left out of the prefill (which put the prompt
-        at `start` of `captured`) and fed by the first step, so that a fresh row needs no step of its own."""
+    def fill(self, slots, prompt, prefill, start, u):
+        """Begin a row of `prompt` in each of `slots`, with uniform numbers u. Its last token is left out of the prefill
+        (which has the prompt at `start`) and fed by the first step, so that a fresh row needs no step of its own."""
         length = len(prompt.ids) - 1
-        for layer, (k, v) in captured.layers.items():
+        for layer, (k, v) in prefill.layers.items():
             self.k[layer, slots, :, :length] = k[:, start : start + length]
             self.v[layer, slots, :, :length] = v[:, start : start + length]
+        self.u[slots, : self.max_tokens] = torch.from_numpy(np.stack(u)).to(self.u.device)
         self.token[slots], self.position[slots] = prompt.ids[-1].item(), prompt.next_position - 1
-        self.filled[slots], self.count[slots] = length, 0
+        self.filled[slots], self.count[slots], self.live[slots] = length, 0, True
 
     def keep(self, slots):  # drop all others
-        self.rows, self.k, self.v = [self.rows[s] for s in slots], self.k[:, slots], self.v[:, slots]
-        for name in ("token", "position", "filled", "count", "u", "ids", "logps"):
+        reach, self.graph = int(self.filled.max()) + 1, None
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.shape[0], len(slots), *old.shape[2:])
+            new[:, :, :, :reach] = old[:, slots, :, :reach]
+            setattr(self, name, new)
+        self.rows, self.all = [self.rows[s] for s in slots], self.all[: len(slots)]
+        for name in ("token", "position", "filled", "count", "live", "u", "ids", "logps"):
             setattr(self, name, getattr(self, name)[slots])
-        self.all = self.all[: len(slots)]
 
-    def step(self):  # feed each slot's token: hidden states (B, D)
-        self.reach = int(self.filled.max()) + 1
-        self.mask = torch.arange(self.reach, device=self.k.device) <= self.filled[:, None, None, None]
+    def advance(self, steps):
+        """Decode `steps` tokens in every slot; then the host looks: slots whose row has ended."""
+        longest, cuda = int(self.filled.max()), self.k.is_cuda
+        for n in range(1, steps + 1):
+            reach = min(longest + n, self.k.shape[3])
+            if not cuda:
+                self.reach = reach
+                self.step()
+            elif self.graph is None or reach > self.reach:
+                self.capture(-(-reach // REACH) * REACH)  # runs the step once
+            else:
+                self.graph.replay()
+        return (~self.live).nonzero().squeeze(1).tolist()
+
+    def capture(self, reach):
+        """Run a step that attends to the first `reach` positions, then capture it: shapes stay until rows outgrow it."""
+        self.graph, self.reach, stream = torch.cuda.CUDAGraph(), min(reach, self.k.shape[3]), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up in it, which a graph must not hold
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    def step(self):
+        self.mask = torch.arange(self.reach, device=self.k.device) > self.filled[:, None, None]  # (B, 1, reach): hidden
         hidden = self.text(
             inputs_embeds=self.text.embed_tokens(self.token).unsqueeze(1), past_key_values=self, layout=self,
             position_ids=self.position.expand(3, -1).unsqueeze(2),
         ).last_hidden_state[:, 0]  # fmt: skip
-        self.filled += 1
-        self.position += 1
-        return hidden
+        at = torch.where(self.live, self.count, self.max_tokens)
+        scores = logits(hidden, self.head, self.temperature or 1.0, self.banned)
+        token, logp = pick(scores, self.u[self.all, at] if self.temperature else None)
+        self.ids[self.all, at], self.logps[self.all, at] = token, logp
+        self.token.copy_(token)
+        for counter in (self.count, self.filled, self.position):
+            counter.add_(self.live)
+        self.live &= (token.unsqueeze(1) != self.ends).all(1) & (self.count < self.max_tokens)
 
     def update(self, key, value, layer, *_):
         self.k[layer, self.all, :, self.filled] = key[:, :, 0]
@@ -130,81 +171,76 @@ class _Slots:
         return self.k[layer, :, :, : self.reach], self.v[layer, :, :, : self.reach]
 
     def attend(self, query, key, value, scaling):
-        gqa = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, scale=scaling, enable_gqa=gqa)
-        return out.transpose(1, 2)
+        # One query a row: two thin products that read each key and value once. SDPA would repeat them for each query head.
+        b, heads, _, d = query.shape
+        q = (query * scaling).view(b * key.shape[1], -1, d)
+        scores = product(q, key.flatten(0, 1).transpose(1, 2)).view(b, -1, self.reach)
+        p = scores.masked_fill_(self.mask, -torch.inf).softmax(-1).to(value.dtype)
+        return (p.view(b * key.shape[1], -1, self.reach) @ value.flatten(0, 1)).view(b, 1, heads, d)
 
-    def record(self, token, logp):
-        self.ids[self.all, self.count], self.logps[self.all, self.count] = token, logp
-        self.token = token
-        self.count += 1
-
-    def take(self, slot, stop):
+    def take(self, slot):
         """Free `slot`: its row and rollout."""
-        row, n = self.rows[slot], int(self.count[slot])
-        self.rows[slot] = None
-        self.count[slot] = self.filled[slot] = 0  # it idles at the start of its store until it is filled again
-        return row, Rollout(self.ids[slot, :n].tolist(), self.logps[slot, :n].tolist(), stop)
+        row, n, self.rows[slot] = self.rows[slot], int(self.count[slot]), None
+        ids = self.ids[slot, :n].tolist()
+        return row, Rollout(ids, self.logps[slot, :n].tolist(), "end" if ids[-1] in self.ends.tolist() else "length")
 
 
 @torch.no_grad()
 def generate(hf, prompts, n, max_tokens, *, eos, banned=(), temperature=1.0, seed=(0,), numbers=None, slots=256,
-             pack_tokens=16384):  # fmt: skip
+             pack_tokens=16384, look_every=None):  # fmt: skip
     """Sample `n` rollouts of each prompt from the transformers model `hf` (loaded by model.load, not sharded).
 
     prompts: list of data.Prompt.  eos: ids that end a rollout.  banned: ids that are never sampled.
     seed: ints that name this call (the run's seed, step, draw).  numbers: the prompts' numbers within it (by default
     their positions; give the global ones where ranks share the prompts).  slots: rows decoded at once.
+    look_every: tokens between the host's looks at which rows have ended (1 on a CPU, 16 on CUDA, where looking waits).
     Returns per prompt a list of n `Rollout`.
     """
     was_training, device = hf.training, hf.device
-    text = hf.model.language_model
     banned, ends = (torch.as_tensor(x, dtype=torch.long, device=device) for x in (banned, eos))
     numbers = range(len(prompts)) if numbers is None else numbers
-    waiting = [(p, k) for p in range(len(prompts)) for k in range(n)]
+    look_every = look_every or (16 if device.type == "cuda" else 1)
+    waiting = deque((p, k) for p in range(len(prompts)) for k in range(n))
     if not waiting:
         return [[] for _ in prompts]
     hf.eval()
-    out = [[None] * n for _ in prompts]
-    state = _Slots(text, min(slots, len(waiting)), max(len(p.ids) for p in prompts), max_tokens)
-
-    def refill():
-        """Hand the free slots to waiting rows; each of their prompts is prefilled once."""
-        free = [s for s, row in enumerate(state.rows) if row is None]
-        taken = {}  # prompt -> slots
+    out, read = [[None] * n for _ in prompts], {}  # read: prompt -> its keys and values, as long as rows of it wait
+    longest = max(len(p.ids) for p in prompts)
+    state = _Slots(hf, min(slots, len(waiting)), longest, max_tokens, ends, banned, temperature)
+    while waiting or any(state.rows):
+        free, taken = [s for s, row in enumerate(state.rows) if row is None], {}  # taken: prompt -> [(slot, k)]
         for slot in free[: len(waiting)]:
-            p, k = state.rows[slot] = waiting.pop(0)
-            state.u[slot] = torch.from_numpy(uniforms(seed, numbers[p], k, max_tokens))
-            taken.setdefault(p, []).append(slot)
-        trees = [Tree(prompts[p]) for p in taken]
-        for part in plan(trees, pack_tokens):
-            pack, captured = make(trees, part, device), _Capture()
-            run(hf.model, pack, past_key_values=captured)
-            for (t, _), (start, _) in zip(part, pack.spans, strict=False):
-                p = list(taken)[t]
-                state.fill(taken[p], prompts[p], captured, start)
-
-    refill()
-    while any(state.rows):
-        logits = hf.lm_head(state.step()).float()
-        token, logp = pick(logits, state.u[state.all, state.count], temperature, banned)
-        state.record(token, logp)
-        ended = torch.isin(token, ends)
-        done = (ended | (state.count >= max_tokens)).tolist()  # free slots are idle: their tokens mean nothing
-        finished = [s for s, row in enumerate(state.rows) if row and done[s]]
-        for slot in finished:
-            (p, k), rollout = state.take(slot, "end" if ended[slot] else "length")
+            p, k = state.rows[slot] = waiting.popleft()
+            taken.setdefault(p, []).append((slot, k))
+        if new := [p for p in taken if p not in read]:
+            _read(hf, prompts, [*new, *range(new[-1] + 1, len(prompts))], len(new), pack_tokens, read)
+        for p, rows in taken.items():
+            u = [uniforms(seed, numbers[p], k, max_tokens) for _, k in rows]
+            state.fill([slot for slot, _ in rows], prompts[p], *read[p], u)
+        for p in [p for p in read if not waiting or p < waiting[0][0]]:
+            del read[p]
+        ended = [slot for slot in state.advance(look_every) if state.rows[slot]]
+        for slot in ended:
+            (p, k), rollout = state.take(slot)
             out[p][k] = rollout
-        if finished and waiting:
-            refill()
-        live = [s for s, row in enumerate(state.rows) if row]
-        if len(live) < 0.75 * len(state.rows):  # nothing waits any more: go on with fewer rows
-            state.keep(live)
-        else:  # an idle slot writes to the start of its own store
-            idle = [s for s, row in enumerate(state.rows) if row is None]
-            state.filled[idle] = state.count[idle] = 0
+        busy = [s for s, row in enumerate(state.rows) if row]
+        if not waiting and busy and len(busy) < 0.75 * len(state.rows):
+            state.keep(busy)  # go on with fewer rows
     hf.train(was_training)
     return out
+
+
+def _read(hf, prompts, order, needed, pack_tokens, read):
+    """Prefill the first `needed` prompts of `order`, and what follows while one pack has room for it."""
+    room = pack_tokens - sum(len(prompts[p].ids) for p in order[:needed])
+    while needed < len(order) and len(prompts[order[needed]].ids) <= room:
+        room -= len(prompts[order[needed]].ids)
+        needed += 1
+    trees = [Tree(prompts[p]) for p in order[:needed]]
+    for part in plan(trees, pack_tokens):
+        pack, prefill = make(trees, part, hf.device), _Prefill()
+        run(hf.model, pack, past_key_values=prefill)
+        read |= {order[t]: (prefill, start) for (t, _), (start, _) in zip(part, pack.spans, strict=False)}
 
 
 # ---------------------------------------------------------------------------------- groups of rollouts (stages 2, 3)

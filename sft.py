@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 import memory
 import model
 from checkpoint import restore, save
@@ -94,7 +96,8 @@ def main(args):
         # 2) loss   3) update
         total = 0.0
         for pack in each(trees, args.pack_tokens, ranks.device, spare):
-            loss = sft_loss(policy(pack), tokens) * pack.weight
+            alike = torch.ones(len(pack.target), device=ranks.device)  # every token's log-prob counts the same in the loss
+            loss = sft_loss(policy(pack, coefficient=alike), tokens) * pack.weight
             (loss * ranks.world).backward()  # FSDP averages over ranks; the denominator is global already
             total += float(loss.detach())
         for group in opt.param_groups:

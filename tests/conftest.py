@@ -14,6 +14,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
 
+from packs import adopt  # noqa: E402
+
 torch.set_num_threads(1)
 VOCAB, IMAGE, VIDEO, START, STOP, PAD, EOS = 64, 60, 61, 58, 59, 0, 1
 
@@ -42,7 +44,7 @@ def tiny_hf(seed=0, packs=True, **text):
         if p.ndim > 1:
             p.data.normal_(0, 0.15)
     if packs:
-        hf.model.language_model.config._attn_implementation = "packs"
+        adopt(hf.model)
     return hf
 
 
@@ -64,16 +66,20 @@ def tiny_prompt(hf, length=5, grid=(1, 4, 4), seed=0):
 
 
 def plain_logits(hf, prompt, ids):
-    """transformers' own forward on one row, without packs."""
+    """transformers' own forward on one row: without packs, images one by one, patches by convolution."""
     full = torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None]
-    implementation = hf.model.language_model.config._attn_implementation
-    hf.model.language_model.config._attn_implementation = "sdpa"
-    hf.model.rope_deltas = None
+    configs, patches = (hf.model.language_model.config, hf.model.visual.config), hf.model.visual.patch_embed.proj
+    ours, kind = [c._attn_implementation for c in configs], type(patches)
+    for config in configs:
+        config._attn_implementation = "sdpa"
+    patches.__class__, hf.model.rope_deltas = torch.nn.Conv3d, None
     try:
         return hf(input_ids=full, mm_token_type_ids=(full == IMAGE).int(), pixel_values=prompt.pixel_values,
                   image_grid_thw=prompt.grid_thw).logits[0]  # fmt: skip
     finally:
-        hf.model.language_model.config._attn_implementation = implementation
+        patches.__class__ = kind
+        for config, implementation in zip(configs, ours, strict=True):
+            config._attn_implementation = implementation
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
 from torch.nn.attention.flex_attention import flex_attention
 
+import logprob
 from logprob import token_logps
 from model import recompute
 from packs import FlexLayout, Tree, make, plan, run
@@ -133,7 +134,7 @@ def test_plan_splits_and_fills(hf):
 @pytest.mark.parametrize("temperature,banned", [(1.0, ()), (0.7, (3, 9)), (2.0, (1,))])
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_token_logps(monkeypatch, temperature, banned, rows):
-    monkeypatch.setattr("logprob._chunk", lambda weight: rows)
+    monkeypatch.setitem(logprob.CHUNK, "cpu", rows * 20)
     torch.manual_seed(0)
     hidden = torch.randn(11, 16, dtype=torch.float64).float().requires_grad_()
     weight = torch.randn(20, 16).requires_grad_()

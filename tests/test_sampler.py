@@ -78,7 +78,7 @@ def test_pick_edges():
     logits = torch.log(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])).repeat(5, 1)
     ids, logps = pick(logits, torch.tensor([0.0, 0.4999, 0.5, 0.9999, 1.0]))  # 1.0 can come of rounding
     assert ids.tolist() == [1, 1, 3, 3, 3] and torch.allclose(logps.exp(), torch.tensor(0.5))
-    assert pick(logits, torch.rand(5), banned=torch.tensor([3]))[0].tolist() == [1] * 5
+    assert pick(logits, None)[0].tolist() in ([1] * 5, [3] * 5)
 
 
 def test_uniforms_are_named_by_their_row():
