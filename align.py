@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import health
+import memory
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import BadRow, Order, Prompt, read, split_spans
@@ -146,18 +147,18 @@ class Experts(nn.Module):
         self.gate = nn.Linear(gate_up.shape[0], experts, bias=False) if routed else None
         if routed:
             nn.init.normal_(self.gate.weight, std=0.02)
-        self.act, self.top_k = mlp.act_fn, top_k
+        self.act, self.top_k, self.routing = mlp.act_fn, top_k, None
 
     def forward(self, x):
         shape, x = x.shape, x.flatten(0, -2)  # (T, D)
         if self.gate is None:  # perception and reasoning expert; prompt tokens go through both, averaged
-            route = torch.stack([(self.kind != REASONING).float(), (self.kind != PERCEPTION).float()], 1)
-            route = route / route.sum(1, keepdim=True)
+            route = F.normalize(torch.stack([self.kind != REASONING, self.kind != PERCEPTION], 1).float(), p=1, dim=1)
         else:
-            self.probs = self.gate(x).float().softmax(-1)  # (T, E), read by Discriminator.forward for the load balance
-            top, index = self.probs.topk(self.top_k, -1)
-            route = torch.zeros_like(self.probs).scatter(1, index, top / top.sum(-1, keepdim=True))
-        self.chosen = (route > 0).float().detach() / (route > 0).sum(1, keepdim=True)  # shares of the dispatch, (T, E)
+            probs = self.gate(x).float().softmax(-1)  # (T, E)
+            top, index = probs.topk(self.top_k, -1)
+            route = torch.zeros_like(probs).scatter(1, index, top / top.sum(-1, keepdim=True))
+            if self.routing is None:  # with the shares of the dispatch (T, E)
+                self.routing = probs, (route > 0).float().detach() / (route > 0).sum(1, keepdim=True)
         out = torch.zeros_like(x)
         for e in range(route.shape[1]):
             at = route[:, e].nonzero().squeeze(1)
@@ -187,15 +188,16 @@ class Discriminator(nn.Module):
         """Raw scores (K,) float32 of the pack's children, the load-balancing loss of each of its trees, and the load
         (kinds, layers, E): tokens of each kind of span that each expert got."""
         for mlp in self.mlps:
-            mlp.kind = pack.kind
+            mlp.kind, mlp.routing = pack.kind, None
         hidden = run(self.model, pack)[pack.ends].float()
         kinds = pack.kind[pack.ends]
         scores = self.v_head(hidden).gather(1, kinds.clamp(min=0)[:, None] if self.form == "experts" else kinds[:, None] * 0)
         trees = int(pack.tree.max()) + 1
         balance, load = hidden.new_zeros(trees), []
         for mlp in self.mlps if self.form == "moe" else []:
-            balance = balance + load_balance(mlp.probs, mlp.chosen, pack.tree, trees) / len(self.mlps)
-            load.append(torch.stack([mlp.chosen[pack.kind == kind].sum(0) for kind in (PERCEPTION, REASONING)]))
+            (probs, chosen), mlp.routing = mlp.routing, ()  # kept in checkpointing's second run, it would keep all that ran
+            balance = balance + load_balance(probs, chosen, pack.tree, trees) / len(self.mlps)
+            load.append(torch.stack([chosen[pack.kind == kind].sum(0) for kind in (PERCEPTION, REASONING)]))
         return scores.sum(1), balance, torch.stack(load, 1) if load else hidden.new_zeros(2, 0, 1)
 
 
@@ -345,12 +347,12 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     """Train the discriminator alone on pairs until it tells held-out pairs apart (section 3.2.3). All ranks call it."""
     # data: rows of pairs, or prompts whose rollouts become pairs with their references; the last rows are held out
     data = read(args.pairs or args.data, "pairs" if args.pairs else "align", args.image_root, args.max_bad)
-    held_out = max(ranks.world, min(64, len(data) // 10))
+    held_out = max(1, min(64, len(data) // 10))
     if len(data) <= held_out:
         raise ValueError(f"{data.path}: {len(data)} rows are too few to warm up on and to hold {held_out} out")
     order, start, best, stale = Order(len(data) - held_out, args.seed), 0, 0.0, 0
     build = partial(warm_up_pair if args.pairs else demonstration, encoder=encoder, disc_encoder=disc_encoder, args=args)
-    rows = max(1, args.warmup_pairs // (len(NAMES) * (1 if args.pairs else args.group_size) * ranks.world)) * ranks.world
+    rows = max(1, args.warmup_pairs // (len(NAMES) * (1 if args.pairs else args.group_size)))
 
     # optimiser, resume
     opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
@@ -398,19 +400,19 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
 
 def main(args):
     # set-up
+    if args.dry_run:
+        return memory.show(args, lambda: (load(args.policy), load_discriminator(args)))
     ranks = setup(args)
-    device, dtype = ranks.device, getattr(torch, args.dtype)
     # model: the policy, the copy that samples, the discriminator
-    options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
-    policy = load(args.policy, device=device, **options).train()
+    policy = load(args.policy, max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels).train()
     encoder = policy.encoder
-    disc = load_discriminator(args).to(device).train()
+    disc = load_discriminator(args).train()
     same_input(disc.model.config, policy.hf.config)
     disc_encoder = copy.copy(encoder)
     disc_encoder.blind = args.disc_blind
-    sampler = RolloutCopy(policy, dtype)
-    shard(policy, policy.hf.model, dtype, args.checkpointing)
-    shard(disc, disc.model, dtype, args.checkpointing, exact=[disc.v_head])
+    sampler = RolloutCopy(policy, args, ranks.device)
+    shard(policy, policy.hf.model, args, ranks)
+    shard(disc, disc.model, args, ranks, exact=[disc.v_head])
     # optimisers
     opt = optimizer(policy, args.lr, args.weight_decay)
     disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
@@ -437,7 +439,7 @@ def main(args):
         items, numbers = share(data.draw(order, args.prompts_per_step, build), ranks)
         groups = roll(items, numbers, sampler.refresh(), encoder, args, (args.seed, 0, step))
         # 2) score, and 3) update the discriminator: one forward serves both
-        disc_loss, spread = disc_pass(disc, items, args, device, spare)
+        disc_loss, spread = disc_pass(disc, items, args, ranks.device, spare)
         disc_norm, disc_skipped = step_if_finite(disc_opt, disc_loss, args.grad_clip, "discriminator")
         # 4) advantage
         for group, item in zip(groups, items, strict=True):
@@ -454,7 +456,7 @@ def main(args):
         # 5) update the policy
         for group in opt.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
-        metrics = policy_update(policy, opt, groups, args, Tree(spare.prompt, [[encoder.eos]]), device)
+        metrics = policy_update(policy, opt, groups, numbers, args, Tree(spare.prompt, [[encoder.eos]]), ranks.device)
         # 6) log
         metrics |= disc_metrics(items, numbers, spread, args, bool(args.probe_every) and step % args.probe_every == 0)
         metrics |= rollout_metrics(groups) | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}

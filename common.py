@@ -58,6 +58,9 @@ class Common:
     tensorboard: bool = False  # write the scalars to <out>/tensorboard as well
     config: str = ""  # JSON file of arguments, as a run's last/meta.json, which is run again; flags given here win
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
+    offload: bool = False  # keep parameters and optimiser on the CPU between uses: less memory on the device, slow
+    nodes: int = 0  # FSDP shards within a node and replicates over nodes; 0: as many as torchrun's; 1: shards over all ranks
+    dry_run: bool = False  # print the memory that a rank of WORLD_SIZE needs, and end; of --policy only config.json is read
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters and optimiser stay float32
 

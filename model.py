@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
@@ -63,8 +65,11 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
         path = f"{path}/last"
     if Path(path).is_dir() and not Path(path, "config.json").exists():
         raise FileNotFoundError(f"{path} has no config.json: neither a checkpoint nor a run folder with one in last/")
-    if not Path(path).is_dir() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
+    if not Path(path).exists() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
         raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
+    if torch.get_default_device().type == "meta":  # --dry_run: the configuration, a file too, is enough
+        shapes = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        return Policy(shapes, None, path)
     hf, folder = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True), _folder(path)
     if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model (get_rope_index, language_model)")
@@ -107,24 +112,48 @@ def copy_processor(source, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------- ranks
-def shard(module: nn.Module, base: nn.Module, dtype, checkpointing=False, exact=()):
-    """Activation checkpointing if asked for, then FSDP2, in place: decoder layers, the vision tower as one unit, then the
-    root (`module`, whose forward is called and whose unit holds embeddings and head). `base`: the transformers model
-    without head inside it.
+def is_sharded(args, ranks):
+    """False for one process in float32: there is nothing to share or cast. ranks: their number."""
+    return ranks > 1 or args.dtype != "float32" or args.offload
 
-    Parameters stay float32 in shards, are gathered and computed with in `dtype`, gradients are reduced in float32.
-    Units in `exact` compute in float32. One process in float32 is left as it is: there is nothing to share or cast.
+
+def cut_dimension(p, ranks):
+    """Of a parameter, for FSDP over so many ranks: the first; of stacked experts, fewer than ranks may be, the next."""
+    return int(p.ndim == 3 and p.shape[1] % ranks == 0)
+
+
+def units(module: nn.Module, base: nn.Module):
+    """What FSDP gathers at a time: decoder layers, the vision tower, then the root (`module`, whose forward is called) with
+    the rest, embeddings and head. `base`: the transformers model without head inside it."""
+    return *base.language_model.layers, base.visual, module
+
+
+def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
+    """Activation checkpointing if asked for, then onto the device and FSDP2 of its `units`, in place; over nodes HSDP: each
+    node holds all shards, gradients are summed over the nodes.
+
+    Parameters stay float32 in shards (on the CPU with --offload), are gathered and computed with in --dtype, gradients are
+    reduced in float32. Modules in `exact` compute in float32. Raises ValueError where ranks are no multiple of nodes.
     """
-    if checkpointing:
+    if args.checkpointing:
         recompute(base)
-    if world() == 1 and dtype == torch.float32:
-        return
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if not is_sharded(args, world()):
+        return module.to(ranks.device)
+    nodes = args.nodes or int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's number of nodes
+    if ranks.world % nodes:
+        raise ValueError(f"{ranks.world} ranks on {nodes} nodes: all nodes need equally many (--nodes 1 shards over all ranks)")
+    shape, names = ((nodes, ranks.world // nodes), ("nodes", "ranks")) if nodes > 1 else ((ranks.world,), ("ranks",))
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if args.offload else OffloadPolicy()
+    plan = dict(mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=names), offload_policy=offload,
+                shard_placement_fn=lambda p: Shard(cut_dimension(p, shape[-1])))  # fmt: skip
     for unit in exact:
-        fully_shard(unit)
-    for unit in (*base.language_model.layers, base.visual):
-        fully_shard(unit, mp_policy=precision)
-    fully_shard(module, mp_policy=replace(precision, cast_forward_inputs=False))  # gradients among them: they stay exact
+        fully_shard(unit, **plan)
+    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
+    *parts, root = units(module, base)
+    for unit in parts:
+        fully_shard(unit, mp_policy=precision, **plan)
+    exactly = replace(precision, cast_forward_inputs=False)  # gradients among the root's inputs: they stay exact
+    fully_shard(root, mp_policy=exactly, **plan)
 
 
 def full_state(module: nn.Module):
@@ -136,13 +165,15 @@ def full_state(module: nn.Module):
 
 class RolloutCopy:
     """The weights that rollouts are sampled with: the policy's own, or, where it is sharded, a whole copy on each rank
-    in `dtype` that `refresh` gathers once per step. No collective runs while decoding: ranks may finish at any time."""
+    in --dtype that `refresh` gathers once per step. No collective runs while decoding: ranks may finish at any time."""
 
-    def __init__(self, policy: Policy, dtype):
+    def __init__(self, policy: Policy, args, device):
         """Call it before the policy is sharded."""
         self.policy, self.hf = policy, policy.hf
-        if world() > 1 or dtype != torch.float32:
-            self.hf = copy.deepcopy(policy.hf).requires_grad_(False).to(dtype)
+        if is_sharded(args, world()):  # parameters alone are cast: rotary frequencies in bfloat16 turn far positions astray
+            cast = {id(p): nn.Parameter(p.detach().to(device, getattr(torch, args.dtype), copy=True), requires_grad=False)
+                    for p in policy.hf.parameters()}  # fmt: skip
+            self.hf = copy.deepcopy(policy.hf, cast).to(device)
 
     @torch.no_grad()
     def refresh(self):

@@ -24,7 +24,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -277,14 +276,16 @@ def adopt(model):
 
 def run(model, pack: Pack, **kwargs) -> torch.Tensor:
     """Final hidden states (T, D) of `pack` under a transformers Qwen-VL base model (the one without a head)."""
+    nothing = 0.0
+    if pack.pixel_values is None:
+        # All ranks run the vision tower in every forward, and first, or the collectives of a sharded one never meet. So does
+        # one alone: it then has a zero gradient, which AdamW treats otherwise than none, on any number of ranks.
+        cfg, side = model.config.vision_config, model.config.vision_config.spatial_merge_size
+        pixels = torch.zeros(side**2, cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2, device=pack.ids.device)
+        blank = model.visual(pixels, grid_thw=torch.tensor([[1, side, side]], device=pixels.device))
+        nothing = 0.0 * sum(x.sum() for x in (blank.pooler_output, *blank.deepstack_features))
     out = model(
         input_ids=pack.ids.unsqueeze(0), position_ids=pack.positions.unsqueeze(1), pixel_values=pack.pixel_values,
         image_grid_thw=pack.grid_thw, layout=pack.layout, **kwargs,
     ).last_hidden_state[0]  # fmt: skip
-    if pack.pixel_values is None and dist.is_initialized() and dist.get_world_size() > 1:
-        # All ranks run the vision tower in every forward, or the collectives of a sharded one never meet.
-        cfg, side = model.config.vision_config, model.config.vision_config.spatial_merge_size
-        pixels = out.new_zeros(side**2, cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2)
-        blank = model.visual(pixels, grid_thw=torch.tensor([[1, side, side]], device=pixels.device))
-        out = out + 0.0 * sum(x.sum() for x in (blank.pooler_output, *blank.deepstack_features))
-    return out
+    return out + nothing

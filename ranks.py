@@ -8,10 +8,12 @@ import math
 import os
 import random
 import signal
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -34,6 +36,13 @@ class Ranks:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.destroy_process_group()
 
+    def fail(self, kind, error, trace):
+        """As sys.excepthook: says whose error it is and ends at once. The others' collectives break, or torchrun ends them."""
+        sys.__excepthook__(kind, error, trace)
+        get_error_handler().record_exception(error)  # torchrun's last words are then about the first rank that failed
+        print(f"rank {self.rank} of {self.world}: {kind.__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # tidying up could wait for the others
+
 
 def setup(args):
     """Process group (torchrun's, or one of this process alone, which FSDP2 needs too), device, seeds -> Ranks."""
@@ -48,6 +57,7 @@ def setup(args):
     torch.manual_seed(args.seed)  # the same on all ranks; what differs per rollout is seeded by its number
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
     signal.signal(signal.SIGTERM, lambda *_: setattr(ranks, "terminated", True))
+    sys.excepthook = ranks.fail if ranks.world > 1 else sys.__excepthook__
     return ranks
 
 

@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 
+import memory
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import Order, read
@@ -170,10 +171,11 @@ def on_policy_gradient(loss_of, pack):
     return torch.autograd.grad(loss_of(pack.rows(zeros), pack.rows(zeros.detach()))[0], zeros)[0]
 
 
-def policy_update(policy, opt, groups, args, spare, device, reference=None):
+def policy_update(policy, opt, groups, numbers, args, spare, device, reference=None):
     """One step of the policy on `groups` (this rank's), in `args.minibatches` updates -> metrics. All ranks.
 
-    Stages 2 and 3 share it: they differ in where `group.advantage` comes from. `spare`: any tree (see packs.each).
+    Stages 2 and 3 share it: they differ in where `group.advantage` comes from. numbers: of the groups, from 0 over all
+    ranks', so that the minibatches are the same on any number of them. `spare`: any tree (see packs.each).
     """
     on_policy = not agree(args.minibatches > 1 or any(g.old_logp for g in groups))  # then the ratio is 1 by construction
     if not on_policy:
@@ -182,9 +184,9 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
             g.old_logp = logps
     ref_logp = trainer_logps(reference, groups, args, spare, device) if reference else None
     sums = dict.fromkeys(("tokens", "clipped", "entropy", "diff", "kl", "loss"), 0.0)
-    ratios, diffs, norms, skipped = [-torch.inf], [-torch.inf], [], 0
+    ratios, diffs, norms, skipped, all_groups = [-torch.inf], [-torch.inf], [], 0, all_sum(len(groups))
     for part in range(args.minibatches):
-        mine = range(*(len(groups) * p // args.minibatches for p in (part, part + 1)))  # the same on any number of ranks
+        mine = [g for g, number in enumerate(numbers) if number * args.minibatches // all_groups == part]
         counts = all_sum({"token-mean": sum(len(r.ids) for g in mine for r in groups[g].rollouts),
                           "seq-mean-token-mean": sum(len(groups[g].rollouts) for g in mine)})  # fmt: skip
         counts["constant"] = counts["seq-mean-token-mean"] * args.max_response  # Dr. GRPO: no length in the divisor
@@ -230,17 +232,13 @@ def policy_update(policy, opt, groups, args, spare, device, reference=None):
     }  # fmt: skip
 
 
-def first(groups, n, ranks):
-    """How many of this rank's groups are among the first `n` of all ranks'."""
-    return max(0, min(len(groups), n - sum(gather(len(groups))[: ranks.rank])))
-
-
 def collect(step, data, order, hf, encoder, args, ranks, kept):
-    """Draw and sample until `args.prompts_per_step` groups are kept over all ranks -> (groups to train on, surplus, all
-    that was sampled, counts). Without dynamic sampling that is one draw. `kept`: the last step's surplus, used first,
-    then dropped. All ranks; groups stay on the rank that sampled them.
+    """Draw and sample until `args.prompts_per_step` groups are kept over all ranks -> ({number: group to train on},
+    {(step, draw, prompt): surplus group}, all that was sampled, counts). Without dynamic sampling that is one draw. `kept`:
+    the last step's surplus, used first, then dropped. All ranks; groups stay on the rank that sampled them, but which are
+    trained on, and their numbers, are the same on any number of ranks.
     """
-    new, seen, draws, wanted = [], [], 0, args.prompts_per_step
+    new, seen, draws, wanted = {}, [], 0, args.prompts_per_step
     size, most = (args.prompts_per_draw, args.max_draws) if args.dynamic_sampling else (wanted, 1)
     while draws < most and all_sum(len(kept) + len(new)) < wanted:
         prompts, numbers = share(data.draw(order, size, encoder.prompt), ranks)
@@ -250,33 +248,37 @@ def collect(step, data, order, hf, encoder, args, ranks, kept):
             penalty = [overlong_penalty(len(r.ids), args.max_response, args.overlong) for r in group.rollouts]
             group.scores["reward"] = group.scores["reward"] + torch.tensor(penalty)
         # DAPO filters on accuracy, not on the shaped reward: equal answers of unequal length teach nothing.
-        new += [g for g in drawn if not args.dynamic_sampling or 0 < g.scores["accuracy"].mean() < 1]
+        new |= {(step, draws, number): g for number, g in zip(numbers, drawn, strict=True)
+                if not args.dynamic_sampling or 0 < g.scores["accuracy"].mean() < 1}  # fmt: skip
         seen, draws = seen + drawn, draws + 1
 
-    old = first(kept, wanted, ranks)
-    fresh = first(new, wanted - int(all_sum(old)), ranks)
-    counts = all_sum({"draws": draws / ranks.world, "sampled": len(seen), "groups": old + fresh,
-                      "surplus": len(new) - fresh, "dropped": len(kept) - old})  # fmt: skip
-    return kept[:old] + new[:fresh], new[fresh:], seen, counts
+    first = sorted(key for keys in gather([*kept, *new]) for key in keys)[:wanted]
+    groups = {first.index(key): g for key, g in (kept | new).items() if key in first}
+    surplus = {key: g for key, g in new.items() if key not in first}
+    counts = all_sum({"draws": draws / ranks.world, "sampled": len(seen), "groups": len(groups), "surplus": len(surplus),
+                      "dropped": len(kept) + len(new) - len(groups) - len(surplus)})  # fmt: skip
+    return groups, surplus, seen, counts
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 def main(args):
     # set-up
+    if args.dry_run:
+        return memory.show(args, lambda: (load(args.policy),))
     ranks = setup(args)
-    device, dtype = ranks.device, getattr(torch, args.dtype)
+    device = ranks.device
     # model
     options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
-    policy = load(args.policy, device=device, **options).train()
-    reference = load(args.policy, device=device, **options).requires_grad_(False) if args.kl else None
-    sampler, encoder = RolloutCopy(policy, dtype), policy.encoder
+    policy = load(args.policy, **options).train()
+    reference = load(args.policy, **options).requires_grad_(False) if args.kl else None
+    sampler, encoder = RolloutCopy(policy, args, device), policy.encoder
     for model in filter(None, (policy, reference)):
-        shard(model, model.hf.model, dtype, args.checkpointing)
+        shard(model, model.hf.model, args, ranks)
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
     # data
     data = read(args.data, "rl", args.image_root, args.max_bad)
-    order, surplus, start = Order(len(data), args.seed), [], 0
+    order, surplus, start = Order(len(data), args.seed), {}, 0
     spare = Tree(data.draw(Order(len(data), args.seed), 1, encoder.prompt)[0], [[encoder.eos]])  # for ranks without a group
     # resume
     last = f"{args.out}/last"
@@ -290,23 +292,24 @@ def main(args):
         # 1) rollout   2) score
         hf = sampler.refresh()
         groups, new_surplus, seen, counts = collect(step, data, order, hf, encoder, args, ranks, surplus)
-        for g, logps in zip(new_surplus, trainer_logps(policy, new_surplus, args, spare, device), strict=True):
+        late = new_surplus.values()
+        for g, logps in zip(late, trainer_logps(policy, late, args, spare, device), strict=True):
             g.old_logp = logps
         # 3) advantage
-        for g in groups:
+        for g in groups.values():
             g.advantage = group_advantage(g.scores["reward"], args.group_size, args.scale_by_std)
         # 4) update the policy
         metrics = dict.fromkeys(("loss", "grad_norm"), float("nan")) | {"skipped": 1}
         if counts["groups"]:
             for group in opt.param_groups:
                 group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
-            metrics = policy_update(policy, opt, groups, args, spare, device, reference)
+            metrics = policy_update(policy, opt, list(groups.values()), list(groups), args, spare, device, reference)
         surplus = new_surplus
         # 5) log
         metrics |= rollout_metrics(seen) | counts | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
-            show_rollout(log, step + 1, groups[0])
+            show_rollout(log, step + 1, next(iter(groups.values())))
         # 6) save
         stop = ranks.stop()
         if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
@@ -320,13 +323,13 @@ def main(args):
 
 def pack_groups(groups):
     # surplus groups as plain data for a checkpoint, and back
-    return [{"row": g.prompt.example.row, "rollouts": [(r.ids, r.logps, r.stop) for r in g.rollouts], "texts": g.texts,
-             "scores": g.scores, "old_logp": g.old_logp} for g in groups]  # fmt: skip
+    return [{"key": key, "row": g.prompt.example.row, "rollouts": [(r.ids, r.logps, r.stop) for r in g.rollouts],
+             "texts": g.texts, "scores": g.scores, "old_logp": g.old_logp} for key, g in groups.items()]  # fmt: skip
 
 
 def unpack_groups(packed, data, encoder):
-    return [Group(encoder.prompt(data[p["row"]]), [Rollout(*r) for r in p["rollouts"]], p["texts"], p["scores"], None,
-                  p["old_logp"]) for p in packed]  # fmt: skip
+    return {p["key"]: Group(encoder.prompt(data[p["row"]]), [Rollout(*r) for r in p["rollouts"]], p["texts"], p["scores"],
+                            None, p["old_logp"]) for p in packed}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 
+import memory
 import model
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
@@ -60,8 +61,9 @@ def sft_loss(logp, denominator):
 # ------------------------------------------------------------------------------------------------------------ the loop
 def main(args):
     # set-up
+    if args.dry_run:
+        return memory.show(args, lambda: (model.load(args.init or args.policy),))
     ranks = setup(args)
-    device, dtype = ranks.device, getattr(torch, args.dtype)
     # model
     if args.init:
         if is_main() and not (args.resume and Path(args.out, "last").exists()):
@@ -69,8 +71,8 @@ def main(args):
         agree(False)  # all ranks wait for rank 0's files
     options = dict(max_prompt_tokens=args.max_prompt + args.max_response, max_pixels=args.max_pixels)
     start_from = f"{args.out}/init" if args.init else args.policy
-    policy = model.load(start_from, device=device, **options).train()
-    model.shard(policy, policy.hf.model, dtype, args.checkpointing)
+    policy = model.load(start_from, **options).train()
+    model.shard(policy, policy.hf.model, args, ranks)
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
     # data
@@ -93,8 +95,8 @@ def main(args):
         tokens = all_sum(float(sum(int(tree.mask.sum()) for tree in trees)))
         # 2) loss   3) update
         total = 0.0
-        for pack in each(trees, args.pack_tokens, device, spare):
-            alike = torch.ones(len(pack.target), device=device)  # every token's log-prob counts the same in the loss
+        for pack in each(trees, args.pack_tokens, ranks.device, spare):
+            alike = torch.ones(len(pack.target), device=ranks.device)  # every token's log-prob counts the same in the loss
             loss = sft_loss(policy(pack, coefficient=alike), tokens) * pack.weight
             (loss * ranks.world).backward()  # FSDP averages over ranks; the denominator is global already
             total += float(loss.detach())

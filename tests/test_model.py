@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,13 +194,27 @@ def test_checkpointing_changes_no_gradient(checkpoint):
     found = []
     for on in (False, True):
         policy = model.load(checkpoint).train()
-        model.shard(policy, policy.hf.model, torch.float32, checkpointing=on)
+        args = SimpleNamespace(dtype="float32", checkpointing=on, offload=False)
+        model.shard(policy, policy.hf.model, args, SimpleNamespace(device="cpu"))
         tree = Tree(policy.encoder.prompt(example()), [policy.encoder.response(RESPONSE)])
         policy(make([tree], [(0, [0])])).sum().backward()
         found.append([p.grad for p in policy.parameters()])
     assert all(g is not None and g.abs().sum() > 0 for g in found[0] if g is not None and g.ndim > 1)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_rollout_copy_casts_parameters_alone(checkpoint):
+    """Rotary frequencies in bfloat16 are off by 0.2 %: some radians at position 2000."""
+    policy = model.load(checkpoint)
+    hf = model.RolloutCopy(policy, SimpleNamespace(dtype="bfloat16", offload=False), "cpu").refresh()
+    assert {p.dtype for p in hf.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in hf.parameters())
+    buffers = dict(policy.hf.named_buffers())
+    assert buffers and all(torch.equal(b, buffers[name]) and b.dtype == torch.float32 for name, b in hf.named_buffers())
+    tied = policy.hf.lm_head.weight is policy.hf.get_input_embeddings().weight
+    assert (hf.lm_head.weight is hf.get_input_embeddings().weight) == tied
+    for ours, theirs in zip(hf.parameters(), policy.hf.parameters(), strict=True):
+        assert ours is not theirs and torch.equal(ours, theirs.bfloat16())
 
 
 # --------------------------------------------------------------------------------------------------- the real settings

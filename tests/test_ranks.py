@@ -1,10 +1,11 @@
-"""Two processes (gloo, FSDP2) do what one does: the same rollouts, losses, gradients and checkpoints."""
+"""Several processes (gloo, FSDP2) do what one does: the same rollouts, losses, gradients and checkpoints. Nothing hangs."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,37 +17,74 @@ import align
 import rlvr
 import sft
 
-GAME = dict(steps=1, lr=1e-3, disc_lr=1e-3, probe_every=1, warmup_steps=2, warmup_pairs=32, upcycle_noise=0.1)
+GAME = dict(steps=1, lr=1e-3, disc_lr=1e-3, probe_every=1, warmup_steps=0, upcycle_noise=0.1) | ROLLOUTS
+SFT = dict(steps=2, batch=8, lr=1e-2, schedule="constant", warmup=0.0)
+RL = dict(steps=1, lr=1e-3, minibatches=2, kl=0.1) | ROLLOUTS
+DAPO = ROLLOUTS | dict(lr=1e-3, algo="dapo", overlong=8, prompts_per_step=2, prompts_per_draw=12, max_draws=3)
 RUNS = {  # name -> (stage, data, flags)
-    "sft": ("sft", "curated", dict(steps=2, batch=8, lr=1e-3, schedule="constant", warmup=0.0)),
-    "align": ("align", "align", GAME | ROLLOUTS),
-    "rlvr": ("rlvr", "rl", dict(steps=1, lr=1e-3, minibatches=2, kl=0.1) | ROLLOUTS),
-    "experts": ("align", "align", GAME | ROLLOUTS | dict(disc="experts", warmup_steps=0)),
-    "dense": ("align", "align", GAME | ROLLOUTS | dict(disc="dense", disc_blind=True, warmup_steps=0)),
-    "whole": ("align", "align", GAME | ROLLOUTS | dict(spans="whole", warmup_steps=0, checkpointing=True)),
-    "uneven": ("align", "align", GAME | ROLLOUTS | dict(prompts_per_step=3, warmup_steps=0, pack_tokens=64)),
-    "gspo": ("rlvr", "rl", dict(steps=2, lr=1e-3, algo="gspo", pack_tokens=64) | ROLLOUTS),
-    "dapo": ("rlvr", "rl", ROLLOUTS | dict(steps=4, lr=1e-3, algo="dapo", overlong=8, prompts_per_step=2,
-                                           prompts_per_draw=12, max_draws=3)),
+    "sft": ("sft", "curated", SFT),
+    "align": ("align", "align", GAME | dict(warmup_steps=2, warmup_pairs=32)),
+    "rlvr": ("rlvr", "rl", RL),
+    "experts": ("align", "align", GAME | dict(disc="experts")),
+    "dense": ("align", "align", GAME | dict(disc="dense", disc_blind=True)),
+    "whole": ("align", "align", GAME | dict(spans="whole")),
+    "split": ("align", "align", GAME | dict(pack_tokens=64)),
+    "pairs": ("align", "align", GAME | dict(pairs="pairs", warmup_steps=2, warmup_pairs=10)),
+    "gspo": ("rlvr", "rl", RL | dict(steps=2, algo="gspo", kl=0.0, pack_tokens=64)),
+    "dapo": ("rlvr", "rl", DAPO | dict(steps=4)),
+    # shards that are uneven: of three prompts one has an image
+    "uneven sft": ("sft", "three", SFT | dict(batch=3)),
+    "uneven align": ("align", "three", GAME | dict(prompts_per_step=3, disc="experts")),
+    "uneven rlvr": ("rlvr", "three", RL | dict(prompts_per_step=3)),
+    # or empty: one prompt for all ranks
+    "empty sft": ("sft", "curated", SFT | dict(batch=1)),
+    "empty align": ("align", "align", GAME | dict(prompts_per_step=1)),
+    "empty rlvr": ("rlvr", "rl", RL | dict(prompts_per_step=1, minibatches=1)),
+    "empty dapo": ("rlvr", "rl", DAPO | dict(steps=2, prompts_per_draw=1)),
+    # nothing to learn from on one rank, or on any
+    "malformed": ("align", "align", GAME | dict(prompts_per_step=2)),
+    "all malformed": ("align", "align", GAME | dict(prompts_per_step=2)),
+    "never right": ("rlvr", "never", DAPO | dict(steps=2, prompts_per_draw=4, max_draws=2)),
+    # the same by other means
+    "checkpointing": ("align", "align", GAME | dict(checkpointing=True)),
+    "offload": ("align", "align", GAME | dict(offload=True)),
+    "nodes": ("align", "align", GAME | dict(nodes=2)),
+    "plain": ("align", "align", GAME),
 }  # fmt: skip
 FAST = ("sft", "align", "rlvr")
+MALFORMED = {"malformed": [1], "all malformed": [0, 1]}  # prompts whose rollouts are cut short
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
-SCRIPT = """
-import json, os, sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-import align, rlvr, sft
-for n, (stage, flags) in enumerate(json.load(open(sys.argv[1]))):
-    os.environ["MASTER_PORT"] = sys.argv[2 + n]  # each run makes a process group of its own
-    stage = dict(align=align, rlvr=rlvr, sft=sft)[stage]
-    stage.main(stage.Args(**flags))
-"""
+ALONE = {"checkpointing": "plain", "offload": "plain", "nodes": "plain"}  # what another run on one rank has to equal
 
 
-def arguments(name, world, out, **more):  # noqa: F811
-    stage, data, flags = RUNS[name]
-    return stage, COMMON | flags | dict(policy=world.sft, data=getattr(world, data), out=str(out)) | more
+def data_files(world):  # noqa: F811
+    """{name: file}: the world's, three rows of which one has an image, and questions that no rollout answers rightly."""
+    files = {name: Path(getattr(world, name)) for name in ("curated", "align", "pairs", "rl")}
+    for name in ("curated", "align", "rl"):
+        rows = [json.loads(line) for line in files[name].read_text().splitlines()[:3]]
+        for row in rows[1:]:
+            row["images"] = []
+            for message in row.get("messages") or row["prompt"]:
+                message["content"] = message["content"].replace("<image>", "")
+        files[f"three {name}"] = write(world.folder / f"three_{name}.jsonl", rows)
+    rows = [json.loads(line) for line in files["rl"].read_text().splitlines()]
+    for row in rows:
+        row["reward_model"]["ground_truth"] = "never"
+    return files | {"never": write(world.folder / "never_right.jsonl", rows)}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def job(name, world, out, sgd=True, **more):  # noqa: F811
+    """What ranked.py runs. sgd: linear in the gradient, so that runs can be compared beyond their first update."""
+    (stage, data, flags), files = RUNS[name], data_files(world)
+    data = files[f"three {dict(sft='curated', align='align', rlvr='rl')[stage]}" if data == "three" else data]
+    flags = COMMON | flags | dict(policy=world.sft, data=str(data), out=str(out)) | more
+    flags |= {"pairs": str(files["pairs"])} if flags.get("pairs") else {}
+    return {"stage": stage, "flags": flags, "sgd": sgd, "malformed": MALFORMED.get(name, [])}
 
 
 def free_ports(n):
@@ -57,112 +95,183 @@ def free_ports(n):
     return ports
 
 
-def on_two_ranks(jobs, folder, timeout=240):
-    """Run [(stage, flags)] one after the other on two ranks, in two processes; a failure shows what they printed."""
+def on_ranks(n, jobs, folder, timeout=300, **env):
+    """Run jobs one after the other on n ranks, a process each. A failure, or a hang, shows what they printed."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    ports, env = free_ports(len(jobs)), {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT)), str(folder / "jobs.json"), *ports]
-    processes, prints = [], [folder / "rank0.txt", folder / "rank1.txt"]
-    for rank, file in enumerate(prints):
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(file, "w") as out:
-            processes.append(subprocess.Popen(command, env=os.environ | env, stdout=out, stderr=out))
+    env |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests/ranked.py", folder / "jobs.json", *free_ports(len(jobs))]
+    processes, prints, end = [], [folder / f"rank{rank}.txt" for rank in range(n)], time.time() + timeout
     try:
-        codes = [p.wait(timeout if rank == 0 else 30) for rank, p in enumerate(processes)]
+        for rank, file in enumerate(prints):
+            with open(file, "w") as out:
+                mine = os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env=mine, stdout=out, stderr=out))
+        codes = [p.wait(max(1, end - time.time())) for p in processes]
     except subprocess.TimeoutExpired:
-        codes = ["hangs"]
+        codes = f"it hangs: not done after {timeout} s"
     finally:
         for p in processes:
             p.kill()
-    assert codes == [0, 0], "\n".join(f"--- {f.name}\n{f.read_text()[-4000:]}" for f in prints)
+    assert codes == [0] * n, f"{codes}\n" + "\n".join(f"--- {f.name}\n{f.read_text()[-4000:]}" for f in prints)
 
 
 def agree(one, two, rel=1e-4):
-    """Records of runs on one and on two ranks: sums and means of the same numbers in another order."""
+    """Records of runs on different ranks: losses and gradient norms to 1e-5, figures of small differences to `rel`."""
     assert len(one) == len(two) > 0
     loose = {"logp_diff", "logp_diff_max", "seconds"}
+    exact = {"loss", "disc_loss", "grad_norm", "disc_grad_norm"} if rel == 1e-4 else ()
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        wrong = {k: (a[k], b[k]) for k in a.keys() - loose if a[k] != pytest.approx(b[k], rel=rel, abs=2e-6, nan_ok=True)}
-        assert not wrong, a["step"]
-        assert b.get("logp_diff_max", 0) < 1e-4
+        near = {k: pytest.approx(b[k], rel=1e-5 if k in exact else rel, abs=1e-7 if k in exact else 2e-6, nan_ok=True)
+                for k in a.keys() - loose}  # fmt: skip
+        wrong = {k: (a[k], b[k]) for k in near if a[k] != near[k]}
+        assert not wrong, f"step {a['step']}: {wrong}"
+        assert not b.get("logp_diff_max", 0) > 1e-4
 
 
-def same_as_alone(names, world, tmp_path):  # noqa: F811
-    on_two_ranks([arguments(name, world, tmp_path / f"{name}2") for name in names], tmp_path)
-    for name in names:
-        stage, flags = arguments(name, world, tmp_path / f"{name}1")
-        STAGES[stage].main(STAGES[stage].Args(**flags))
-        one, two = tmp_path / f"{name}1", tmp_path / f"{name}2"
-        agree(records(one), records(two))
-        if (one / "warmup").exists():
-            agree(records(one / "warmup"), records(two / "warmup"))
-        opens_everywhere(two / "last", world)
-        players = ["last"] + ["last/discriminator"] * (stage == "align") + ["warmup/last"] * (one / "warmup").exists()
-        for player in players:
-            a, b = weights(one / player), weights(two / player)
-            assert a.keys() == b.keys() and a
-            start = weights(world.sft)
-            for k in a:  # Adam turns rounding of a gradient near zero into a step of either sign: not bit for bit
-                torch.testing.assert_close(a[k], b[k], rtol=0, atol=5e-3 if player == "last" else 1e-1)
-            if player == "last":
-                moves = [torch.cat([(x[k] - start[k]).flatten() for k in a if k in start]) for x in (a, b)]
-                assert torch.cosine_similarity(*moves, dim=0) > 0.99
+def same_gradients(one, two):
+    """Of every update and parameter: to 1e-5 of the parameter's gradient, or 1e-6 of the whole."""
+    one, two = (torch.load(folder / "probe.pt", weights_only=True) for folder in (one, two))
+    assert one["rollouts"] == two["rollouts"]
+    assert len(one["gradients"]) == len(two["gradients"])
+    for a, b in zip(one["gradients"], two["gradients"], strict=True):
+        assert a.keys() == b.keys()
+        whole = sum(g.norm() ** 2 for g in a.values()) ** 0.5
+        wrong = {k: float((a[k] - b[k]).norm() / a[k].norm()) for k in a
+                 if not (a[k] - b[k]).norm() <= 1e-5 * a[k].norm() + 1e-6 * whole}  # fmt: skip
+        assert not wrong, f"{two['meshes']}: {wrong}"
+    return sorted(two["meshes"])
+
+
+def same_runs(one, two):
+    agree(records(one), records(two))
+    if (one / "warmup").exists():
+        agree(records(one / "warmup"), records(two / "warmup"))
+    return same_gradients(one, two)
+
+
+@pytest.fixture(scope="session")
+def alone(world, tmp_path_factory):  # noqa: F811
+    """All runs on one rank: their folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    on_ranks(1, [job(name, world, folder / name) for name in RUNS if name not in ALONE], folder)
+    return folder
 
 
 def test_two_ranks_do_what_one_does(world, tmp_path):  # noqa: F811
-    same_as_alone(FAST, world, tmp_path)
+    for n in (1, 2):
+        on_ranks(n, [job(name, world, tmp_path / f"{name}{n}") for name in FAST], tmp_path)
+    for name in FAST:
+        one, two = tmp_path / f"{name}1", tmp_path / f"{name}2"
+        assert same_runs(one, two) == [(2,)]
+        opens_everywhere(two / "last", world)
+        for player in ["last"] + ["last/discriminator", "warmup/last"] * (name == "align"):
+            a, b = weights(one / player), weights(two / player)
+            assert a.keys() == b.keys() and a
+            for k in a:
+                torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_two_ranks_do_what_one_does_with_other_flags(world, tmp_path):  # noqa: F811
-    same_as_alone([name for name in RUNS if name not in (*FAST, "dapo")], world, tmp_path)
-
-
-@pytest.mark.slow
-def test_dapo_on_two_ranks(world, tmp_path):  # noqa: F811
-    """Which groups are kept depends on which rank sampled them: not the same numbers, but sound ones; then resumed."""
-    stage, flags = arguments("dapo", world, tmp_path / "dapo")
-    on_two_ranks([(stage, flags | {"steps": 3}), (stage, flags | {"resume": True})], tmp_path)
-    found = records(tmp_path / "dapo")
-    assert [r["step"] for r in found] == [1, 2, 3, 4]
-    assert sum(r["surplus"] for r in found) > 0
-    for r in found:
+@pytest.mark.parametrize("n", [2, 3])
+def test_any_number_of_ranks_does_what_one_does(alone, world, tmp_path, n):  # noqa: F811
+    """Every form of the stages, and shards that are uneven, empty or hold nothing to learn from."""
+    names = [name for name in RUNS if not (name == "nodes" and n % 2)]
+    on_ranks(n, [job(name, world, tmp_path / name) for name in names], tmp_path, timeout=600)
+    meshes = {name: same_runs(alone / ALONE.get(name, name), tmp_path / name) for name in names}
+    assert meshes == dict.fromkeys(names, [(n,)]) | {"never right": []} | ({"nodes": [(2, 1)]} if "nodes" in names else {})
+    assert sum(r["surplus"] for r in records(tmp_path / "dapo")) > 0 < sum(r["dropped"] for r in records(tmp_path / "dapo"))
+    for r in records(tmp_path / "dapo"):
         assert r["groups"] <= 2 and r["draws"] <= 3 and r["sampled"] == 12 * r["draws"]
-        assert r["logp_diff_max"] < 1e-4 and (r["groups"] == 0 or r["grad_norm"] > 0)
+    assert [(r["groups"], r["draws"], r["skipped"]) for r in records(tmp_path / "never right")] == [(0, 2, 1)] * 2
+    assert [r["draws"] for r in records(tmp_path / "empty dapo")] == [3, 3]
+    assert records(tmp_path / "all malformed")[0]["format"] == 0 < records(tmp_path / "malformed")[0]["format"] <= 0.5
+
+
+@pytest.mark.slow
+def test_nodes(alone, world, tmp_path):  # noqa: F811
+    """HSDP, 2 nodes of 2 ranks, as torchrun's variable says; 3 nodes of 4 ranks are refused."""
+    on_ranks(4, [job("plain", world, tmp_path / "plain")], tmp_path, GROUP_WORLD_SIZE="2")
+    assert same_runs(alone / "plain", tmp_path / "plain") == [(2, 2)]
+    with pytest.raises(AssertionError, match="2 ranks on 3 nodes: all nodes need equally many"):
+        on_ranks(2, [job("sft", world, tmp_path / "sft", nodes=3)], tmp_path)
+
+
+@pytest.mark.slow
+def test_one_rank_alone_by_other_means(alone, world, tmp_path):  # noqa: F811
+    on_ranks(1, [job(name, world, tmp_path / name) for name in ("checkpointing", "offload")], tmp_path)
+    for name in ("checkpointing", "offload"):
+        same_runs(alone / "plain", tmp_path / name)
 
 
 @pytest.mark.slow
 def test_resume_on_another_number_of_ranks(world, tmp_path):  # noqa: F811
     """Begun on two ranks, ended on one: as all on one. What was saved in two pieces is put together."""
-    on_two_ranks([arguments(name, world, tmp_path / f"{name}2") for name in FAST], tmp_path)
-    for name in FAST:
-        stage, flags = arguments(name, world, tmp_path / f"{name}2")
+    names = (*FAST, "dapo")
+    on_ranks(2, [job(name, world, tmp_path / f"{name}2", sgd=False) for name in names], tmp_path)
+    for name in names:
+        stage, flags = (job(name, world, tmp_path / f"{name}2")[k] for k in ("stage", "flags"))
         more = dict(steps=flags["steps"] + 1)
         STAGES[stage].main(STAGES[stage].Args(**flags | more | dict(resume=True)))
-        STAGES[stage].main(STAGES[stage].Args(**arguments(name, world, tmp_path / f"{name}1", **more)[1]))
+        STAGES[stage].main(STAGES[stage].Args(**flags | more | dict(out=str(tmp_path / f"{name}1"))))
         agree(records(tmp_path / f"{name}1"), records(tmp_path / f"{name}2"), rel=1e-3)
+
+
+def torchrun(nodes=1):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_ports(1)[0]}"]
 
 
 @pytest.mark.slow
 def test_torchrun(world, tmp_path):  # noqa: F811
     """The command of the docstring; torchrun sets what ranks.setup reads."""
-    _, flags = arguments("sft", world, tmp_path)
-    flags = [f"--{k}={v}" for k, v in flags.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_ports(1)[0]}"]
+    flags = [f"--{k}={v}" for k, v in job("sft", world, tmp_path)["flags"].items()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(ROOT / "sft.py"), *flags], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*torchrun(), str(ROOT / "sft.py"), *flags], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
     header = json.loads(Path(tmp_path, "log.jsonl").read_text().splitlines()[0])
     assert header["hardware"]["ranks"] == 2
 
 
+@pytest.mark.slow
+def test_torchrun_on_two_nodes(world, tmp_path):  # noqa: F811
+    """Two of torchrun's agents, a rank each: the parameters are on a mesh of two nodes."""
+    (tmp_path / "jobs.json").write_text(json.dumps([job("sft", world, tmp_path / "sft")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+               f"--master_port={free_ports(1)[0]}"]  # fmt: skip
+    script, env = [str(ROOT / "tests/ranked.py"), str(tmp_path / "jobs.json")], os.environ | {"OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen([*command, f"--node_rank={rank}", *script], env=env) for rank in (0, 1)]
+    try:
+        assert [agent.wait(240) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert torch.load(tmp_path / "sft/probe.pt", weights_only=True)["meshes"] == [(2, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_an_error_on_one_rank_ends_all(world, tmp_path, name):  # noqa: F811
+    """Rank 1 fails in its second update, where rank 0 waits for it: all end, and the last words are rank 1's."""
+    planted = job(name, world, tmp_path / "out", steps=3) | {"fail": [1, 1]}
+    (tmp_path / "jobs.json").write_text(json.dumps([planted]))
+    command = [*torchrun(), str(ROOT / "tests/ranked.py"), str(tmp_path / "jobs.json")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    seconds = time.time() - float(done.stdout.split("planted at ")[1].split()[0])
+    assert done.returncode != 0 and seconds < 60
+    assert "rank 1 of 2: ValueError: a planted error" in done.stderr
+    root_cause = done.stderr.split("Root Cause")[1]
+    assert "ValueError: a planted error" in root_cause and "rank      : 1" in root_cause
+    print(f"{name}: all ended after {seconds:.1f} s")
+
+
 def test_bfloat16_is_sharded_on_one_rank_too(world, tmp_path):  # noqa: F811
     """FSDP2 in one process: parameters stay float32, products are bfloat16, rollouts come from a bfloat16 copy."""
     for name in FAST:
-        stage, flags = arguments(name, world, tmp_path / name, dtype="bfloat16", steps=1)
-        STAGES[stage].main(STAGES[stage].Args(**flags | ({"warmup_steps": 0} if stage == "align" else {})))
+        made = job(name, world, tmp_path / name, dtype="bfloat16", steps=1, **({"warmup_steps": 0} if name == "align" else {}))
+        STAGES[made["stage"]].main(STAGES[made["stage"]].Args(**made["flags"]))
         (found,) = records(tmp_path / name)
         assert found["grad_norm"] > 0 and found["skipped"] == 0
         assert found.get("logp_diff_max", 0) < 0.3

@@ -1,0 +1,73 @@
+"""
+A process of test_ranks.py: python ranked.py JOBS.json [PORT…] runs the jobs, each a stage with its flags, one after the
+other as one of WORLD_SIZE ranks, each on a port of its own. Of a job, <out>/probe.pt keeps the gradients of all updates,
+the ids of all rollouts, and the mesh that its parameters are on.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import align
+import common
+import ranks
+import rlvr
+import sampler
+import sft
+
+STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
+close, job, gradients, rollouts, meshes = ranks.Ranks.close, {}, [], {}, set()
+
+
+def sgd(model, lr, weight_decay):
+    """Linear in the gradient; Adam makes a whole step of the rounding of a gradient near zero."""
+    return torch.optim.SGD([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=lr)
+
+
+def step_if_finite(optimizer, loss, max_norm, who):
+    if job.get("fail") == [torch.distributed.get_rank(), len(gradients)]:
+        print("planted at", time.time(), flush=True)
+        raise ValueError("a planted error")
+    named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    meshes.update(tuple(p.device_mesh.shape) for _, p in named if hasattr(p, "device_mesh"))
+    gradients.append({n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().clone() for n, p in named if p.grad is not None})
+    return common.step_if_finite(optimizer, loss, max_norm, who)
+
+
+def sample(hf, encoder, prompts, numbers, args, seed):
+    groups = sampler.sample(hf, encoder, prompts, numbers, args, seed)
+    for number, group in zip(numbers, groups, strict=True):
+        rollouts[str((*seed, number))] = [r.ids for r in group.rollouts]
+        if number in job.get("malformed", ()):  # cut short: no rollout of this prompt has its three parts
+            for r in group.rollouts:
+                r.ids, r.logps = r.ids[:3], r.logps[:3]
+            group.texts = [encoder.decode(r.ids) for r in group.rollouts]
+    return groups
+
+
+def keep_and_close(self):
+    everywhere = {k: v for part in ranks.gather(rollouts) for k, v in part.items()}
+    if ranks.is_main():
+        found = {"gradients": gradients, "rollouts": everywhere, "meshes": list(meshes)}
+        torch.save(found, Path(job["flags"]["out"], "probe.pt"))
+    close(self)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ranks.Ranks.close, align.sample, rlvr.sample = keep_and_close, sample, sample
+    for stage in STAGES.values():
+        stage.step_if_finite = step_if_finite
+    ports = sys.argv[2:] or [os.environ["MASTER_PORT"]]  # torchrun's
+    for job, port in zip(json.loads(Path(sys.argv[1]).read_text()), ports, strict=True):
+        os.environ["MASTER_PORT"] = port  # each run makes a process group of its own
+        gradients, rollouts, meshes = [], {}, set()
+        for stage in STAGES.values():
+            stage.optimizer = sgd if job.get("sgd") else common.optimizer
+        STAGES[job["stage"]].main(STAGES[job["stage"]].Args(**job["flags"]))
