@@ -214,9 +214,14 @@ def test_nobody_sees_the_key(server, problems, tmp_path, capsys):
 def test_without_a_key_none_is_sent(server, problems, monkeypatch):
     monkeypatch.delenv("PRISM_API_KEY")
     run(server, problems, "--limit", 1)
+    server.behave = lambda *_: lambda handler: handler.reply("", 401)
+    with pytest.raises(SystemExit, match=r"HTTP 401 .*no key in \$PRISM_API_KEY"):
+        run(server, problems, "--limit", 2)
+    assert {authorization for _, authorization, _ in server.requests} == {None}
+    server.behave = lambda *_: None
     monkeypatch.setenv("OTHER", "o\n")  # short ones, as local servers want them, are words: they stay in what is answered
     run(server, problems, "--limit", 1, "--teacher", "U", "--key_env", "OTHER")
-    assert [authorization for _, authorization, _ in server.requests] == [None, "Bearer o"]
+    assert server.requests[-1][1] == "Bearer o" and len(server.requests) == 3
 
 
 def test_pictures_are_sent_as_the_policy_sees_them(tmp_path):

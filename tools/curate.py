@@ -1,4 +1,4 @@
-"""Demonstrations of one's own: problems (images, question, answer) and a teacher behind an API -> the method's three files.
+r"""Demonstrations of one's own: problems (images, question, answer) and a teacher behind an API -> the method's three files.
 
 1. Keep the problems that the policy fails: pass rate over eval.py's samples at most `--hardest`; of several policies the best.
 2. Leave out near-duplicates of earlier ones: equal pixels, and a Jaccard index of the questions' word triples from `--near` on.
@@ -136,10 +136,10 @@ def chat(example, system, more=""):  # -> the messages that the API gets: pictur
 
 class Api:  # its answers: known ones come from answers.jsonl, others are asked for and appended to it at once
     def __init__(self, args):
-        self.args, self.requests, self.in_a_row, key = args, Counter(), 0, os.environ.get(args.key_env, "").strip()
+        self.args, self.requests, self.in_a_row, key = args, Counter(), 0, "".join(os.environ.get(args.key_env, "").split())
         self.lock, self.stopped, self.secret = threading.Lock(), threading.Event(), key if len(key) > 9 else "\0"  # not "EMPTY"
         self.http = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=args.timeout)
-        self.file = open(Path(args.out) / "answers.jsonl", "a+")
+        self.file, self.hint = open(Path(args.out) / "answers.jsonl", "a+"), f"{'a' if key else 'no'} key in ${args.key_env}"
         fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: another run writes to this folder
         self.file.seek(0)
         *lines, broken = self.file.read().split("\n")
@@ -175,7 +175,7 @@ class Api:  # its answers: known ones come from answers.jsonl, others are asked 
         self.in_a_row += 1
         if fault and code not in (400, 413, 422) or wait > 600 or self.in_a_row > self.args.max_failures:
             self.stopped.set()
-            raise SystemExit(f"{kind} from {self.args.base_url} (key: ${self.args.key_env}, wait: {wait} s): {text[:500]}")
+            raise SystemExit(f"{kind} from {self.args.base_url} ({self.hint}, wait: {wait} s): {text[:500]}")
         raise ConnectionError(kind)
 
 
