@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -235,13 +236,15 @@ def test_pictures_are_sent_as_the_policy_sees_them(tmp_path):
     image.save(tmp_path / "a.bmp")
     image.save(tmp_path / "turned.jpg", exif=turned)
     image.convert("RGBA").save(tmp_path / "clear.png")
-    rows = [{"image": name, "question": "?", "answer": "1"} for name in ("a.png", "a.jpg", "a.bmp", "turned.jpg", "clear.png")]
-    data = read(str(save(tmp_path / "p.jsonl", rows)), "eval")
-    seen = {Path(example.images[0]).name: curate.look(example)[0][0] for example in data.fetch(range(5))}
+    image.save(tmp_path / "hole.png", transparency=(255, 0, 0))
+    names = ("a.png", "a.jpg", "a.bmp", "turned.jpg", "clear.png", "hole.png")
+    data = read(str(save(tmp_path / "p.jsonl", [{"image": name, "question": "?", "answer": "1"} for name in names])), "eval")
+    seen = {Path(example.images[0]).name: curate.look(example)[0][0] for example in data.fetch(range(6))}
     assert all(seen[name][1] == (tmp_path / name).read_bytes() for name in ("a.png", "a.jpg"))
     assert seen["a.jpg"][0].endswith(".jpeg") and all(seen[n][0].endswith(".png") for n in seen if n != "a.jpg")
     assert seen["a.png"][0] == seen["a.bmp"][0] == seen["clear.png"][0] != seen["turned.jpg"][0]
     upright = Image.open(io.BytesIO(seen["turned.jpg"][1]))
+    assert Image.open(io.BytesIO(seen["hole.png"][1])).getpixel((0, 0)) == (255, 255, 255)
     assert upright.size == (16, 24) and upright.format == "PNG" and not upright.getexif()
 
 
@@ -384,7 +387,7 @@ MISDEEDS = {
     "HTTP 500": lambda handler: handler.reply("<html>oops</html>", 500),
     "HTTP 429": lambda handler: handler.reply("{}", 429, Retry_After="0"),
     "HTTP 503": lambda handler: handler.reply("{}", 503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
-    "ReadTimeout": lambda handler: time.sleep(0.4),
+    "ReadTimeout": lambda handler: time.sleep(1),
     "RemoteProtocolError": lambda handler: handler.reply(completion(response(0)), cut=9),
     "JSONDecodeError": lambda handler: handler.reply('{"choices": [{"mess'),
     "KeyError": lambda handler: handler.reply('{"error": {"message": "overloaded"}}'),
@@ -398,7 +401,8 @@ MISDEEDS = {
 @pytest.mark.parametrize("kind", MISDEEDS)
 def test_a_server_that_recovers_is_asked_again(server, problems, kind):
     server.behave = lambda number, times, request: MISDEEDS[kind] if number == 1 and times < 3 else None
-    report = run(server, problems, "--limit", 3, "--timeout", 0.2, "--retries", 2)
+    flags = ("--timeout", 0.5) if kind == "ReadTimeout" else ()
+    report = run(server, problems, "--limit", 3, "--retries", 2, *flags)
     assert report["fates"] == {"kept": 3} and report["requests"] == {"answered": 3, kind: 2}
     assert server.times == {0: 1, 1: 3, 2: 1}
 
@@ -443,43 +447,49 @@ def test_many_failures_in_a_row_stop_the_run(server, problems):
     assert len(server.requests) == before + 4
 
 
-def test_retry_after_is_honoured(server, problems):
-    when = []
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that the run would have waited before its retries."""
 
-    def behave(number, times, request):
-        when.append(time.monotonic())
-        return (lambda handler: handler.reply("{}", 429, Retry_After="1")) if times == 1 else None
+    class Event(threading.Event):
+        def wait(self, seconds):
+            waits.append(seconds)
+            return self.is_set()
 
-    server.behave = behave
-    run(server, problems, "--limit", 1)
-    assert 1 <= when[1] - when[0] < 1.5
+    waits = []
+    monkeypatch.setattr(curate, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
+    return waits
+
+
+def test_delays_double(server, problems, waits):
+    server.behave = lambda *_: MISDEEDS["HTTP 500"]
+    run(server, problems, "--limit", 1, "--first_delay", 8, "--retries", 5)
+    assert len(waits) == 5 == len(set(waits)) and len(server.requests) == 6
+    assert all(0.5 * mean <= wait <= 1.5 * mean for wait, mean in zip(waits, (8, 16, 32, 60, 60), strict=True))
+
+
+def test_retry_after_is_honoured(server, problems, waits):
+    server.behave = lambda number, times, _: (lambda h: h.reply("{}", 429, Retry_After="7")) if times == 1 else None
+    assert run(server, problems, "--limit", 2)["fates"] == {"kept": 2} and waits == [7, 7]
     server.behave = lambda *_: lambda handler: handler.reply("daily quota", 429, Retry_After="3600")
     with pytest.raises(SystemExit, match=r"HTTP 429.*wait: 3600 s.*daily quota"):
-        run(server, problems, "--limit", 2)
-
-
-def test_delays_double(server, problems):
-    when = []
-    server.behave = lambda *_: when.append(time.monotonic()) or MISDEEDS["HTTP 500"]
-    run(server, problems, "--limit", 1, "--first_delay", 0.04, "--retries", 4)
-    waits = [b - a for a, b in zip(when, when[1:], strict=False)]
-    assert len(waits) == 4 and all(0.5 <= wait / (0.04 * 2**i) < 1.5 + 0.05 / (0.04 * 2**i) for i, wait in enumerate(waits))
+        run(server, problems, "--limit", 3)
+    assert waits == [7, 7]
 
 
 def test_requests_are_at_once_but_not_more_than_allowed(server, problems):
-    now, most, lock = [0], [0], threading.Lock()
+    together, now, most, lock = threading.Barrier(4), [0], [0], threading.Lock()
 
     def behave(*_):
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.03)
+        together.wait(10)
         with lock:
             now[0] -= 1
 
     server.behave = behave
-    run(server, problems, "--concurrency", 4)
-    assert most[0] == 4
+    assert run(server, problems, "--concurrency", 4)["fates"] == {"kept": 20} and most[0] == 4
 
 
 # ----------------------------------------------------------------------------- stopped and resumed
@@ -497,12 +507,14 @@ def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
     def behave(number, *_):
         if number == 5:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
+        time.sleep(0.3 if number > 4 else 0)
         return MISDEEDS["HTTP 500"] if number == 6 else None
 
     server.behave = behave
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background does not have
     with pytest.raises(KeyboardInterrupt):
         run(server, problems, "--concurrency", 2, "--first_delay", 30)  # nobody waits for a retry
+    signal.signal(signal.SIGINT, before)
     server.behave, before = lambda *_: None, len(lines(tmp_path / "out/answers.jsonl"))
     assert 5 <= before < 20
     report = run(server, problems)
@@ -542,6 +554,7 @@ def test_a_killed_run_goes_on(server, problems, tmp_path):
     "flags, says",
     [
         (["--base_url", "api.example.org"], "--base_url is http"),
+        (["--out", "in/../in"], "--out is the folder of --data"),
         (["--base_url", "https://me:secret@example.org/v1"], "--base_url is http"),
         (["--base_url", "https://example.org/v1?key=secret"], "--base_url is http"),
         (["--request", "[]"], "--request is a JSON object"),
@@ -553,7 +566,8 @@ def test_a_killed_run_goes_on(server, problems, tmp_path):
         (["--judges", "x"], "did you mean --judge"),
     ],
 )
-def test_wrong_arguments(server, problems, capsys, flags, says):
+def test_wrong_arguments(server, problems, capsys, monkeypatch, flags, says):
+    monkeypatch.chdir(problems.parents[1])
     with pytest.raises(SystemExit) as stop:
         parse(curate.Args, arguments(server, problems, *flags))
     assert stop.value.code == 2 and says in capsys.readouterr().err

@@ -11,9 +11,8 @@ r"""Demonstrations of one's own: problems (images, question, answer) and a teach
     PRISM_API_KEY=... python tools/curate.py --data problems.jsonl --pass_rates out/rollouts.jsonl --out data/mine \
         --base_url https://HOST/v1 --teacher MODEL --judge MODEL --limit 20     # a first look; then without --limit
 
-The key comes from the environment alone and is written nowhere. `--out` gets copies of the images, answers.jsonl (all that the
-API answered; after a stop the same command asks only what is missing) and, last, report.json: every count. Before stage 3:
-`eval.py --filter` on rl.jsonl. Recipe: arXiv 2604.28123, 3.1; there the judge decides alone, and "best" is not defined."""
+The key is read from the environment and written nowhere. `--out` gets the images, all answers (answers.jsonl: after a stop the
+same command asks what is missing) and, last, report.json. Recipe: arXiv 2604.28123, 3.1 (there the judge decides alone)."""
 
 import base64
 import fcntl
@@ -73,6 +72,8 @@ class Args:
     def __post_init__(self):
         if not re.fullmatch(r"https?://[^@?#\s]+", self.base_url) or not isinstance(json.loads(self.request), dict):
             raise ValueError("--base_url is http(s)://HOST/PATH, without user, query or key; --request is a JSON object")
+        if Path(self.out).resolve() in [Path(path).resolve().parent for path in self.data]:
+            raise ValueError("--out is the folder of --data: name another, lest a file of problems be overwritten")
         for name, value in {**vars(self), "shares": sum(self.shares)}.items():
             least, most = int(name in ("samples", "concurrency")), 1 if name in ("hardest", "near", "shares") else 1e9
             if isinstance(value, int | float) and not least <= value <= most:
@@ -141,8 +142,7 @@ class Api:  # its answers: known ones come from answers.jsonl, others are asked 
         self.http = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=args.timeout)
         self.file, self.hint = open(Path(args.out) / "answers.jsonl", "a+"), f"{'a' if key else 'no'} key in ${args.key_env}"
         fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: another run writes to this folder
-        self.file.seek(0)
-        *lines, broken = self.file.read().split("\n")
+        *lines, broken = Path(self.file.name).read_text().split("\n")
         self.file.truncate(self.file.tell() - len(broken))  # a kill can break the last line (all ASCII)
         self.known = {tuple(answer["of"]): answer for answer in map(json.loads, lines)}
 
