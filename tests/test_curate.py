@@ -367,6 +367,8 @@ def test_the_judge(server, problems, tmp_path):
         return response("the fifth" if number > 3 else number)
 
     server.behave = behave
+    rows = [row | {"equivalent_answers": ["or so"]} if row["answer"] == "4" else row for row in lines(problems)]
+    save(problems, rows)
     flags = ("--judge", "J", "--limit", 7, "--samples", 1, "--shares", 0.34, 0.51)
     report = run(server, problems, *flags)
     assert report["fates"] == {"kept": 6, "wrong": 1} and report["files"] == {"align": 2, "rl": 3, "sft": 1}
@@ -375,7 +377,7 @@ def test_the_judge(server, problems, tmp_path):
     assert set(got["align"]) == {"problems.jsonl:1", "problems.jsonl:6"}
     assert got["rl"] == ["problems.jsonl:4", "problems.jsonl:2", "problems.jsonl:3"] and got["sft"] == ["problems.jsonl:7"]
     judged = next(request for *_, request in server.requests if request["model"] == "J" and asked(request)[0] == 4)
-    assert judged["messages"][0]["content"] == curate.JUDGE_PROMPT and "Reference: 4\n" in asked(judged)[1]
+    assert judged["messages"][0]["content"] == curate.JUDGE_PROMPT and "Reference: 4 or or so\n" in asked(judged)[1]
     assert "<answer>\nthe fifth" in asked(judged)[1] and judged["messages"][1]["content"][0]["type"] == "image_url"
     before = len(server.requests)
     assert run(server, problems, *flags)["files"] == report["files"]
@@ -512,9 +514,11 @@ def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
 
     server.behave = behave
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background does not have
+    begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(server, problems, "--concurrency", 2, "--first_delay", 30)  # nobody waits for a retry
     signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - begin < 12  # of the 15 s or more before the retry
     server.behave, before = lambda *_: None, len(lines(tmp_path / "out/answers.jsonl"))
     assert 5 <= before < 20
     report = run(server, problems)
