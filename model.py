@@ -77,8 +77,8 @@ def read_encoder(path, base, **options) -> Encoder:
     tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = tokenizer.chat_template.removeprefix(ASKS)
+    if tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
     return Encoder(tokenizer, images, base.config, base.get_rope_index, **options)
 
 
@@ -117,8 +117,7 @@ def save(policy: Policy, folder):
 def write_template(tokenizer, folder):
     """One chat template in one place: chat_template.jinja. It asks for the three parts where a conversation has no system
     turn, unless the vocabulary lacks the words, as the embedded world's does."""
-    words = tokenizer(SYSTEM_PROMPT, add_special_tokens=False)["input_ids"]
-    asks = "" if tokenizer.unk_token_id in words else ASKS
+    asks = "" if tokenizer.unk_token_id in tokenizer(SYSTEM_PROMPT)["input_ids"] else ASKS
     (folder / "chat_template.jinja").write_text(asks + tokenizer.chat_template, encoding="utf-8")
     (folder / "chat_template.json").unlink(missing_ok=True)  # of transformers 4, whose processors prefer it
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from common import Common, parse
 CAPS = {  # lines of each file; what is not named may not exist
     "sft.py": 260, "align.py": 480, "rlvr.py": 360, "eval.py": 200, "model.py": 260, "packs.py": 320,
     "logprob.py": 140, "sampler.py": 300, "data.py": 360, "rows.py": 240, "rewards.py": 260, "health.py": 160,
-    "common.py": 260, "checkpoint.py": 120, "ranks.py": 120, "init.py": 120,
+    "common.py": 260, "checkpoint.py": 120, "ranks.py": 120, "init.py": 120, "benchmarks.py": 60,
     "tools/scenes.py": 240, "tools/curate.py": 240, "tools/report.py": 260,
 }  # fmt: skip
 TOTAL = 3600  # of the method's own files; the three tools are beside it, each under its own cap
