@@ -2,9 +2,11 @@
 
 import fnmatch
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import align
 import model
+import rewards
 from data import SYSTEM_PROMPT, BadRow, read, to_example
 from init import init
 from packs import Tree, make, plan
@@ -541,3 +544,47 @@ def test_forms_verified_on_a_file(shared, tmp_path, file):
         assert (a.messages, a.images, a.choices, a.answer) == (b.messages, b.images, b.choices, b.answer)
 
 
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+NOT_EQUAL = [("2(x+3)", "2x+3"), ("1.5", "15"), (r"\frac{1}{23}", r"\frac{12}{3}"), ("(5/2,3)", "(1/2,3)"), ("5 kg", "5 lb"),
+             ("[1,2)", "(1,2]")]  # fmt: skip
+EQUAL = [("1234", "1,234"), ("x=7", "7"), ("x=1, x=2", "x=2, x=1"), (r"\{1,2,3\}", r"\{3,1,2\}")]
+
+
+@pytest.mark.parametrize("a, b", NOT_EQUAL + EQUAL)
+def test_what_the_released_verifier_gets_wrong(a, b):
+    """Exactly METHOD.md's list, in both directions."""
+    assert rewards.equivalent(a, b) == rewards.equivalent(b, a) == ((a, b) in EQUAL)
+
+
+NOTEBOOK = r"""
+import asyncio, rewards
+ask = lambda n: rewards.equivalent(rf"\sqrt{{{4 * n}}}", rf"2\sqrt{{{n}}}")
+async def cell():
+    return ask(2), await asyncio.to_thread(ask, 3)
+print(*asyncio.run(cell()), __file__)
+"""
+
+
+def test_verifier_in_a_notebook_s_circumstances(tmp_path):
+    """No main file, a running event loop, another working directory, another thread."""
+    pytest.importorskip("math_verify")
+    done = subprocess.run([sys.executable, "-"], input=NOTEBOOK, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert (done.stdout.split(), done.stderr) == (["True", "True", "<stdin>"], "")
+
+
+def test_verifier_table_is_one_json_line(tmp_path):
+    pytest.importorskip("math_verify")
+    case = dict(kind="fraction", policy=None)
+    rows = [case | dict(pred="1/2", gold="0.5", expected=True), case | dict(pred="2", gold="3", expected=True),
+            case | dict(pred="2", gold="3", expected=False),
+            case | dict(pred="a", gold="b", expected=True, policy="x")]  # fmt: skip
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, ROOT / "bench/verifier.py", tmp_path / "cases.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found = json.loads(done.stdout)
+    assert (found["rows"], found["equal"], done.stdout.count("\n")) == (3, 2, 1)
+    assert found["combined"] | {"ms_per_row": 0} == {
+        "right": 0.6667, "false_positives": 0.0, "false_negatives": 0.5, "ms_per_row": 0}  # fmt: skip
