@@ -53,7 +53,7 @@ WARMUP_CHECK = 20  # updates between held-out accuracies
 class Args(Common):
     disc: Literal["moe", "experts", "dense"] = "moe"  # token-routed experts; an expert and a head per kind of span; no experts
     disc_init: str = ""  # dense checkpoint that the discriminator is upcycled from; empty: the policy's
-    disc_path: str = ""  # a discriminator that was warmed up already (this script's, or the released one)
+    disc_path: str = ""  # a discriminator that was warmed up already: a run's, or the released one (folder or hub name)
     disc_blind: bool = False  # ablation: the discriminator sees no image
     spans: Literal["both", "whole"] = "both"  # whole: one score for the whole response (GAD, the text-only ancestor)
     experts: int = 4  # per layer, of --disc moe
@@ -213,27 +213,29 @@ def load_balance(probs, chosen, tree, trees):
 
 
 def save_discriminator(disc, source, folder):
-    """Write `disc` to `folder` in the layout of the released one: Qwen3-VL-MoE's of transformers 4.57, and
-    `v_head.1.weight`. All ranks call it."""
+    """Write `disc` in the released one's layout: Qwen3-VL-MoE's of transformers 4.57, and `v_head.1.weight`. All ranks."""
     mixture = (len(disc.mlps[0].experts.down_proj), disc.mlps[0].top_k) if disc.mlps else None
     write_backbone(full_state(disc), disc.model.config, {"discriminator": disc.form}, source, folder, mixture)
 
 
 def load_discriminator(args) -> Discriminator:
-    """Open --disc_path, written by `save_discriminator` or the released one; without it upcycle --disc_init (the policy).
-    ValueError where --disc_path is no discriminator, or in doubt."""
-    if not args.disc_path:
-        base = load(args.disc_init or args.policy).hf.model
-        torch.manual_seed(args.seed)
-        return Discriminator(base, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
-    folder = args.disc_path
-    base, state, config = read_backbone(folder)
+    """Open --disc_path, or upcycle --disc_init (the policy)."""
+    if args.disc_path:
+        return open_discriminator(args.disc_path, args.disc)
+    base = load(args.disc_init or args.policy).hf.model
+    torch.manual_seed(args.seed)
+    return Discriminator(base, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
+
+
+def open_discriminator(path, expected=None) -> Discriminator:
+    """`path`: as for model.read_backbone. ValueError for what is no discriminator, in doubt, or not of the `expected` form."""
+    base, state, config = read_backbone(path)
     experts, top_k = (config["text_config"].get(k, 0) for k in ("num_experts", "num_experts_per_tok"))
     form = config.get("discriminator", "moe" if experts else "dense")
     if "v_head.1.weight" not in state:
-        raise ValueError(f"{folder} has no v_head.1.weight: it is no discriminator (--disc_init upcycles a policy)")
-    if form != args.disc:
-        raise ValueError(f"{folder} is a discriminator of the form {form}, not {args.disc}: give --disc {form}")
+        raise ValueError(f"{path} has no v_head.1.weight: it is no discriminator (--disc_init upcycles a policy)")
+    if form != (expected or form):
+        raise ValueError(f"{path} is a discriminator of the form {form}, not {expected}: give --disc {form}")
     disc = Discriminator(base, form, experts, top_k)
     disc.load_state_dict(state)
     return disc

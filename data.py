@@ -6,7 +6,7 @@ a. SFT     JSON, JSONL or parquet in LLaMA-Factory's "sharegpt" form, both diale
 b. align,  verl form: prompt [{role, content}], images [path or {bytes, path}], reward_model {ground_truth,
    rl      equivalent_answers?}; for align also teacher_response, or teacher_caption + teacher_cot (think and answer)
 c. pairs   image, prompt or question, and the fields teacher_* and student_*, each as in b
-d. plain   image, question, choices?, answer: for eval and rl. A question that is plain text gets SYSTEM_PROMPT
+d. plain   image, question, choices?, answer (benchmarks.py: other names), for eval and rl. A plain question gets SYSTEM_PROMPT
 
 Image paths are relative to the data file's folder, or to `image_root`, and must not lead out of it.
 
@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from benchmarks import standard
 from rewards import parts, split_spans
 from rows import BadRow, Data, Order, Rows, find_image, open_image  # noqa: F401 (Order, Rows: for the stages)
 
@@ -95,6 +96,7 @@ def to_example(row, where="", index=-1, kind=None, root="."):
     has = lambda *fields: any(row.get(field) for field in fields)  # noqa: E731
     kind = kind or ("pairs" if has("student_response", "student_caption") else "sft" if has("messages", "conversations")
                     else "align" if has("teacher_response", "teacher_caption") else "eval")  # fmt: skip
+    row = standard(row, where) if kind in ("rl", "eval") else row
     extra, reward = row.get("extra_info") or {}, row.get("reward_model") or {}
     if not isinstance(extra, dict) or not isinstance(reward, dict):
         raise bad("reward_model or extra_info is not an object", "Write {..} with named fields.")
@@ -217,7 +219,8 @@ class Encoder:
         self.eos = tokenizer.eos_token_id
         unused = set(range(text.vocab_size)) - known | {tokenizer.pad_token_id}
         self.banned = tuple(sorted((media | unused) - {self.eos, None}))
-        more = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+        more = getattr(text, "eos_token_id", None)
+        more = more if isinstance(more, list) else [more]
         self.eos_ids = tuple({self.eos: 0} | {i: 0 for i in more if i in known and i not in self.banned})
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special |= set(tokenizer.convert_ids_to_tokens(sorted(media)))

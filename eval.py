@@ -34,7 +34,7 @@ from sampler import generate
 @dataclass(kw_only=True)
 class Args:
     policy: tuple[str, ...]  # checkpoints: Qwen3-VL folders in transformers layout, run folders, or hub names
-    data: tuple[str, ...]  # files with answers, in any of the formats
+    data: tuple[str, ...]  # files with answers, in any of the formats or as benchmarks are published (benchmarks.py)
     out: str = ""  # JSON file for the results
     rollouts_out: str = ""  # JSONL file for every rollout
     limit: int = 0  # rows of each file, from its start; 0: all

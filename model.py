@@ -1,7 +1,7 @@
 """
 The loader that all stages share: open, save and shard a vision-language policy.
 
-    policy = load("ckpt/sft")                  # or a hub name; any Qwen3-VL checkpoint in transformers' layout
+    policy = load("ckpt/sft")                  # or a hub name; any Qwen-VL checkpoint in transformers' layout
     logp = policy(pack)                        # (S,) log-probs of the pack's scored tokens
     save(policy, "ckpt/mine")                  # opens in plain transformers, and in what builds on it
 """
@@ -22,11 +22,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
-from data import Encoder
+from data import SYSTEM_PROMPT, Encoder
 from logprob import token_logps
 from packs import adopt, run
 from ranks import is_main, world
@@ -38,6 +37,11 @@ PROCESSOR_FILES = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*preprocessor_config.json",
     "processor_config.json", "chat_template*", "generation_config.json",
 )  # fmt: skip
+# In front of a saved chat template, so that any server asks for the three parts: the system turn that users leave out.
+ASKS = (
+    "{%- if messages[0].role != 'system' %}{%- set messages = [{'role': 'system', 'content': "
+    f"{json.dumps(SYSTEM_PROMPT)}}}] + messages %}}{{%- endif %}}"
+)
 
 
 class Policy(nn.Module):
@@ -60,25 +64,29 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
 
     Raises FileNotFoundError for a folder without config.json, ValueError for a model that packs cannot run.
     """
-    path = str(path)
-    if Path(path, "last", "config.json").exists():  # a run folder: its newest checkpoint
-        path = f"{path}/last"
-    if Path(path).is_dir() and not Path(path, "config.json").exists():
-        raise FileNotFoundError(f"{path} has no config.json: neither a checkpoint nor a run folder with one in last/")
-    if not Path(path).exists() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
-        raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
     if torch.get_default_device().type == "meta":  # --dry_run: the configuration, a file too, is enough
-        shapes = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-        return Policy(shapes, None, path)
-    hf, folder = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True), _folder(path)
-    if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model"):
-        raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model (get_rope_index, language_model)")
+        config = AutoConfig.from_pretrained(find(path) if Path(path).is_dir() else path)
+        return Policy(AutoModelForImageTextToText.from_config(config, dtype=dtype), None, path)
+    folder = find(path)
+    hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    layers = set(getattr(hf.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model") or layers != {"full_attention"}:
+        raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model or the like: get_rope_index, "
+                         f"language_model, full attention in every layer (these: {', '.join(sorted(layers))})")  # fmt: skip
     adopt(hf.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Policy(hf.to(device), read_encoder(folder, hf.model, **encoder_options), folder)
+
+
+def read_encoder(path, base, **options) -> Encoder:
+    """The encoder of a checkpoint, for its model without head. What `save` put before the chat template comes off: here
+    the data's own turns are all that a prompt holds."""
+    folder = find(path)
+    tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    images, positions = Qwen2VLImageProcessorPil.from_pretrained(folder), hf.model.get_rope_index
-    return Policy(hf.to(device), Encoder(tokenizer, images, hf.config, positions, **encoder_options), folder)
+    if tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
+    return Encoder(tokenizer, images, base.config, base.get_rope_index, **options)
 
 
 def recompute(hf):
@@ -86,12 +94,20 @@ def recompute(hf):
     getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _folder(path):
+def find(path, inside=("last", "")) -> Path:
+    """The folder of a checkpoint: the first of the folders `inside` the folder `path` with a config.json ("last": of a run
+    folder, "": itself), or the hub's model of that name, fetched or from the cache."""
+    for name in inside:
+        if Path(path, name, "config.json").exists():
+            return Path(path, name)
     if Path(path).is_dir():
-        return Path(path)
+        raise FileNotFoundError(f"{path} has no config.json: neither a checkpoint nor a run folder with one in last/")
+    if str(path).startswith((".", "/", "ckpt")) or str(path).count("/") > 1:
+        raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, allow_patterns=list(PROCESSOR_FILES)))
+    weights = ("config.json", "*.safetensors", "*.safetensors.index.json")
+    return Path(snapshot_download(str(path), allow_patterns=[*weights, *PROCESSOR_FILES]))
 
 
 def save(policy: Policy, folder):
@@ -102,6 +118,18 @@ def save(policy: Policy, folder):
     if is_main():
         policy.hf.save_pretrained(folder, state_dict=state)
         copy_processor(policy.source, folder)
+        write_template(policy.encoder.tokenizer, Path(folder))
+
+
+def write_template(tokenizer, folder):
+    """One chat template in one place: chat_template.jinja. It asks for the three parts where a conversation has no system
+    turn, unless the vocabulary lacks the words, as the embedded world's does."""
+    asks = "" if tokenizer.unk_token_id in tokenizer(SYSTEM_PROMPT)["input_ids"] else ASKS
+    (folder / "chat_template.jinja").write_text(asks + tokenizer.chat_template, encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)  # of transformers 4, whose processors prefer it
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if settings.pop("chat_template", None):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def copy_processor(source, folder):
@@ -157,10 +185,19 @@ def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
 
 
 def full_state(module: nn.Module):
-    """The unsharded state dict: where the module is sharded, on the CPU of rank 0 and empty elsewhere. All ranks."""
-    if not any(isinstance(p, DTensor) for p in module.parameters()):
-        return module.state_dict()
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """The unsharded state dict, adapters of peft merged: where the module is sharded, on the CPU of rank 0 and empty
+    elsewhere. All ranks."""
+    sharded = any(isinstance(p, DTensor) for p in module.parameters())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(module, options=options) if sharded else module.state_dict()
+    whole = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+    for key in [k for k in state if ".lora_" in k and ".lora_B." not in k]:
+        name, found, adapter = key.removesuffix(".weight").partition(".lora_A.")
+        if not found:
+            raise ValueError(f"{key}: only adapters of plain LoRA on linear layers can be merged")
+        delta = state[key.replace(".lora_A.", ".lora_B.")] @ state[key] * module.get_submodule(name).scaling[adapter]
+        whole[f"{name}.weight"] = whole[f"{name}.weight"] + delta
+    return whole
 
 
 class RolloutCopy:
@@ -188,18 +225,19 @@ class RolloutCopy:
 def write_backbone(state, config, extra, source, folder, mixture=None):
     """Write the full state dict `state` of a model without language-model head, with `extra` in its config.json.
 
-    mixture: (experts, experts per token) of layers that became mixtures: then the configuration is Qwen3-VL-MoE's of
-    transformers 4.57, as of the released discriminator. Rank 0 writes.
+    mixture: (experts, experts per token) of layers that became mixtures: then a Qwen3-VL's configuration is Qwen3-VL-MoE's
+    of transformers 4.57, as of the released discriminator. Rank 0 writes.
     """
     if not is_main():
         return
     config = config.to_dict()
     if mixture:
         text = config["text_config"]
-        text |= {"model_type": "qwen3_vl_moe_text", "moe_intermediate_size": text["intermediate_size"],
-                 "num_experts": mixture[0], "num_experts_per_tok": mixture[1], "norm_topk_prob": True,
-                 "decoder_sparse_step": 1, "mlp_only_layers": []}  # fmt: skip
-        config |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+        text |= {"moe_intermediate_size": text["intermediate_size"], "num_experts": mixture[0], "norm_topk_prob": True,
+                 "num_experts_per_tok": mixture[1], "decoder_sparse_step": 1, "mlp_only_layers": []}  # fmt: skip
+        if config["model_type"] == "qwen3_vl":  # other families have no such class: only `read_backbone` opens theirs
+            text["model_type"] = "qwen3_vl_moe_text"
+            config |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
         config["transformers_version"] = "4.57.0"
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "config.json").write_text(json.dumps(config | extra, indent=1))
@@ -207,21 +245,24 @@ def write_backbone(state, config, extra, source, folder, mixture=None):
     copy_processor(source, folder)
 
 
-def read_backbone(folder):
-    """(dense model without head and with random weights, all tensors, config as a dict) of what `write_backbone` wrote.
+def read_backbone(path):
+    """(dense model without head and with random weights, all tensors, config as a dict) of what `write_backbone` wrote,
+    in a folder, a run folder, its last/ or warmup/, or the hub's model of that name.
 
     ValueError for experts in another layout than 4.57's, (E, D, 2I) and (E, I, D): shapes cannot tell it from version
     5's, (E, 2I, D), where 2I = D or I = D, so the version in the configuration decides.
     """
-    config, files = json.loads(Path(folder, "config.json").read_text()), sorted(Path(folder).glob("*.safetensors"))
+    folder = find(path, ("last/discriminator", "discriminator", "warmup/last", "last", ""))
+    config, files = json.loads((folder / "config.json").read_text()), sorted(folder.glob("*.safetensors"))
     state = {k: v.float() for file in files for k, v in load_file(file).items() if k != "lm_head.weight"}
     dense, text = dict(config), config["text_config"]
     if text.get("num_experts"):
         if not str(config.get("transformers_version", "")).startswith("4."):
             raise ValueError(f"{folder}: its experts were saved by transformers {config.get('transformers_version')}; only the "
                              "layout of version 4 is read. Save it again with transformers 4.57")  # fmt: skip
-        dense |= {"model_type": "qwen3_vl", "vision_config": config["vision_config"] | {"model_type": "qwen3_vl"}}
-        dense["text_config"] = text | {"model_type": "qwen3_vl_text", "intermediate_size": text["moe_intermediate_size"]}
+        if config["model_type"] == "qwen3_vl_moe":
+            dense |= {"model_type": "qwen3_vl", "vision_config": config["vision_config"] | {"model_type": "qwen3_vl"}}
+            dense["text_config"] = text | {"model_type": "qwen3_vl_text", "intermediate_size": text["moe_intermediate_size"]}
     hf = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**dense), dtype=torch.float32)
     return hf.model, state, config
 

@@ -147,3 +147,19 @@ def test_filter_keeps_rows_in_the_band(place, tmp_path, monkeypatch, suffix, cap
     kept = read(out, "eval", image_root=place)
     assert [kept[i].answer for i in range(len(kept))] == ["1", "3"]
     assert f"--image_root {place}" in capsys.readouterr().out
+
+
+def test_published_benchmark_is_evaluated_and_filtered(place, tmp_path):
+    """Parquet as on the hub: pictures as structs of bytes, options as a list in a string, `image_1` to `image_7`."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    picture = {"bytes": (place / "a.png").read_bytes(), "path": "a.png"}
+    rows = [{"id": f"v_{i}", "question": "how many <image 1>", "options": "['0', '1']", "answer": "AB"[i % 2],
+             **{f"image_{k}": picture if k == 1 else None for k in range(1, 8)}} for i in range(4)]  # fmt: skip
+    parquet.write_table(pa.Table.from_pylist(rows), path := tmp_path / "mmmu.parquet")
+    flags = ["--samples", 2, "--filter", 0, 1, "--filter_out", tmp_path / "kept.parquet"]
+    results = evaluation.main(arguments(place, *flags, "--data", path))
+    assert [(r["mode"], r["prompts"], r["left_out"]) for r in results] == [("greedy", 4, {}), ("T=1", 4, {})]
+    kept = read(tmp_path / "kept.parquet", "rl")
+    assert [(e.answer, e.choices, len(e.images)) for e in kept.fetch(range(4))] == [(x, ("0", "1"), 1) for x in "ABAB"]
