@@ -36,7 +36,7 @@ import health
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import BadRow, Order, Prompt, read, split_spans
-from model import RolloutCopy, full_state, load, read_backbone, same_input, shard, write_backbone
+from model import RolloutCopy, expect_none, full_state, load, read_backbone, same_input, shard, write_backbone
 from model import save as save_policy
 from packs import Tree, each, run
 from ranks import SAVED_AND_STOPPED, all_sum, gather, print0, setup, share, world
@@ -224,8 +224,7 @@ def load_discriminator(args) -> Discriminator:
         base = load(args.disc_init or args.policy).hf.model
         torch.manual_seed(args.seed)
         return Discriminator(base, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
-    folder = args.disc_path
-    base, state, config = read_backbone(folder)
+    base, state, config = read_backbone(folder := args.disc_path)
     experts, top_k = (config["text_config"].get(k, 0) for k in ("num_experts", "num_experts_per_tok"))
     form = config.get("discriminator", "moe" if experts else "dense")
     if "v_head.1.weight" not in state:
@@ -233,6 +232,7 @@ def load_discriminator(args) -> Discriminator:
     if form != args.disc:
         raise ValueError(f"{folder} is a discriminator of the form {form}, not {args.disc}: give --disc {form}")
     disc = Discriminator(base, form, experts, top_k)
+    expect_none(folder, {(k, v.shape) for k, v in disc.state_dict().items()} ^ {(k, v.shape) for k, v in state.items()})
     disc.load_state_dict(state)
     return disc
 

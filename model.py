@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -54,7 +55,8 @@ class Policy(nn.Module):
 def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     """Open a checkpoint folder or hub name. Weights come from safetensors only and no remote code runs.
 
-    Raises FileNotFoundError for a folder without config.json, ValueError for a model that packs cannot run.
+    Raises FileNotFoundError for a folder without config.json, ValueError where other files or tensors are missing or broken,
+    and for a model that packs cannot run.
     """
     path = str(path)
     if Path(path, "last", "config.json").exists():  # a run folder: its newest checkpoint
@@ -63,15 +65,49 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
         raise FileNotFoundError(f"{path} has no config.json: neither a checkpoint nor a run folder with one in last/")
     if not Path(path).is_dir() and (path.startswith((".", "/", "ckpt")) or path.count("/") > 1):
         raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
-    hf, folder = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True), _folder(path)
+    if Path(path).is_dir():
+        read_files(path, "tokenizer.json")
+    options = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+    hf, found = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
+    expect_none(path, {*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]})
+    folder = _folder(path)
     if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model (get_rope_index, language_model)")
     hf.model.language_model.config._attn_implementation = "packs"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
     images, positions = Qwen2VLImageProcessorPil.from_pretrained(folder), hf.model.get_rope_index
     return Policy(hf.to(device), Encoder(tokenizer, images, hf.config, positions, **encoder_options), folder)
+
+
+def read_files(folder, *more):
+    """(config.json as a dict, paths of the safetensors) of a checkpoint. ValueError naming the first file, of `more` JSON too,
+    that is missing or broken: transformers would take the sizes of a large model, or make an empty tokenizer."""
+    file = Path(folder, "config.json")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        if not {"text_config", "vision_config"} <= {k for k, part in config.items() if isinstance(part, dict) and part}:
+            raise KeyError("text_config, vision_config: not of a vision-language model")
+        file = Path(folder, "model.safetensors.index.json")
+        names = json.loads(file.read_text())["weight_map"].values() if file.exists() else ["model.safetensors"]
+        for file in (files := [Path(folder, name) for name in sorted(set(names))]):
+            with safe_open(file, "pt") as tensors:
+                if odd := {tensors.get_slice(k).get_dtype() for k in tensors.keys()} - {"F64", "F32", "F16", "BF16"}:
+                    raise TypeError(f"numbers of type {min(odd)}: quantized?")
+        for file in [Path(folder, name) for name in more]:
+            json.loads(file.read_text("utf-8"))
+    except Exception as error:  # safetensors has its own, which is no OSError
+        raise ValueError(f"{file} is missing, broken or not what is read here ({type(error).__name__}: {error}). Get it again: "
+                         "weights come only from whole safetensors, in floats") from None  # fmt: skip
+    return config, files
+
+
+def expect_none(folder, odd):
+    """ValueError for tensors that are missing, too many or of a wrong shape: transformers only warns, and draws numbers."""
+    if odd:
+        raise ValueError(f"{folder}: its tensors and its config.json differ in {len(odd)} names or shapes, first "
+                         f"{min(map(str, odd))}; get it again, or start from another checkpoint")  # fmt: skip
 
 
 def recompute(hf):
@@ -179,7 +215,7 @@ def read_backbone(folder):
     ValueError for experts in another layout than 4.57's, (E, D, 2I) and (E, I, D): shapes cannot tell it from version
     5's, (E, 2I, D), where 2I = D or I = D, so the version in the configuration decides.
     """
-    config, files = json.loads(Path(folder, "config.json").read_text()), sorted(Path(folder).glob("*.safetensors"))
+    config, files = read_files(folder)
     state = {k: v.float() for file in files for k, v in load_file(file).items() if k != "lm_head.weight"}
     dense, text = dict(config), config["text_config"]
     if text.get("num_experts"):

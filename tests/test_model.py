@@ -177,7 +177,7 @@ def test_a_model_that_packs_cannot_run(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*packs need a Qwen-VL model"):
         model.load(tmp_path / "llava")
     LlamaForCausalLM(text).save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="LlamaConfig"):
+    with pytest.raises(ValueError, match="config.json is .*text_config, vision_config"):
         model.load(tmp_path / "llama")
 
 
@@ -185,7 +185,7 @@ def test_weights_that_are_no_safetensors_are_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "ckpt")
     (tmp_path / "ckpt/model.safetensors").unlink()
     torch.save(tiny_hf().state_dict(), tmp_path / "ckpt/pytorch_model.bin")  # a pickle: opening it would run code
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors is missing.*only from whole safetensors"):
         model.load(tmp_path / "ckpt")
 
 
