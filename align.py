@@ -443,7 +443,7 @@ def main(args):
         for group, item in zip(groups, items, strict=True):
             for kind, name in enumerate(spans):
                 raw = torch.tensor([item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)])
-                raw = raw.masked_fill(raw.isinf(), torch.nan)  # clipped, it would pass; so it skips the update
+                raw = raw.masked_fill(raw.isinf() | bool(disc_skipped), torch.nan)  # so that it skips the policy's update too
                 group.scores[name] = raw.clamp(-args.score_clip, args.score_clip)  # NaN: malformed
             group.advantage = alignment_advantage(
                 group.scores[spans[0]], group.scores[spans[-1]], item.well_formed, args.group_size, alpha=args.alpha,

@@ -94,7 +94,7 @@ class _Plain(pickle.Unpickler):  # of dcp's index: dcp's own reader would run wh
 
 def _why(error):  # in one line; dcp's ends with the cause, others begin with it
     lines = f"{type(error).__name__}: {error}".strip().splitlines()
-    return lines[-1 if isinstance(error, dcp.CheckpointException) else 0]
+    return lines[-1 if isinstance(error, dcp.CheckpointException) else 0][:200]
 
 
 def _tensors(players, known=()):
