@@ -326,9 +326,10 @@ def test_resume_on_another_number_of_ranks(world, tmp_path, name, first, other):
         assert two[2][key] == pytest.approx(one[2][key], rel=1e-5, abs=1e-6, nan_ok=True), key
     a, b = (tensors(tmp_path / f"on{n}/last") for n in (first, other))
     assert a.keys() == b.keys() == begun.keys()
-    for key in a:  # an Adam step of at most the learning rate lies between, where a gradient is nothing but rounding
-        far = (a[key] - b[key]).abs() > 1e-5 * a[key].abs() + 1e-6
-        assert far.float().mean() < 0.01 or (a[key] - b[key]).abs().max() <= 2.5 * max(args.lr, 1e-3), key
+    far = {k: (a[k] - b[k]).abs() > 1e-5 * a[k].abs() + 1e-6 for k in a}
+    share = sum(x.sum() for x in far.values()) / sum(x.numel() for x in far.values())
+    print(f"{name}: {float(share):.2%} of parameters and moments differ by more than 1e-5")
+    assert share < 0.01  # where a gradient is nothing but rounding, Adam makes a step of either sign of it
 
 
 def spoilt_scores(rank, bad_rank, which, value):
