@@ -37,8 +37,9 @@ import memory
 from checkpoint import restore, save
 from common import Common, Log, optimizer, parse, schedule, step_if_finite
 from data import BadRow, Order, Prompt, read, split_spans
+from files import expect_none, read_backbone, same_input, write_backbone
 from groups import rollout_metrics, sample, show_rollout, verify
-from model import RolloutCopy, full_state, load, read_backbone, same_input, shard, write_backbone
+from model import RolloutCopy, full_state, load, shard
 from model import save as save_policy
 from packs import Tree, adopt, each, run
 from ranks import SAVED_AND_STOPPED, all_sum, gather, print0, setup, share, world
@@ -228,7 +229,7 @@ def load_discriminator(args) -> Discriminator:
 
 
 def open_discriminator(path, expected=None) -> Discriminator:
-    """`path`: as for model.read_backbone. ValueError for what is no discriminator, in doubt, or not of the `expected` form."""
+    """`path`: as for files.read_backbone. ValueError for what is no discriminator, in doubt, or not of the `expected` form."""
     base, state, config = read_backbone(path)
     experts, top_k = (config["text_config"].get(k, 0) for k in ("num_experts", "num_experts_per_tok"))
     form = config.get("discriminator", "moe" if experts else "dense")
@@ -237,6 +238,7 @@ def open_discriminator(path, expected=None) -> Discriminator:
     if form != (expected or form):
         raise ValueError(f"{path} is a discriminator of the form {form}, not {expected}: give --disc {form}")
     disc = Discriminator(base, form, experts, top_k)
+    expect_none(path, {(k, v.shape) for k, v in disc.state_dict().items()} ^ {(k, v.shape) for k, v in state.items()})
     disc.load_state_dict(state)
     return disc
 
@@ -447,7 +449,7 @@ def main(args):
         for group, item in zip(groups, items, strict=True):
             for kind, name in enumerate(spans):
                 raw = torch.tensor([item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)])
-                raw = raw.masked_fill(raw.isinf(), torch.nan)  # clipped, it would pass; so it skips the update
+                raw = raw.masked_fill(raw.isinf() | bool(disc_skipped), torch.nan)  # so that it skips the policy's update too
                 group.scores[name] = raw.clamp(-args.score_clip, args.score_clip)  # NaN: malformed
             group.advantage = alignment_advantage(
                 group.scores[spans[0]], group.scores[spans[-1]], item.well_formed, args.group_size, alpha=args.alpha,

@@ -16,6 +16,7 @@ Image paths are relative to the data file's folder, or to `image_root`, and must
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -26,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import standard
-from rewards import parts, split_spans
+from rewards import MAX_CHARS, parts, split_spans
 from rows import BadRow, Data, Order, Rows, find_image, open_image  # noqa: F401 (Order, Rows: for the stages)
 
 SYSTEM_PROMPT = """You are a helpful scientific assistant.
@@ -84,11 +85,11 @@ def read(path, kind=None, image_root=None, max_bad=100) -> Data:
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
     root = os.path.abspath(image_root or os.path.dirname(path) or ".")
-    return Data(path, partial(to_example, kind=kind, root=root), max_bad)
+    return Data(path, partial(to_example, kind=kind, root=root, links=bool(image_root)), max_bad)
 
 
 # -------------------------------------------------------------------------------------------------- rows -> examples
-def to_example(row, where="", index=-1, kind=None, root="."):
+def to_example(row, where="", index=-1, kind=None, root=".", links=True):
     """A row of any of the formats as Example or PairExample. Raises BadRow."""
     bad = partial(BadRow, where)
     if not isinstance(row, dict):
@@ -102,7 +103,7 @@ def to_example(row, where="", index=-1, kind=None, root="."):
         raise bad("reward_model or extra_info is not an object", "Write {..} with named fields.")
     images = row["images"] if row.get("images") is not None else row.get("image")
     images = images if isinstance(images, list) else [] if images is None else [images]
-    images = [find_image(image, root, where) for image in images]
+    images = [find_image(image, root, where, links) for image in images]
     choices = _strings(row.get("choices") or extra.get("choices"), "choices", where)
     messages, response = _messages(row, len(images), choices, where), _written(row, "teacher", where)
     if kind == "sft" and messages[-1]["role"] == "user" and response:
@@ -116,8 +117,9 @@ def to_example(row, where="", index=-1, kind=None, root="."):
     golds = golds or (written or ("", "", ""))[2:]
     golds += _strings(reward.get("equivalent_answers") or row.get("equivalent_answers"), "equivalent_answers", where)
     golds = tuple(gold for gold in golds if gold.strip())
-    if kind in ("rl", "eval") and not golds:
-        raise bad("no answer", "Give `answer` or `reward_model.ground_truth`, or leave the row out.")
+    if kind in ("rl", "eval") and (not golds or len(golds[0]) > MAX_CHARS):
+        mend = "Give `answer` or `reward_model.ground_truth`, or leave the row out."
+        raise bad(f"no answer, or one of more than {MAX_CHARS} characters", mend)
     if kind == "align" and not all(written or [""]):
         raise bad("the reference lacks the three parts", "Write <caption>, <think>, <answer>, each once, none empty.")
     answer, source = golds[0] if golds else None, str(row.get("data_source") or "")
@@ -136,18 +138,18 @@ def _messages(row, n_images, choices, where):
     dialects = {"conversations": ("from", "value"), "messages": ("role", "content"), "prompt": ("role", "content")}
     field = next((field for field in dialects if row.get(field) is not None), "prompt")
     turns, (role, content) = row.get(field), dialects[field]
-    if field == "prompt" and not isinstance(turns, list):
-        question = _text(row.get("question") or turns, "question", where)
+    if field == "prompt" and not isinstance(turns, list) and not str(turns).lstrip().startswith("[{"):  # JSON in a text
+        question = _text(row.get("question") or turns, "question", where, " (or `messages`, `conversations`, `prompt`)")
         turns = [("system", SYSTEM_PROMPT), ("user", _question(question, n_images, choices))]
     elif not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise bad(f"`{field}` is not a list of turns", f'Write [{{"{role}": .., "{content}": ..}}, ..].')
     else:
         turns = [(ROLES.get(str(turn.get(role))), _text(turn.get(content), content, where)) for turn in turns]
-    if row.get("system") and turns and turns[0][0] != "system":
+    if row.get("system") and turns and turns[0] != ("system", row["system"]):
         turns.insert(0, ("system", _text(row["system"], "system", where)))
     roles = [role for role, _ in turns][bool(turns and turns[0][0] == "system") :]
     if not roles or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-        raise bad("turns do not alternate", "An optional system turn, then user, assistant, user, ..", f"{roles}"[:200])
+        raise bad("turns do not alternate", "An optional system turn, then user, assistant, user, ..", roles)
     if any("<image>" in text for role, text in turns if role != "user"):
         raise bad("<image> outside a user's turn", "Move it into a user's turn, or out of the text.")
     if (n := sum(text.count("<image>") for _, text in turns)) != n_images:
@@ -163,10 +165,12 @@ def _question(text, n_images, choices):
     """
     if "<image>" not in text:
         if len(re.findall(r"<image ?\d+>", text)) == 1:
-            text = re.sub(r"^\s*<image ?\d+>\s*|\s*<image ?\d+>\s*$", "", text)
+            text = re.sub(r"^<image ?\d+>\s*|(?<!\s)\s*<image ?\d+>$", "", text.strip())
         text = "<image>\n" * n_images + re.sub(r"<image ?(\d+)>", r"(image \1)", text)
-    in_order = ".*?".join(rf"(?<!\w){re.escape(choice)}(?!\w)" for choice in choices)
-    if re.search(in_order, text, re.S) or all(re.fullmatch(r"\(?[A-Z][).]?", choice) for choice in choices):
+    found = re.match("", text)
+    for choice in choices:  # one after the other: as one pattern with gaps it could take exponential time
+        found = found and re.compile(rf"(?<!\w){re.escape(choice)}(?!\w)").search(text, found.end())
+    if found or all(re.fullmatch(r"\(?[A-Z][).]?", choice) for choice in choices):
         return text
     return "\n".join([text, "Options:", *(f"({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))])
 
@@ -182,17 +186,18 @@ def _written(row, side, where):
     return f"{caption if '<caption>' in caption else f'<caption>{caption}</caption>'}\n{cot}"
 
 
-def _text(value, field, where):
+def _text(value, field, where, others=""):
     if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-        raise BadRow(where, f"`{field}` is missing, empty or no valid text", f"Write `{field}` as text in Unicode.")
+        raise BadRow(where, f"`{field}` is missing, empty or no valid text", f"Write `{field}`{others} as text in Unicode.")
     return value
 
 
 def _strings(value, field, where):
     values = value if isinstance(value, list) else [] if value is None or value != value else [value]
-    if not all(isinstance(v, str | int | float) for v in values):
-        raise BadRow(where, f"`{field}` is neither a text nor a list of texts", f"Write `{field}` as text.")
-    return tuple(map(str, values))
+    texts = tuple(str(v) for v in values if isinstance(v, str) or (isinstance(v, int | float) and math.isfinite(v)))
+    if len(texts) < len(values) or re.search("[\ud800-\udfff]", "".join(texts)) or (field, values) == ("choices", [value]):
+        raise BadRow(where, f"`{field}` is neither a text nor a list of texts", "Write texts in Unicode, `choices` as a list.")
+    return texts
 
 
 # ------------------------------------------------------------------------------------------------ examples -> prompts
@@ -260,7 +265,7 @@ class Encoder:
     def _encode(self, example, messages, limit):
         bad = partial(BadRow, example.where)
         for text in [message["content"] for message in messages] + [example.response or ""]:
-            if found := self.special.search(text):
+            if found := self.special.search(text) or self.special.search(text.replace("<image>", "")):  # as if blind
                 raise bad("a special token in the text", "Take it out: it would steer the model.", found[0])
         ids, trained, done = [], [], ""  # `done`: the text that `ids` stand for
         ends = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
@@ -303,14 +308,14 @@ def count_items(caption) -> int:
     """Items of a caption: bullet lines, else `;`-separated parts, else sentences. For rollouts and references alike."""
     text = re.sub(r"</?caption>", "", caption)
     items = text.split(";") if ";" in text else re.split(r"(?<=[.!?])\s", text)
-    return len(re.findall(r"(?m)^\s*(?:[-*•+]|\d+[.)])\s+\S", text)) or sum(bool(item.strip()) for item in items)
+    return len(re.findall(r"(?m)^[^\S\n]*+(?:[-*•+]|\d+[.)])\s+\S", text)) or sum(bool(item.strip()) for item in items)
 
 
 def count_steps(think) -> int:
     """Steps of a reasoning: numbered items (a number, then words, where a line or a `;` part starts), else lines, else
     sentences. For rollouts and references alike."""
     text = re.sub(r"</?think>", "", think).strip()
-    numbered = re.findall(r"(?im)(?:^|;)[ \t]*[*#_]*[ \t]*(?:step +)?\d{1,3}(?:[.):*]+\s+\S|\s+[^\W\d])", text)
+    numbered = re.findall(r"(?im)(?:^|;)[ \t]*+[*#_]*+[ \t]*+(?:step +)?\d{1,3}(?:[.):*]+\s+\S|\s+[^\W\d])", text)
     steps = text.splitlines() if "\n" in text else re.split(r"(?<=[.!?])\s", text)
     return len(numbered) or sum(bool(step.strip()) for step in steps)
 

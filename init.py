@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedToke
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import Rows
-from model import copy_processor
+from files import copy_processor
 
 SPECIAL = [f"<|{x}|>" for x in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
 UNREAD = ("images", "image", "id", "role", "from", "style", "data_source", "extra_info")  # fields that no model reads

@@ -11,13 +11,11 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -26,17 +24,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.utils import logging
 
 from data import SYSTEM_PROMPT, Encoder
+from files import copy_processor, expect_none, find, read_files
 from logprob import token_logps
 from packs import adopt, run
 from ranks import is_main, world
 
 logging.disable_progress_bar()  # "Loading weights", four times per stage
 
-# What a checkpoint folder holds besides weights and config.json: copied as it is, so that any server reads it.
-PROCESSOR_FILES = (
-    "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*preprocessor_config.json",
-    "processor_config.json", "chat_template*", "generation_config.json",
-)  # fmt: skip
 # In front of a saved chat template, so that any server asks for the three parts: the system turn that users leave out.
 ASKS = (
     "{%- if messages[0].role != 'system' %}{%- set messages = [{'role': 'system', 'content': "
@@ -62,13 +56,16 @@ class Policy(nn.Module):
 def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     """Open a checkpoint folder or hub name. Weights come from safetensors only and no remote code runs.
 
-    Raises FileNotFoundError for a folder without config.json, ValueError for a model that packs cannot run.
+    Raises FileNotFoundError for a folder without config.json, ValueError where other files or tensors are missing or broken,
+    and for a model that packs cannot run.
     """
     if torch.get_default_device().type == "meta":  # --dry_run: the configuration, a file too, is enough
         config = AutoConfig.from_pretrained(find(path) if Path(path).is_dir() else path)
         return Policy(AutoModelForImageTextToText.from_config(config, dtype=dtype), None, path)
-    folder = find(path)
-    hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    read_files(folder := find(path), "tokenizer.json")
+    options = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+    hf, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **options)
+    expect_none(folder, {*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]})
     layers = set(getattr(hf.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model") or layers != {"full_attention"}:
         raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model or the like: get_rope_index, "
@@ -94,22 +91,6 @@ def recompute(hf):
     getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def find(path, inside=("last", "")) -> Path:
-    """The folder of a checkpoint: the first of the folders `inside` the folder `path` with a config.json ("last": of a run
-    folder, "": itself), or the hub's model of that name, fetched or from the cache."""
-    for name in inside:
-        if Path(path, name, "config.json").exists():
-            return Path(path, name)
-    if Path(path).is_dir():
-        raise FileNotFoundError(f"{path} has no config.json: neither a checkpoint nor a run folder with one in last/")
-    if str(path).startswith((".", "/", "ckpt")) or str(path).count("/") > 1:
-        raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
-    from huggingface_hub import snapshot_download
-
-    weights = ("config.json", "*.safetensors", "*.safetensors.index.json")
-    return Path(snapshot_download(str(path), allow_patterns=[*weights, *PROCESSOR_FILES]))
-
-
 def save(policy: Policy, folder):
     """Write `policy` to `folder` in transformers' layout with its tokenizer and processor files. All ranks call it."""
     state = full_state(policy.hf)
@@ -130,13 +111,6 @@ def write_template(tokenizer, folder):
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if settings.pop("chat_template", None):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def copy_processor(source, folder):
-    for pattern in PROCESSOR_FILES:
-        for file in Path(source).glob(pattern):
-            if file.is_file() and not (Path(folder) / file.name).exists():
-                shutil.copy(file, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------- ranks
@@ -219,58 +193,3 @@ class RolloutCopy:
             for mine, theirs in zip(self.hf.parameters(), self.policy.hf.parameters(), strict=True):
                 mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
         return self.hf
-
-
-# ------------------------------------------------------------------------------------ the discriminator's file format
-def write_backbone(state, config, extra, source, folder, mixture=None):
-    """Write the full state dict `state` of a model without language-model head, with `extra` in its config.json.
-
-    mixture: (experts, experts per token) of layers that became mixtures: then a Qwen3-VL's configuration is Qwen3-VL-MoE's
-    of transformers 4.57, as of the released discriminator. Rank 0 writes.
-    """
-    if not is_main():
-        return
-    config = config.to_dict()
-    if mixture:
-        text = config["text_config"]
-        text |= {"moe_intermediate_size": text["intermediate_size"], "num_experts": mixture[0], "norm_topk_prob": True,
-                 "num_experts_per_tok": mixture[1], "decoder_sparse_step": 1, "mlp_only_layers": []}  # fmt: skip
-        if config["model_type"] == "qwen3_vl":  # other families have no such class: only `read_backbone` opens theirs
-            text["model_type"] = "qwen3_vl_moe_text"
-            config |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
-        config["transformers_version"] = "4.57.0"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, "config.json").write_text(json.dumps(config | extra, indent=1))
-    save_file({k: v.contiguous() for k, v in state.items()}, Path(folder, "model.safetensors"), {"format": "pt"})
-    copy_processor(source, folder)
-
-
-def read_backbone(path):
-    """(dense model without head and with random weights, all tensors, config as a dict) of what `write_backbone` wrote,
-    in a folder, a run folder, its last/ or warmup/, or the hub's model of that name.
-
-    ValueError for experts in another layout than 4.57's, (E, D, 2I) and (E, I, D): shapes cannot tell it from version
-    5's, (E, 2I, D), where 2I = D or I = D, so the version in the configuration decides.
-    """
-    folder = find(path, ("last/discriminator", "discriminator", "warmup/last", "last", ""))
-    config, files = json.loads((folder / "config.json").read_text()), sorted(folder.glob("*.safetensors"))
-    state = {k: v.float() for file in files for k, v in load_file(file).items() if k != "lm_head.weight"}
-    dense, text = dict(config), config["text_config"]
-    if text.get("num_experts"):
-        if not str(config.get("transformers_version", "")).startswith("4."):
-            raise ValueError(f"{folder}: its experts were saved by transformers {config.get('transformers_version')}; only the "
-                             "layout of version 4 is read. Save it again with transformers 4.57")  # fmt: skip
-        if config["model_type"] == "qwen3_vl_moe":
-            dense |= {"model_type": "qwen3_vl", "vision_config": config["vision_config"] | {"model_type": "qwen3_vl"}}
-            dense["text_config"] = text | {"model_type": "qwen3_vl_text", "intermediate_size": text["moe_intermediate_size"]}
-    hf = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**dense), dtype=torch.float32)
-    return hf.model, state, config
-
-
-def same_input(a, b):
-    """ValueError where two configurations do not read the same token ids and image patches."""
-    for part, key in (("text", "vocab_size"), ("vision", "patch_size"), ("vision", "spatial_merge_size")):
-        x, y = (getattr(getattr(c, f"{part}_config"), key) for c in (a, b))
-        if x != y:
-            raise ValueError(f"discriminator and policy differ in {key} ({x}, {y}), so they cannot read the same tokens and "
-                             "patches: upcycle a checkpoint of the policy's family (--disc_init)")  # fmt: skip

@@ -22,13 +22,14 @@ from PIL import Image, ImageOps
 
 CHUNK, MAX_ROW = 1 << 20, 1 << 28  # bytes: read at a time, and at most for one row of a JSON array
 MAX_IMAGE = 50_000_000  # pixels of one file: more is taken for a bomb
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # others (EPS) start programs
 
 
 class BadRow(ValueError):
     """A row that cannot be used: `where` is "file:row" (from 1), `what` the reason that is counted, `mend` the cure."""
 
     def __init__(self, where, what, mend, detail=""):
-        super().__init__(f"{where}: {what}{detail and f' ({detail})'}. {mend}")
+        super().__init__(f"{where}: {what}{detail and f' ({str(detail)[:200]})'}. {mend}")
         self.where, self.what, self.mend = where, what, mend
 
 
@@ -39,13 +40,16 @@ class Rows:
     def __init__(self, path):
         self.path, self.starts, self.ends, self.table = str(path), array("q"), array("q"), None
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file (one JSON, JSONL or parquet file is expected)")
+            what = "a folder" if os.path.isdir(path) else "no such file"
+            raise FileNotFoundError(f"{path}: {what} (one JSON, JSONL or parquet file is expected)")
         with open(path, "rb") as file:
             head = file.read(4096)
             if head.startswith(b"PAR1"):
                 self._unpack_parquet()
             else:
                 text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+                if text and (b"\0" in text[:16] or not b" " < text[:1] < b"\x7f"):
+                    raise ValueError(f"{path}: neither text in UTF-8 nor parquet. Unpack it, or save it again in UTF-8")
                 file.seek(len(head) - len(text))
                 for start, end in self._elements(file) if text.startswith(b"[") else self._lines(file):
                     self.starts.append(start)
@@ -68,7 +72,7 @@ class Rows:
             at = gap.match(text, at).end()
             try:
                 if text[at] == "]":
-                    return
+                    break
                 end = scan(text, at)[1]
             except (ValueError, IndexError, RecursionError) as error:  # broken, or it goes on behind this chunk
                 more = file.read(max(CHUNK, len(text) - at)) if len(text) - at < MAX_ROW else b""
@@ -79,6 +83,8 @@ class Rows:
             else:
                 yield base + at, base + end
                 at = end
+        if (text[at + 1 :] + file.read(CHUNK).decode("latin-1")).strip():
+            raise ValueError(f"{self.path}: more follows the JSON array, at byte {base + at + 1}. Make it one array, or JSONL")
 
     def _unpack_parquet(self):
         try:
@@ -98,10 +104,8 @@ class Rows:
                 spill.flush()
                 self.table = pa.ipc.open_file(pa.memory_map(spill.name))
             except (pa.ArrowException, OSError) as error:
-                what = (
-                    f"{self.path}: broken parquet, or no room in {tempfile.gettempdir()} (TMPDIR names another folder)"
-                )
-                raise ValueError(f"{what}: {error}") from None
+                what = f"broken parquet, or no room in {tempfile.gettempdir()} (TMPDIR names another folder)"
+                raise ValueError(f"{self.path}: {what}: {error}") from None
 
     def __len__(self):
         return self.ends[-1] if self.table and self.ends else len(self.starts)
@@ -114,31 +118,43 @@ class Rows:
             return self.table.get_batch(k).slice(i - (self.ends[k - 1] if k else 0), 1).to_pylist()[0]
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            return json.loads(file.read(self.ends[i] - self.starts[i]))
+            return json.loads(file.read(self.ends[i] - self.starts[i]), object_pairs_hook=_unique)
 
 
-def find_image(image, root, where):
+def _unique(pairs):  # JSON's own reader would keep the last of two fields with one name
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"a name stands twice: {sorted(name for name, _ in pairs)}")
+    return row
+
+
+def find_image(image, root, where, links=True):
+    """Bytes and PIL images as they are, a path made absolute: in `root`, and without `links` not linked out of it."""
     if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+        image = image.get("path") if (content := image.get("bytes")) is None else content
+        image = None if isinstance(content, str) else image
     if isinstance(image, bytes | Image.Image):
         return image
     if not isinstance(image, str) or not image:
-        raise BadRow(where, "an image is neither path nor bytes", 'Write a path or {"bytes": .., "path": ..}.')
-    path = os.path.normpath(os.path.join(root, image))  # links inside the folder are the user's own word
-    if os.path.commonpath([root, path]) != root:
-        raise BadRow(where, "an image path leads out of the data's folder", "Name its folder with --image_root.", path)
-    if not os.path.isfile(path):
-        raise BadRow(where, "an image is missing", "Put it there, or name its folder with --image_root.", path)
-    return path
+        raise BadRow(where, "an image is neither path nor bytes", 'Write a path; {"bytes": ..} is for parquet.')
+    path = os.path.normpath(os.path.join(root, image))
+    if os.path.commonpath([root, path]) == root:
+        if not os.path.isfile(path):
+            raise BadRow(where, "an image is missing", "Put it there, or name its folder with --image_root.", repr(path))
+        if links or os.path.commonpath([home := os.path.realpath(root), os.path.realpath(path)]) == home:
+            return path
+    mend = "Name its folder with --image_root, in which links are followed."
+    raise BadRow(where, "an image path leads out of the data's folder", mend, repr(path))
 
 
 def open_image(source, where=""):
     """A path, bytes or PIL image as 8-bit RGB, upright, transparency over white. Raises BadRow."""
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
-        image = file if isinstance(file, Image.Image) else Image.open(file)
+        image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
         if image.width * image.height > MAX_IMAGE:
             raise ValueError(f"{image.width} x {image.height} pixels, allowed are {MAX_IMAGE}")
+        if image.mode == "F" or (getattr(image, "is_animated", False) and image.format != "MPO"):  # a photo, its preview
+            raise ValueError("pixels that are no integers" if image.mode == "F" else "several frames or pages")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would cut at 255
             image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).round().astype(np.uint8))
@@ -147,9 +163,8 @@ def open_image(source, where=""):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # a broken file can raise anything inside Pillow
-        raise BadRow(
-            where, "an image cannot be read", "Write it again, smaller if need be.", f"{error}"[:200]
-        ) from None
+        mend = "Write it again as one PNG or JPEG, smaller if need be."
+        raise BadRow(where, "an image cannot be read", mend, error) from None
 
 
 class Order:
@@ -196,7 +211,8 @@ class Data:
         try:
             row = self.rows[i]
         except (ValueError, RecursionError) as error:
-            raise BadRow(where, "not valid JSON", "Write the row again.", str(error)[:200]) from None
+            what = "not valid parquet" if self.rows.table else "not valid JSON"
+            raise BadRow(where, what, "Write the row again.", error) from None
         return self.parse(row, where, i)
 
     def fetch(self, indices, build=lambda example: example):

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import align
+import files
 import model
 import rewards
 from data import SYSTEM_PROMPT, BadRow, read, to_example
@@ -131,7 +132,7 @@ def released(corpus, folder, D=32, I=48, version="4.57.0"):  # noqa: E741
         save_file({k: state[k] for k in some}, folder / f"model-{n:05}-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
     (folder / "config.json").write_text(json.dumps(config))
-    model.copy_processor(base, folder)
+    files.copy_processor(base, folder)
     hf.load_state_dict({k: v.transpose(1, 2) if ".experts." in k else v for k, v in state.items() if "v_head" not in k})
     return hf, head
 
@@ -233,7 +234,7 @@ def test_hub_name_from_the_cache(corpus, tmp_path, monkeypatch, tied):
     source = checkpoint(tiny_config(tie_word_embeddings=tied).to_dict(), corpus, tmp_path / "made")
     whole = logps(model.load(source))[0]
     AutoModelForImageTextToText.from_pretrained(source).save_pretrained(tmp_path / "shards", max_shard_size="50KB")
-    model.copy_processor(source, tmp_path / "shards")
+    files.copy_processor(source, tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     cached(tmp_path / "shards", tmp_path / "hub", "some/policy")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -258,7 +259,7 @@ def test_released_discriminator_by_its_hub_name(corpus, tmp_path, monkeypatch):
 def test_what_is_fetched(tiny, monkeypatch):
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **rest: asked.update(rest, name=name) or str(tiny))
-    assert model.find("some/policy") == tiny and asked["name"] == "some/policy"
+    assert files.find("some/policy") == tiny and asked["name"] == "some/policy"
     wanted = lambda file: any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])  # noqa: E731
     for file in FILES:
         assert wanted(file), file
