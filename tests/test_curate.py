@@ -510,7 +510,7 @@ def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
         if number == 5:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.3 if number > 4 else 0)
-        return MISDEEDS["HTTP 500"] if number == 6 else None
+        return MISDEEDS["HTTP 500"] if number == 4 else None
 
     server.behave = behave
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background does not have
