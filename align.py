@@ -5,14 +5,13 @@ Stage 2: black-box adversarial alignment on the policy's own rollouts (PRISM, ar
    perception span (<caption>) and the reasoning span (<think>, <answer>) of a response, each given the prompt.
 2. Warm-up: Bradley-Terry on pairs, the reference's span preferred to the policy's (its rollouts, or --pairs).
 3. The game, each step: sample N rollouts per prompt; score their spans and the reference's; update the discriminator by
-   Bradley-Terry; update the policy by GRPO on alpha * GN(perception) + (1 - alpha) * GN(reasoning) - 1.5 * malformed,
-   where GN normalises within the group and the scores are those of the forward that the discriminator's update used.
-The verifier's accuracy is logged as a canary and never trained on.
+   Bradley-Terry; update the policy by GRPO on alpha * GN(perception) + (1 - alpha) * GN(reasoning) - 1.5 * malformed, where
+   GN normalises within the group and the scores are those of the forward that the discriminator's update used. The
+   verifier's accuracy is logged as a canary and never trained on.
 
-Differs from the released code: both sides' spans go through one function and end in the same token; load balance is on
-in the game too; the head is float32 without dropout; scores are clipped in the reward only, L2 is on raw scores.
-Differs from the paper: spans are normalised, then weighed (--normalize sum: its order); token-routed experts are the
-default (--disc experts: one expert and head per kind of span, the paper's text taken literally).
+Differs from the released code: both sides' spans go through one function and end in the same token; load balance is on in
+the game too; the head is float32 without dropout; scores are clipped in the reward only, L2 is on raw scores. From the
+paper: spans are normalised, then weighed (--normalize sum: its order); experts are routed by token (--disc experts: by kind).
 
     python align.py --policy ckpt/sft/last --data data/tiny/align.jsonl --out ckpt/align --steps 40
     torchrun --nproc_per_node=8 align.py --policy ckpt/sft --data align.parquet --out ckpt/align
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 import health
 import memory
 from checkpoint import restore, save
-from common import Common, Log, optimizer, parse, schedule, step_if_finite
+from common import Common, Log, optimizer, parse, schedule, set_lr, step_if_finite
 from data import BadRow, Order, Prompt, read, split_spans
 from files import expect_none, read_backbone, same_input, write_backbone
 from groups import rollout_metrics, sample, show_rollout, verify
@@ -357,7 +356,6 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     order, start, best, stale = Order(len(data) - held_out, args.seed), 0, 0.0, 0
     build = partial(warm_up_pair if args.pairs else demonstration, encoder=encoder, disc_encoder=disc_encoder, args=args)
     rows = max(1, args.warmup_pairs // (len(NAMES) * (1 if args.pairs else args.group_size)))
-
     # optimiser, resume
     opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
     last = f"{args.out}/warmup/last"
@@ -371,14 +369,12 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     test, test_numbers = share(data.fetch(range(len(data) - held_out, len(data)), build), ranks)
     if not args.pairs:
         roll(test, test_numbers, hf, encoder, args, (args.seed, 1, 0))
-
     for step in range(start, start if best >= args.warmup_until or stale >= 5 else args.warmup_steps):
-        items, numbers = share(data.draw(order, rows, build), ranks)
+        items, numbers = data.share(order, rows, build, ranks)
         if not args.pairs:
             roll(items, numbers, hf, encoder, args, (args.seed, 1, step + 1))
         loss, spread = disc_pass(disc, items, args, ranks.device, spare)
-        for group in opt.param_groups:
-            group["lr"] = args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine")
+        set_lr(opt, args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine"))
         norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
         metrics = disc_metrics(items, numbers, spread, args)
         loss = all_sum(loss) if metrics[f"{spans[0]}/acc"] >= 0 else torch.nan  # no pair was seen
@@ -440,7 +436,7 @@ def main(args):
 
     for step in range(start, args.steps):
         # 1) rollout
-        items, numbers = share(data.draw(order, args.prompts_per_step, build), ranks)
+        items, numbers = data.share(order, args.prompts_per_step, build, ranks)
         groups = roll(items, numbers, sampler.refresh(), encoder, args, (args.seed, 0, step))
         # 2) score, and 3) update the discriminator: one forward serves both
         disc_loss, spread = disc_pass(disc, items, args, ranks.device, spare)
@@ -458,8 +454,7 @@ def main(args):
             )  # fmt: skip
             verify(group)  # a canary: logged, never trained on
         # 5) update the policy
-        for group in opt.param_groups:
-            group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
+        set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
         metrics = policy_update(policy, opt, groups, numbers, args, Tree(spare.prompt, [[encoder.eos]]), ranks.device)
         # 6) log
         metrics |= disc_metrics(items, numbers, spread, args, bool(args.probe_every) and step % args.probe_every == 0)

@@ -219,6 +219,11 @@ def schedule(step, total, warmup=0.0, kind="constant"):
     return 1.0 if kind == "constant" else 0.5 + 0.5 * math.cos(math.pi * (step - first) / max(1, total - first))
 
 
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def step_if_finite(optimizer, loss, max_norm, who):
     """
     Clip, update, empty the gradients -> (gradient norm, skipped 0 or 1). A loss or gradient that is not finite on any

@@ -283,7 +283,7 @@ def run(model, pack: Pack, **kwargs) -> torch.Tensor:
         cfg, side = model.config.vision_config, model.config.vision_config.spatial_merge_size
         pixels = torch.zeros(side**2, cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2, device=pack.ids.device)
         blank = model.visual(pixels, grid_thw=torch.tensor([[1, side, side]], device=pixels.device))
-        nothing = 0.0 * sum(x.sum() for x in (blank.pooler_output, *blank.deepstack_features))
+        nothing = 0.0 * sum(x.sum() for x in (blank.pooler_output, *getattr(blank, "deepstack_features", ())))
     out = model(
         input_ids=pack.ids.unsqueeze(0), position_ids=pack.positions.unsqueeze(1), pixel_values=pack.pixel_values,
         image_grid_thw=pack.grid_thw, layout=pack.layout, **kwargs,

@@ -28,13 +28,13 @@ import torch
 
 import memory
 from checkpoint import restore, save
-from common import Common, Log, optimizer, parse, schedule, step_if_finite
+from common import Common, Log, optimizer, parse, schedule, set_lr, step_if_finite
 from data import Order, read
 from groups import Group, rollout_metrics, sample, show_rollout, verify
 from model import RolloutCopy, load, shard
 from model import save as save_policy
 from packs import Tree, each
-from ranks import SAVED_AND_STOPPED, agree, all_max, all_sum, gather, setup, share, world
+from ranks import SAVED_AND_STOPPED, agree, all_max, all_sum, gather, setup, world
 from sampler import Rollout
 
 ALGORITHMS = {  # what METHOD's table of stage 3 says; each entry is also a flag of its own
@@ -241,7 +241,7 @@ def collect(step, data, order, hf, encoder, args, ranks, kept):
     new, seen, draws, wanted = {}, [], 0, args.prompts_per_step
     size, most = (args.prompts_per_draw, args.max_draws) if args.dynamic_sampling else (wanted, 1)
     while draws < most and all_sum(len(kept) + len(new)) < wanted:
-        prompts, numbers = share(data.draw(order, size, encoder.prompt), ranks)
+        prompts, numbers = data.share(order, size, encoder.prompt, ranks)
         drawn = sample(hf, encoder, prompts, numbers, args, (args.seed, step, draws))
         for group in drawn:
             verify(group)
@@ -301,8 +301,7 @@ def main(args):
         # 4) update the policy
         metrics = dict.fromkeys(("loss", "grad_norm"), float("nan")) | {"skipped": 1}
         if counts["groups"]:
-            for group in opt.param_groups:
-                group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
+            set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
             metrics = policy_update(policy, opt, list(groups.values()), list(groups), args, spare, device, reference)
         surplus = new_surplus
         # 5) log

@@ -20,6 +20,8 @@ from collections import Counter
 import numpy as np
 from PIL import Image, ImageOps
 
+from ranks import gather
+
 CHUNK, MAX_ROW = 1 << 20, 1 << 28  # bytes: read at a time, and at most for one row of a JSON array
 MAX_IMAGE = 50_000_000  # pixels of one file: more is taken for a bomb
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # others (EPS) start programs
@@ -195,13 +197,13 @@ class Order:
 
 
 class Data:
-    """The examples of a file. `data[i]` raises BadRow; `fetch` and `draw` leave bad rows out, count them in `skipped`
-    (reason -> rows), print the first, and raise ValueError once more than `max_bad` rows are bad, or all."""
+    """The examples of a file. `data[i]` raises BadRow; `fetch`, `draw` and `share` leave bad rows out, keep them in `bad`,
+    print the first, and raise ValueError once more than `max_bad` rows are bad, or all."""
 
     def __init__(self, path, parse, max_bad=100):
         """`parse(row, where, index)` makes an example of a row."""
         self.rows, self.path, self.parse, self.max_bad = Rows(path), str(path), parse, max_bad
-        self.skipped, self.bad = Counter(), set()  # reason -> rows; indices
+        self.bad = {}  # index -> reason
 
     def __len__(self):
         return len(self.rows)
@@ -222,14 +224,20 @@ class Data:
             try:
                 built += [] if i in self.bad else [build(self[i])]
             except BadRow as error:
-                self.bad.add(i)
-                self.skipped[error.what] += 1
+                self.bad[i] = error.what
                 if len(self.bad) <= 5:
                     print(f"left out: {error}", file=sys.stderr, flush=True)
-                if len(self.bad) > self.max_bad or len(self.bad) == len(self):
-                    what = f"{self.path}: {len(self.bad)} of {len(self)} rows are bad (max_bad is {self.max_bad})"
-                    raise ValueError(f"{what}: {dict(self.skipped.most_common())}. The last: {error}") from None
+                self._limit(f". The last: {error}")
         return built
+
+    def _limit(self, last=""):
+        if len(self.bad) > self.max_bad or len(self.bad) == len(self):
+            what = f"{self.path}: {len(self.bad)} of {len(self)} rows are bad (max_bad is {self.max_bad})"
+            raise ValueError(f"{what}: {dict(self.skipped.most_common())}{last}")
+
+    @property
+    def skipped(self):  # reason -> rows
+        return Counter(self.bad.values())
 
     def draw(self, order, k, build=lambda example: example):
         """The next k good rows of `order`, built: the same on all ranks, whatever is bad."""
@@ -237,3 +245,16 @@ class Data:
         while len(built) < k:
             built += self.fetch([i for _, i in order.take(k - len(built))], build)
         return built
+
+    def share(self, order, k, build, ranks):
+        """This rank's part of the next k good rows of `order`, and their numbers among the k. Each rank builds its own part
+        alone, and all learn which rows are bad: what is drawn is the same on any number of ranks. All ranks call it."""
+        mine, owners = [], []
+        while len(owners) < k:
+            new = [i for _, i in order.take(k - len(owners))]
+            mine += self.fetch(new[ranks.rank :: ranks.world], build)
+            for bad in gather(self.bad):
+                self.bad |= bad
+            self._limit()
+            owners += [n % ranks.world for n, i in enumerate(new) if i not in self.bad]
+        return mine, [number for number, owner in enumerate(owners) if owner == ranks.rank]

@@ -27,11 +27,11 @@ import torch
 import memory
 import model
 from checkpoint import restore, save
-from common import Common, Log, optimizer, parse, schedule, step_if_finite
+from common import Common, Log, optimizer, parse, schedule, set_lr, step_if_finite
 from data import Order, read
 from init import init
 from packs import Tree, each
-from ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup, share
+from ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup
 
 
 @dataclass(kw_only=True)
@@ -90,7 +90,7 @@ def main(args):
 
     for step in range(start, args.steps):
         # 1) batch
-        rows, _ = share(data.draw(order, args.batch, policy.encoder.conversation), ranks)
+        rows, _ = data.share(order, args.batch, policy.encoder.conversation, ranks)
         trees = [Tree(prompt, mask=mask) for prompt, mask in rows]
         tokens = all_sum(float(sum(int(tree.mask.sum()) for tree in trees)))
         # 2) loss   3) update
@@ -100,8 +100,7 @@ def main(args):
             loss = sft_loss(policy(pack, coefficient=alike), tokens) * pack.weight
             (loss * ranks.world).backward()  # FSDP averages over ranks; the denominator is global already
             total += float(loss.detach())
-        for group in opt.param_groups:
-            group["lr"] = args.lr * schedule(step, args.steps, args.warmup, args.schedule)
+        set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
         norm, skipped = step_if_finite(opt, total, args.grad_clip, "policy")
         # 4) log
         metrics = {"loss": all_sum(total), "tokens": tokens, "grad_norm": norm, "lr": opt.param_groups[0]["lr"],

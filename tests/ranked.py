@@ -16,9 +16,9 @@ import torch
 
 import align
 import common
+import groups as grouping
 import ranks
 import rlvr
-import sampler
 import sft
 
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
@@ -41,7 +41,7 @@ def step_if_finite(optimizer, loss, max_norm, who):
 
 
 def sample(hf, encoder, prompts, numbers, args, seed):
-    groups = sampler.sample(hf, encoder, prompts, numbers, args, seed)
+    groups = grouping.sample(hf, encoder, prompts, numbers, args, seed)
     for number, group in zip(numbers, groups, strict=True):
         rollouts[str((*seed, number))] = [r.ids for r in group.rollouts]
         if number in job.get("malformed", ()):  # cut short: no rollout of this prompt has its three parts
