@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,12 @@ class Ranks:
     def fail(self, kind, error, trace):
         """As sys.excepthook: says whose error it is and ends at once. The others' collectives break, or torchrun ends them."""
         sys.__excepthook__(kind, error, trace)
-        get_error_handler().record_exception(error)  # torchrun's last words are then about the first rank that failed
+        try:
+            raise error
+        except kind:  # where torchrun's handler looks for it
+            get_error_handler().record_exception(error)
         print(f"rank {self.rank} of {self.world}: {kind.__name__}: {error}", file=sys.stderr, flush=True)
+        time.sleep(1.1)  # the others fail once this one is gone; torchrun blames the first, and counts whole seconds
         os._exit(1)  # tidying up could wait for the others
 
 

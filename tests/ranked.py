@@ -16,10 +16,10 @@ import torch
 
 import align
 import common
-import groups as grouping
 import ranks
 import rlvr
 import sft
+from groups import sample as plain_sample
 
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
 close, job, gradients, rollouts, meshes = ranks.Ranks.close, {}, [], {}, set()
@@ -41,7 +41,7 @@ def step_if_finite(optimizer, loss, max_norm, who):
 
 
 def sample(hf, encoder, prompts, numbers, args, seed):
-    groups = grouping.sample(hf, encoder, prompts, numbers, args, seed)
+    groups = plain_sample(hf, encoder, prompts, numbers, args, seed)
     for number, group in zip(numbers, groups, strict=True):
         rollouts[str((*seed, number))] = [r.ids for r in group.rollouts]
         if number in job.get("malformed", ()):  # cut short: no rollout of this prompt has its three parts

@@ -35,7 +35,7 @@ RUNS = {  # name -> (stage, data, flags)
     # shards that are uneven: of three prompts one has an image
     "uneven sft": ("sft", "three", SFT | dict(batch=3)),
     "uneven align": ("align", "three", GAME | dict(prompts_per_step=3, disc="experts")),
-    "uneven rlvr": ("rlvr", "three", RL | dict(prompts_per_step=3)),
+    "uneven rlvr": ("rlvr", "three", RL | dict(prompts_per_step=3, kl=0.0)),  # kl of nearly nothing is rounding
     # or empty: one prompt for all ranks
     "empty sft": ("sft", "curated", SFT | dict(batch=1)),
     "empty align": ("align", "align", GAME | dict(prompts_per_step=1)),
