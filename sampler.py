@@ -119,11 +119,13 @@ class _Slots:
         more = length - self.store[0][0].shape[1]
         if more > 0:
             block, self.graph = BLOCK[self.u.device.type], None
-            self.store = [[F.pad(x, (0, 0, 0, -(-more // block) * block)) for x in pair] for pair in self.store]
+            for pair in self.store:  # one after the other: never twice the store
+                pair[:] = [F.pad(pair.pop(0), (0, 0, 0, -(-more // block) * block)) for _ in "kv"]
 
     def keep(self, slots):  # drop all others
         self.rows, self.all, self.graph = [self.rows[s] for s in slots], self.all[: len(slots)], None
-        self.store = [[x.unflatten(0, (-1, self.heads))[slots].flatten(0, 1) for x in pair] for pair in self.store]
+        for pair in self.store:
+            pair[:] = [pair.pop(0).unflatten(0, (-1, self.heads))[slots].flatten(0, 1) for _ in "kv"]
         for name in ("token", "position", "filled", "count", "live", "u", "ids", "logps"):
             setattr(self, name, getattr(self, name)[slots])
 
