@@ -1,6 +1,9 @@
 """A tiny Qwen3-VL (real architecture, random weights), prompts with and without images, shared paths."""
 
+import contextlib
 import os
+import random
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +83,15 @@ def plain_logits(hf, prompt, ids):
         patches.__class__ = kind
         for config, implementation in zip(configs, ours, strict=True):
             config._attn_implementation = implementation
+
+
+def free_ports(n):
+    """Below the range that outgoing connections take theirs from: one that is free now is free in a minute too."""
+    ports = []
+    while len(ports) < n:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port := random.randrange(10_000, 30_000))):
+            ports += [str(port)] if str(port) not in ports else []
+    return ports
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import free_ports
 from torch.distributed.fsdp import fully_shard
 
 import align
@@ -377,11 +378,7 @@ def _two_ranks(rank, folder):
 
 
 def test_two_ranks_and_resume_on_one(tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(s.getsockname()[1]))
+    (tmp_path / "port").write_text(free_ports(1)[0])
     mp.spawn(_two_ranks, (tmp_path,), nprocs=2)
     here = ranks.setup(Args(policy="p", out="o", device="cpu"))
     model, optimizer = fresh(1, tied=False)

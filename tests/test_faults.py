@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_ports
 from safetensors.torch import load_file, save_file
 from test_bad_input import as_nobody
-from test_ranks import free_ports
 from test_stages import COMMON, ROLLOUTS, leave_no_group, records, same, tensors, weights, world  # noqa: F401
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_ports
 from test_stages import COMMON, ROLLOUTS, leave_no_group, opens_everywhere, records, weights, world  # noqa: F401
 
 import align
@@ -87,14 +86,6 @@ def job(name, world, out, sgd=True, **more):  # noqa: F811
     return {"stage": stage, "flags": flags, "sgd": sgd, "malformed": MALFORMED.get(name, [])}
 
 
-def free_ports(n):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [str(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 def on_ranks(n, jobs, folder, timeout=300, **env):
     """Run jobs one after the other on n ranks, a process each. A failure, or a hang, shows what they printed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,13 +98,13 @@ def on_ranks(n, jobs, folder, timeout=300, **env):
             with open(file, "w") as out:
                 mine = os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(subprocess.Popen(command, env=mine, stdout=out, stderr=out))
-        codes = [p.wait(max(1, end - time.time())) for p in processes]
-    except subprocess.TimeoutExpired:
-        codes = f"it hangs: not done after {timeout} s"
+        while None in (codes := [p.poll() for p in processes]) and not any(codes) and time.time() < end:
+            time.sleep(0.05)
     finally:
         for p in processes:
             p.kill()
-    assert codes == [0] * n, f"{codes}\n" + "\n".join(f"--- {f.name}\n{f.read_text()[-4000:]}" for f in prints)
+    why = f"exit codes {codes} (None: it hung for {timeout} s, or another failed)\n"
+    assert codes == [0] * n, why + "\n".join(f"--- {f.name}\n{f.read_text()[-4000:]}" for f in prints)
 
 
 def agree(one, two, rel=1e-4):
