@@ -59,7 +59,7 @@ def grpo(args, steps):
             verify(g)
             g.advantage = rlvr.group_advantage(g.scores["reward"], args.group_size)
         parts("verify")
-        rlvr.policy_update(policy, opt, groups, args, spare, "cpu")
+        rlvr.policy_update(policy, opt, groups, range(len(groups)), args, spare, "cpu")
         parts("policy's update")
         tokens.append(sum(len(r.ids) for g in groups for r in g.rollouts))
     return parts, tokens
@@ -85,7 +85,7 @@ def game(args, steps):
             group.advantage = align.alignment_advantage(*map(torch.tensor, raw), item.well_formed, args.group_size)
             verify(group)
         parts("advantage, verify")
-        rlvr.policy_update(policy, opt, groups, args, Tree(spare.prompt, [[encoder.eos]]), "cpu")
+        rlvr.policy_update(policy, opt, groups, range(len(items)), args, Tree(spare.prompt, [[encoder.eos]]), "cpu")
         parts("policy's update")
         tokens.append(sum(len(r.ids) for g in groups for r in g.rollouts))
     return parts, tokens

@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
+import sys
 import tomllib
 from dataclasses import fields
 
@@ -158,3 +160,12 @@ def test_scripts_are_valid_bash():
     for script in scripts:
         assert subprocess.run(["bash", "-n", script]).returncode == 0
         assert script.name == "env.sh" or "set -euo pipefail" in script.read_text(), script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["check.py --device cpu", "logprob.py --tokens 64 --vocabulary 2000 --repeat 1"])
+def test_bench_scripts_run_and_print_one_line(case):
+    script, *flags = case.split()
+    done = subprocess.run([sys.executable, ROOT / "bench" / script, *flags], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 1 and json.loads(done.stdout)
