@@ -2,6 +2,7 @@
 Claim: rollouts come several times faster than from transformers' generate, same checkpoint, same rows, ragged lengths.
 
     python bench/sampler.py --policy ckpt/base-tiny --data data/tiny/rl.jsonl      # on a CPU, after `bash runs/base.sh`
+    python bench/sampler.py --random            # a larger model of random weights, lengths as ragged as a language model's
     python bench/sampler.py --device cuda       # the 4B's shape, 8 prompts with an image x 16, lengths around 300
     python bench/sampler.py --growth            # tokens per second at 4 to 64 rows and 256 to 4096 tokens, both devices
 """
@@ -36,12 +37,13 @@ def by_transformers(hf, prompts, n, max_tokens, eos, banned, pad):
 
 def compare(args):
     cuda = args.device != "cpu"
-    if cuda:
-        plain, ours = model("4B", args.device), model("4B", args.device)
-        prompts = [prompt(plain, 64, 32, seed) for seed in range(8)]
+    if cuda or args.random:
+        size, mean = ("4B", 300) if cuda else ("small", 64)
+        plain, ours = model(size, args.device), model(size, args.device)
+        prompts = [prompt(plain, 64, 32 if cuda else 16, seed) for seed in range(8)]
         vocabulary = plain.config.text_config.vocab_size - 8
-        # Random weights end nowhere: of V about equally likely ids, V / 300 are taken for end tokens.
-        eos, banned, pad, most = tuple(range(3, 3 + vocabulary // 300)), (), 0, 1024
+        # Random weights end nowhere: of V about equally likely ids, V / mean are taken for end tokens.
+        eos, banned, pad, most = tuple(range(3, 3 + vocabulary // mean)), (), 0, 1024
         adopt(ours.model)
     else:
         policy = load(args.policy)
@@ -68,7 +70,7 @@ def compare(args):
     report(
         "sampler", ratio=rates["ours"] / rates["transformers"], tokens_per_second=rates, prompts=8, rollouts=16,
         mean_length={k: sum(v) / len(v) / 128 for k, v in tokens.items()}, prompt_tokens=len(prompts[0].ids),
-        slots=args.slots, model="4B shape" if cuda else args.policy, device=args.device,
+        slots=args.slots, model=f"{size}, random" if cuda or args.random else args.policy, device=args.device,
     )  # fmt: skip
 
 
@@ -106,6 +108,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--policy", default="ckpt/base-tiny")
     parser.add_argument("--data", default="data/tiny/rl.jsonl")
+    parser.add_argument("--random", action="store_true", help="on a CPU: random weights, geometric lengths of mean 64")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--all", action="store_true", help="on a CPU the long cases too: many minutes")
