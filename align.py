@@ -160,10 +160,10 @@ class Experts(nn.Module):
             if self.routing is None:  # with the shares of the dispatch (T, E)
                 self.routing = probs, (route > 0).float().detach() / (route > 0).sum(1, keepdim=True)
         out = torch.zeros_like(x)
-        for e in range(route.shape[1]):
+        for e, (gate_up, down) in enumerate(zip(self.experts.gate_up_proj.unbind(), self.experts.down_proj.unbind(), strict=True)):
             at = route[:, e].nonzero().squeeze(1)
-            gate, up = (x[at] @ self.experts.gate_up_proj[e]).chunk(2, -1)
-            y = (self.act(gate) * up) @ self.experts.down_proj[e]
+            gate, up = (x[at] @ gate_up).chunk(2, -1)
+            y = (self.act(gate) * up) @ down
             out = out.index_add(0, at, y * route[at, e, None].to(y.dtype))
         return out.view(shape)
 

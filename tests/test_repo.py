@@ -17,10 +17,10 @@ from common import Common, parse
 CAPS = {  # lines of each file; what is not named may not exist
     "sft.py": 260, "align.py": 480, "rlvr.py": 360, "eval.py": 200, "model.py": 240, "files.py": 140, "packs.py": 320,
     "logprob.py": 140, "sampler.py": 260, "groups.py": 100, "data.py": 360, "rows.py": 260, "rewards.py": 260, "health.py": 160,
-    "common.py": 260, "checkpoint.py": 120, "ranks.py": 125, "init.py": 120, "memory.py": 110, "benchmarks.py": 60,
+    "common.py": 260, "checkpoint.py": 120, "ranks.py": 130, "init.py": 120, "memory.py": 110, "benchmarks.py": 60,
     "tools/scenes.py": 240, "tools/curate.py": 240, "tools/report.py": 260,
 }  # fmt: skip
-TOTAL = 3900  # of the method's own files; the three tools are beside it, each under its own cap
+TOTAL = 4000  # of the method's own files; the three tools are beside it, each under its own cap
 STAGES = ("sft", "align", "rlvr")
 SCRIPTS = (*STAGES, "eval")
 
