@@ -159,8 +159,8 @@ class Experts(nn.Module):
             route = torch.zeros_like(probs).scatter(1, index, top / top.sum(-1, keepdim=True))
             if self.routing is None:  # with the shares of the dispatch (T, E)
                 self.routing = probs, (route > 0).float().detach() / (route > 0).sum(1, keepdim=True)
-        out, experts = torch.zeros_like(x), zip(self.experts.gate_up_proj.unbind(), self.experts.down_proj.unbind(), strict=True)
-        for e, (gate_up, down) in enumerate(experts):
+        out, weights = torch.zeros_like(x), [w.unbind() for w in (self.experts.gate_up_proj, self.experts.down_proj)]
+        for e, (gate_up, down) in enumerate(zip(*weights, strict=True)):
             at = route[:, e].nonzero().squeeze(1)
             gate, up = (x[at] @ gate_up).chunk(2, -1)
             y = (self.act(gate) * up) @ down
