@@ -52,6 +52,7 @@ class Args:
     image_root: str | None = None  # folder that image paths are relative to and stay in; none: the data file's
     slots: int = 256  # rows decoded at once, per device
     pack_tokens: int = 16384  # of one prefill, per device
+    config: str = ""  # JSON file of arguments, as an earlier --out, which is run again; flags given here win
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on cuda, float32 on a CPU
 
