@@ -1,5 +1,5 @@
 """
-Packs: the one data structure of all three stages, and the log-probs of the tokens in them.
+Packs: the one data structure of all three stages, and attention over them, the vision tower's included.
 
 A model call takes one row of tokens, a forest of segments without padding. A token attends to its own segment up to
 itself and to its segment's ancestors, so what several sequences share (the prompt, its image) is computed once:
