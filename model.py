@@ -18,16 +18,21 @@ import torch
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
 from data import SYSTEM_PROMPT, Encoder
-from files import copy_processor, expect_none, find, read_files
-from logprob import token_logps
-from packs import adopt, run
-from ranks import is_main, world
+from engine.files import copy_processor, expect_none, find, read_files
+from engine.logprob import token_logps
+from engine.packs import adopt, run
+from engine.ranks import is_main, world
 
 logging.disable_progress_bar()  # "Loading weights", four times per stage
 
@@ -50,7 +55,9 @@ class Policy(nn.Module):
         """Log-probs (S,) float32 of the pack's scored tokens; with `entropy` also the entropies (S,). coefficient (S,):
         their gradient in the loss, where it is known beforehand (see logprob.py: a matrix product less)."""
         hidden = run(self.hf.model, pack)[pack.source]
-        return token_logps(hidden, self.hf.lm_head.weight, pack.target, temperature, banned, entropy, coefficient)
+        return token_logps(
+            hidden, self.hf.lm_head.weight, pack.target, temperature, banned, entropy, coefficient
+        )
 
 
 def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
@@ -59,17 +66,32 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     Raises FileNotFoundError for a folder without config.json, ValueError where other files or tensors are missing or broken,
     and for a model that packs cannot run.
     """
-    if torch.get_default_device().type == "meta":  # --dry_run: the configuration, a file too, is enough
+    if (
+        torch.get_default_device().type == "meta"
+    ):  # --dry_run: the configuration, a file too, is enough
         config = AutoConfig.from_pretrained(find(path) if Path(path).is_dir() else path)
         return Policy(AutoModelForImageTextToText.from_config(config, dtype=dtype), None, path)
     read_files(folder := find(path), "tokenizer.json")
-    options = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+    options = dict(
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
     hf, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **options)
-    expect_none(folder, {*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]})
+    expect_none(
+        folder, {*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]}
+    )
     layers = set(getattr(hf.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    if not hasattr(hf.model, "get_rope_index") or not hasattr(hf.model, "language_model") or layers != {"full_attention"}:
-        raise ValueError(f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model or the like: get_rope_index, "
-                         f"language_model, full attention in every layer (these: {', '.join(sorted(layers))})")  # fmt: skip
+    if (
+        not hasattr(hf.model, "get_rope_index")
+        or not hasattr(hf.model, "language_model")
+        or layers != {"full_attention"}
+    ):
+        raise ValueError(
+            f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model or the like: get_rope_index, "
+            f"language_model, full attention in every layer (these: {', '.join(sorted(layers))})"
+        )
     adopt(hf.model)
     return Policy(hf.to(device), read_encoder(folder, hf.model, **encoder_options), folder)
 
@@ -78,9 +100,14 @@ def read_encoder(path, base, **options) -> Encoder:
     """The encoder of a checkpoint, for its model without head. What `save` put before the chat template comes off: here
     the data's own turns are all that a prompt holds."""
     folder = find(path)
-    tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
+    tokenizer, images = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder, backend="pil"),
+    )
     if not tokenizer.chat_template and (folder / "chat_template.json").exists():
-        tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+        tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())[
+            "chat_template"
+        ]
     if tokenizer.chat_template:
         tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
     return Encoder(tokenizer, images, base.config, base.get_rope_index, **options)
@@ -88,14 +115,18 @@ def read_encoder(path, base, **options) -> Encoder:
 
 def recompute(hf):
     """Activation checkpointing, not re-entrant: that would cut the gradients of what layers put aside (load balance)."""
-    getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
+    getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)(
+        {"use_reentrant": False}
+    )
 
 
 def save(policy: Policy, folder):
     """Write `policy` to `folder` in transformers' layout with its tokenizer and processor files. All ranks call it."""
     state = full_state(policy.hf)
     if policy.hf.get_output_embeddings().weight is policy.hf.get_input_embeddings().weight:
-        state.pop("lm_head.weight", None)  # gathered twice where it is sharded; a tied head is not written
+        state.pop(
+            "lm_head.weight", None
+        )  # gathered twice where it is sharded; a tied head is not written
     if is_main():
         policy.hf.save_pretrained(folder, state_dict=state)
         copy_processor(policy.source, folder)
@@ -107,10 +138,14 @@ def write_template(tokenizer, folder):
     turn, unless the vocabulary lacks the words, as the embedded world's does."""
     asks = "" if tokenizer.unk_token_id in tokenizer(SYSTEM_PROMPT)["input_ids"] else ASKS
     (folder / "chat_template.jinja").write_text(asks + tokenizer.chat_template, encoding="utf-8")
-    (folder / "chat_template.json").unlink(missing_ok=True)  # of transformers 4, whose processors prefer it
+    (folder / "chat_template.json").unlink(
+        missing_ok=True
+    )  # of transformers 4, whose processors prefer it
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if settings.pop("chat_template", None):
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- ranks
@@ -143,18 +178,35 @@ def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
         return module.to(ranks.device)
     nodes = args.nodes or int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun's number of nodes
     if ranks.world % nodes:
-        raise ValueError(f"{ranks.world} ranks on {nodes} nodes: all nodes need equally many (--nodes 1 shards over all ranks)")
-    shape, names = ((nodes, ranks.world // nodes), ("nodes", "ranks")) if nodes > 1 else ((ranks.world,), ("ranks",))
-    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if args.offload else OffloadPolicy()
-    plan = dict(mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=names), offload_policy=offload,
-                shard_placement_fn=lambda p: Shard(cut_dimension(p, shape[-1])))  # fmt: skip
+        raise ValueError(
+            f"{ranks.world} ranks on {nodes} nodes: all nodes need equally many (--nodes 1 shards over all ranks)"
+        )
+    shape, names = (
+        ((nodes, ranks.world // nodes), ("nodes", "ranks"))
+        if nodes > 1
+        else ((ranks.world,), ("ranks",))
+    )
+    offload = (
+        CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+        if args.offload
+        else OffloadPolicy()
+    )
+    plan = dict(
+        mesh=init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
+        offload_policy=offload,
+        shard_placement_fn=lambda p: Shard(cut_dimension(p, shape[-1])),
+    )
     for unit in exact:
         fully_shard(unit, **plan)
-    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32
+    )
     *parts, root = units(module, base)
     for unit in parts:
         fully_shard(unit, mp_policy=precision, **plan)
-    exactly = replace(precision, cast_forward_inputs=False)  # gradients among the root's inputs: they stay exact
+    exactly = replace(
+        precision, cast_forward_inputs=False
+    )  # gradients among the root's inputs: they stay exact
     fully_shard(root, mp_policy=exactly, **plan)
 
 
@@ -169,7 +221,11 @@ def full_state(module: nn.Module):
         name, found, adapter = key.removesuffix(".weight").partition(".lora_A.")
         if not found:
             raise ValueError(f"{key}: only adapters of plain LoRA on linear layers can be merged")
-        delta = state[key.replace(".lora_A.", ".lora_B.")] @ state[key] * module.get_submodule(name).scaling[adapter]
+        delta = (
+            state[key.replace(".lora_A.", ".lora_B.")]
+            @ state[key]
+            * module.get_submodule(name).scaling[adapter]
+        )
         whole[f"{name}.weight"] = whole[f"{name}.weight"] + delta
     return whole
 
@@ -181,9 +237,16 @@ class RolloutCopy:
     def __init__(self, policy: Policy, args, device):
         """Call it before the policy is sharded."""
         self.policy, self.hf = policy, policy.hf
-        if is_sharded(args, world()):  # parameters alone are cast: rotary frequencies in bfloat16 turn far positions astray
-            cast = {id(p): nn.Parameter(p.detach().to(device, getattr(torch, args.dtype), copy=True), requires_grad=False)
-                    for p in policy.hf.parameters()}  # fmt: skip
+        if is_sharded(
+            args, world()
+        ):  # parameters alone are cast: rotary frequencies in bfloat16 turn far positions astray
+            cast = {
+                id(p): nn.Parameter(
+                    p.detach().to(device, getattr(torch, args.dtype), copy=True),
+                    requires_grad=False,
+                )
+                for p in policy.hf.parameters()
+            }
             self.hf = copy.deepcopy(policy.hf, cast).to(device)
 
     @torch.no_grad()

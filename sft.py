@@ -24,32 +24,42 @@ from typing import Literal
 
 import torch
 
-import memory
 import model
-from checkpoint import restore, save
-from common import Common, Log, optimizer, parse, schedule, set_lr, step_if_finite
 from data import Order, read
-from init import init
-from packs import Tree, each
-from ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup
+from engine.arguments import Common, parse
+from engine.checkpoint import restore, save
+from engine.log import Log
+from engine.optimiser import optimizer, schedule, set_lr, step_if_finite
+from engine.packs import Tree, each
+from engine.ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup
+from tools import memory
+from tools.init import init
 
 
 @dataclass(kw_only=True)
 class Args(Common):
-    policy: str = ""  # checkpoint to start from: a Qwen3-VL folder in transformers layout, or a hub name
+    policy: str = (
+        ""  # checkpoint to start from: a Qwen3-VL folder in transformers layout, or a hub name
+    )
     init: str = ""  # instead of --policy: config.json of a Qwen3-VL of any size, for random weights
     steps: int | None = None  # updates in all; none: as many as --epochs takes
     epochs: float = 1.0  # passes over the data, without --steps
     batch: int = 128  # conversations per update, over all ranks
     lr: float = 1e-5  # peak learning rate
     weight_decay: float = 0.0  # AdamW's, on matrices only
-    schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate after its warm-up; cosine ends at 0
-    warmup: float = 0.1  # of the learning rate, linear: below 1 a share of all steps, else a number of steps
+    schedule: Literal["constant", "cosine"] = (
+        "cosine"  # of the learning rate after its warm-up; cosine ends at 0
+    )
+    warmup: float = (
+        0.1  # of the learning rate, linear: below 1 a share of all steps, else a number of steps
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if bool(self.policy) == bool(self.init):
-            raise ValueError("give either --policy, a checkpoint to start from, or --init, a configuration for random weights")
+            raise ValueError(
+                "give either --policy, a checkpoint to start from, or --init, a configuration for random weights"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------- the algorithm
@@ -69,7 +79,9 @@ def main(args):
         if is_main() and not (args.resume and Path(args.out, "last").exists()):
             init(args.init, f"{args.out}/init", [args.data], args.seed)
         agree(False)  # all ranks wait for rank 0's files
-    options = dict(max_prompt_tokens=args.max_prompt + args.max_response, max_pixels=args.max_pixels)
+    options = dict(
+        max_prompt_tokens=args.max_prompt + args.max_response, max_pixels=args.max_pixels
+    )
     start_from = f"{args.out}/init" if args.init else args.policy
     policy = model.load(start_from, **options).train()
     model.shard(policy, policy.hf.model, args, ranks)
@@ -79,13 +91,17 @@ def main(args):
     data = read(args.data, "sft", args.image_root, args.max_bad)
     order, start = Order(len(data), args.seed), 0
     args.steps = args.steps or max(1, int(len(data) * args.epochs / args.batch))
-    print0(f"{len(data)} conversations, {args.steps} updates of {args.batch}: {args.steps * args.batch / len(data):.2f} epochs")
+    print0(
+        f"{len(data)} conversations, {args.steps} updates of {args.batch}: {args.steps * args.batch / len(data):.2f} epochs"
+    )
     # resume
     last = f"{args.out}/last"
     if args.resume and (found := restore(last, {"policy": (policy, opt)})):
         start = found[0]["step"]
         order.load(found[1]["order"])
-    spare = Tree(data.draw(Order(len(data), args.seed), 1, policy.encoder.conversation)[0][0])  # for ranks without a row
+    spare = Tree(
+        data.draw(Order(len(data), args.seed), 1, policy.encoder.conversation)[0][0]
+    )  # for ranks without a row
     log = Log(args.out, args, ("loss", "tokens", "grad_norm grad", "lr"), start)
 
     for step in range(start, args.steps):
@@ -96,24 +112,47 @@ def main(args):
         # 2) loss   3) update
         total = 0.0
         for pack in each(trees, args.pack_tokens, ranks.device, spare):
-            alike = torch.ones(len(pack.target), device=ranks.device)  # every token's log-prob counts the same in the loss
+            alike = torch.ones(
+                len(pack.target), device=ranks.device
+            )  # every token's log-prob counts the same in the loss
             loss = sft_loss(policy(pack, coefficient=alike), tokens) * pack.weight
-            (loss * ranks.world).backward()  # FSDP averages over ranks; the denominator is global already
+            (
+                loss * ranks.world
+            ).backward()  # FSDP averages over ranks; the denominator is global already
             total += float(loss.detach())
         set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
         norm, skipped = step_if_finite(opt, total, args.grad_clip, "policy")
         # 4) log
-        metrics = {"loss": all_sum(total), "tokens": tokens, "grad_norm": norm, "lr": opt.param_groups[0]["lr"],
-                   "skipped": skipped, "epoch": (step + 1) * args.batch / len(data), "left_out": len(data.bad)}  # fmt: skip
+        metrics = {
+            "loss": all_sum(total),
+            "tokens": tokens,
+            "grad_norm": norm,
+            "lr": opt.param_groups[0]["lr"],
+            "skipped": skipped,
+            "epoch": (step + 1) * args.batch / len(data),
+            "left_out": len(data.bad),
+        }
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and trees:
-            prompt, text = trees[0].prompt, policy.encoder.decode(trees[0].prompt.ids[trees[0].mask].tolist())
+            prompt, text = (
+                trees[0].prompt,
+                policy.encoder.decode(trees[0].prompt.ids[trees[0].mask].tolist()),
+            )
             print0(f"--- step {step + 1}, {prompt.example.where}: the trained tokens\n{text}\n---")
         # 5) save
         stop = ranks.stop()
-        if stop or step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
-            save(last, partial(model.save, policy), {"step": step + 1, "args": vars(args), "metrics": metrics},
-                 {"policy": (policy, opt)}, {"order": order.state()})  # fmt: skip
+        if (
+            stop
+            or step + 1 == args.steps
+            or (args.save_every and (step + 1) % args.save_every == 0)
+        ):
+            save(
+                last,
+                partial(model.save, policy),
+                {"step": step + 1, "args": vars(args), "metrics": metrics},
+                {"policy": (policy, opt)},
+                {"order": order.state()},
+            )
         if stop:
             sys.exit(SAVED_AND_STOPPED)
     ranks.close()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from measure import clock, median, peak, report
 
-from logprob import token_logps
+from engine.logprob import token_logps
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--device", default="cpu")
@@ -21,7 +21,11 @@ parser.add_argument("--vocabulary", type=int, default=151_936)
 parser.add_argument("--repeat", type=int, default=5)
 args = parser.parse_args()
 cuda = args.device != "cpu"
-T, D, V = args.tokens or (16_384 if cuda else 2048), args.hidden or (2560 if cuda else 256), args.vocabulary
+T, D, V = (
+    args.tokens or (16_384 if cuda else 2048),
+    args.hidden or (2560 if cuda else 256),
+    args.vocabulary,
+)
 torch.manual_seed(0)
 dtype = torch.bfloat16 if cuda else torch.float32
 hidden = torch.randn(T, D, device=args.device).to(dtype).requires_grad_()
@@ -70,8 +74,15 @@ expected = step(plain)
 wanted = hidden.grad.float(), weight.grad.float()
 for name in ("two sweeps", "one sweep"):
     difference = float((contenders[name]() - expected).abs().max())
-    relative = [float((x.grad.float() - w).norm() / w.norm()) for x, w in zip((hidden, weight), wanted, strict=True)]
-    assert difference < (0.05 if cuda else 1e-4) and max(relative) < (0.02 if cuda else 1e-4), (name, difference, relative)
+    relative = [
+        float((x.grad.float() - w).norm() / w.norm())
+        for x, w in zip((hidden, weight), wanted, strict=True)
+    ]
+    assert difference < (0.05 if cuda else 1e-4) and max(relative) < (0.02 if cuda else 1e-4), (
+        name,
+        difference,
+        relative,
+    )
 del expected, wanted
 seconds = {k: median(v) for k, v in clock(contenders, args.device, args.repeat).items()}
 memory = {}
@@ -79,7 +90,15 @@ for name, run in contenders.items():
     hidden.grad = weight.grad = None  # what the last one left is not to be counted as freed
     memory[name] = peak(run, args.device)
 report(
-    "logprob", ratio_time={k: v / seconds["plain"] for k, v in seconds.items()},
-    ratio_memory={k: v / memory["plain"] for k, v in memory.items()}, seconds=seconds,
-    gigabytes={k: v / 1e9 for k, v in memory.items()}, T=T, D=D, V=V, dtype=str(dtype), device=args.device, missing=missing,
-)  # fmt: skip
+    "logprob",
+    ratio_time={k: v / seconds["plain"] for k, v in seconds.items()},
+    ratio_memory={k: v / memory["plain"] for k, v in memory.items()},
+    seconds=seconds,
+    gigabytes={k: v / 1e9 for k, v in memory.items()},
+    T=T,
+    D=D,
+    V=V,
+    dtype=str(dtype),
+    device=args.device,
+    missing=missing,
+)

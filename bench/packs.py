@@ -13,37 +13,56 @@ import torch
 from measure import clock, lengths, median, model, peak, prompt, report
 
 from align import Discriminator, bradley_terry
-from logprob import token_logps
-from packs import Tree, adopt, make, run
+from engine.logprob import token_logps
+from engine.packs import Tree, adopt, make, run
 
 N = 16  # rollouts of the group
 
 
 def texts(hf, sizes, seed=1):
     random = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, hf.config.text_config.vocab_size - 8, (n,), generator=random).tolist() for n in sizes]
+    return [
+        torch.randint(3, hf.config.text_config.vocab_size - 8, (n,), generator=random).tolist()
+        for n in sizes
+    ]
 
 
 def policy(hf, root, mean, device):
     """{contender: forward and backward}, the model of each, tokens of a row's responses."""
     ours, responses = copy.deepcopy(hf), texts(hf, lengths(N, mean))
     adopt(ours.model)
-    coefficient = torch.randn(sum(map(len, responses)), device=device).split(list(map(len, responses)))
-    images = {"pixel_values": root.pixel_values.to(device, hf.dtype), "image_grid_thw": root.grid_thw.to(device)}
+    coefficient = torch.randn(sum(map(len, responses)), device=device).split(
+        list(map(len, responses))
+    )
+    images = {
+        "pixel_values": root.pixel_values.to(device, hf.dtype),
+        "image_grid_thw": root.grid_thw.to(device),
+    }
 
     def theirs(rows):  # transformers' own forward, right-padded where there are several
         whole = [torch.cat([root.ids, torch.tensor(row)]) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True).to(device)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in whole], batch_first=True).to(device)
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in whole], batch_first=True
+        ).to(device)
         kinds = (ids == hf.config.image_token_id).int()
         many = {k: v.repeat(len(rows), 1) for k, v in images.items()}
         hf.model.rope_deltas = None
-        hidden = hf.model(input_ids=ids, attention_mask=mask if len(rows) > 1 else None, mm_token_type_ids=kinds, **many)
+        hidden = hf.model(
+            input_ids=ids,
+            attention_mask=mask if len(rows) > 1 else None,
+            mm_token_type_ids=kinds,
+            **many,
+        )
         return hidden.last_hidden_state[:, len(root.ids) - 1 :]
 
-    def loss(hidden, k):  # the same log-prob everywhere: what is compared is the model's forward and backward
+    def loss(
+        hidden, k
+    ):  # the same log-prob everywhere: what is compared is the model's forward and backward
         target = torch.tensor(responses[k], device=device)
-        logp = token_logps(hidden[: len(target)], hf.lm_head.weight, target, coefficient=coefficient[k])
+        logp = token_logps(
+            hidden[: len(target)], hf.lm_head.weight, target, coefficient=coefficient[k]
+        )
         return (logp * coefficient[k]).sum()
 
     def rows():
@@ -57,14 +76,22 @@ def policy(hf, root, mean, device):
     def packed():
         pack = make([Tree(root, responses)], [(0, list(range(N)))], device)
         c = torch.cat(coefficient)
-        (token_logps(run(ours.model, pack)[pack.source], ours.lm_head.weight, pack.target, coefficient=c) * c).sum().backward()
+        (
+            token_logps(
+                run(ours.model, pack)[pack.source], ours.lm_head.weight, pack.target, coefficient=c
+            )
+            * c
+        ).sum().backward()
 
     return {"rows": (rows, hf), "padded": (padded, hf), "packed": (packed, ours)}, responses
 
 
 def discriminator(hf, root, mean, device):
     disc = Discriminator(copy.deepcopy(hf.model), "moe", noise=0.01).to(device, hf.dtype)
-    spans, kinds = texts(hf, [n // 2 for n in lengths(2 * (N + 1), mean, 2)]), [0, 1] * (N + 1)  # 0 and 1: the reference's
+    spans, kinds = (
+        texts(hf, [n // 2 for n in lengths(2 * (N + 1), mean, 2)]),
+        [0, 1] * (N + 1),
+    )  # 0 and 1: the reference's
 
     def one(k):
         return disc(make([Tree(root, [spans[k]], [kinds[k]])], [(0, [0])], device))[0]
@@ -84,7 +111,11 @@ def discriminator(hf, root, mean, device):
         raw = disc(make([Tree(root, spans, kinds)], [(0, list(range(len(spans))))], device))[0]
         pairs(lambda k: raw[k : k + 1]).backward()
 
-    return {"rows, reference each time": (released, disc), "rows": (rows, disc), "packed": (packed, disc)}, spans
+    return {
+        "rows, reference each time": (released, disc),
+        "rows": (rows, disc),
+        "packed": (packed, disc),
+    }, spans
 
 
 def measured(run, model):
@@ -110,18 +141,30 @@ def main():
     figures = {"ratio": {}, "ratio_memory": {}, "seconds": {}, "tokens": {}}
     for times in (1, 3):
         hf = model(size, args.device).train()
-        side = min(range(2, 300, 2), key=lambda s: abs((s // 2) ** 2 - 0.75 * times * mean))  # three quarters are image
+        side = min(
+            range(2, 300, 2), key=lambda s: abs((s // 2) ** 2 - 0.75 * times * mean)
+        )  # three quarters are image
         root = prompt(hf, times * mean - (side // 2) ** 2 - 2, side)
-        contenders, texts_ = (discriminator if args.discriminator else policy)(hf, root, mean, args.device)
+        contenders, texts_ = (discriminator if args.discriminator else policy)(
+            hf, root, mean, args.device
+        )
         runs, grads, bytes_ = {}, {}, {}
         for name, (run_, m) in contenders.items():
             if args.checkpointing:
                 getattr(m, "model", m).gradient_checkpointing_enable({"use_reentrant": False})
             runs[name] = measured(run_, m)
             runs[name]()
-            grads[name] = {k: p.grad.float().norm().item() for k, p in m.named_parameters() if p.grad is not None}
+            grads[name] = {
+                k: p.grad.float().norm().item()
+                for k, p in m.named_parameters()
+                if p.grad is not None
+            }
         first, *rest = grads.values()
-        worst = max(abs(g[k] - first[k]) / (first[k] + 1e-6 * max(first.values())) for g in rest for k in first)
+        worst = max(
+            abs(g[k] - first[k]) / (first[k] + 1e-6 * max(first.values()))
+            for g in rest
+            for k in first
+        )
         assert worst < (0.2 if cuda else 5e-3), worst  # the same gradients, whichever way
         seconds = {k: median(v) for k, v in clock(runs, args.device, args.repeat).items()}
         for name, (_, m) in contenders.items():

@@ -21,12 +21,12 @@ from measure import ROOT, median, report
 
 import align
 import rlvr
-from common import optimizer, step_if_finite
 from data import Order, read
-from groups import sample, verify
+from engine.optimiser import optimizer, step_if_finite
+from engine.packs import Tree
+from engine.ranks import setup
+from engine.rollouts import sample, verify
 from model import load
-from packs import Tree
-from ranks import setup
 
 
 class Parts:
@@ -67,7 +67,11 @@ def grpo(args, steps):
 
 def game(args, steps):
     policy, disc = load(args.policy).train(), align.load_discriminator(args).train()
-    encoder, opt, disc_opt = policy.encoder, optimizer(policy, args.lr, 0.01), optimizer(disc, args.disc_lr, 0.01)
+    encoder, opt, disc_opt = (
+        policy.encoder,
+        optimizer(policy, args.lr, 0.01),
+        optimizer(disc, args.disc_lr, 0.01),
+    )
     data, parts, tokens = read(args.data, "align"), Parts(), []
     build = partial(align.demonstration, encoder=encoder, disc_encoder=encoder, args=args)
     order, spare = Order(len(data), 0), data.draw(Order(len(data), 0), 1, build)[0]
@@ -81,11 +85,18 @@ def game(args, steps):
         step_if_finite(disc_opt, loss, 1.0, "discriminator")
         parts("discriminator's update")
         for group, item in zip(groups, items, strict=True):
-            raw = [[item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)] for kind in (0, 1)]
-            group.advantage = align.alignment_advantage(*map(torch.tensor, raw), item.well_formed, args.group_size)
+            raw = [
+                [item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)]
+                for kind in (0, 1)
+            ]
+            group.advantage = align.alignment_advantage(
+                *map(torch.tensor, raw), item.well_formed, args.group_size
+            )
             verify(group)
         parts("advantage, verify")
-        rlvr.policy_update(policy, opt, groups, range(len(items)), args, Tree(spare.prompt, [[encoder.eos]]), "cpu")
+        rlvr.policy_update(
+            policy, opt, groups, range(len(items)), args, Tree(spare.prompt, [[encoder.eos]]), "cpu"
+        )
         parts("policy's update")
         tokens.append(sum(len(r.ids) for g in groups for r in g.rollouts))
     return parts, tokens
@@ -95,13 +106,29 @@ def trl(python, args, steps, batch):
     data = read(args.data, "rl")
     rows = []
     for example in data.fetch(range(args.prompts_per_step * steps)):
-        turns = [m | {"content": m["content"].replace("<image>", "").strip()} for m in example.messages]
-        images = [{"path": x} if isinstance(x, str) else {"bytes": base64.b64encode(x).decode()} for x in example.images]
+        turns = [
+            m | {"content": m["content"].replace("<image>", "").strip()} for m in example.messages
+        ]
+        images = [
+            {"path": x} if isinstance(x, str) else {"bytes": base64.b64encode(x).decode()}
+            for x in example.images
+        ]
         rows.append({"prompt": turns, "answer": example.answer, "images": images})
     with tempfile.TemporaryDirectory() as out:
-        job = {"policy": str(load(args.policy).source), "rows": rows, "prompts": args.prompts_per_step, "lr": args.lr,
-               "group": args.group_size, "most": args.max_response, "steps": steps, "out": out, "device": "cpu", "batch": batch,
-               "banned": list(load(args.policy).encoder.banned), "threads": torch.get_num_threads()}  # fmt: skip
+        job = {
+            "policy": str(load(args.policy).source),
+            "rows": rows,
+            "prompts": args.prompts_per_step,
+            "lr": args.lr,
+            "group": args.group_size,
+            "most": args.max_response,
+            "steps": steps,
+            "out": out,
+            "device": "cpu",
+            "batch": batch,
+            "banned": list(load(args.policy).encoder.banned),
+            "threads": torch.get_num_threads(),
+        }
         command = [python, str(ROOT / "bench/trl_step.py"), json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -117,7 +144,14 @@ if __name__ == "__main__":
     parser.add_argument("--trl", help="the Python of an environment with TRL")
     parser.add_argument("--steps", type=int, default=8)
     cli = parser.parse_args()
-    common = dict(policy=f"{cli.out}/sft", out="unused", group_size=8, lr=1.5e-4, max_response=128, device="cpu")
+    common = dict(
+        policy=f"{cli.out}/sft",
+        out="unused",
+        group_size=8,
+        lr=1.5e-4,
+        max_response=128,
+        device="cpu",
+    )
     for_grpo = rlvr.Args(data=f"{cli.data}/rl.jsonl", prompts_per_step=24, **common)
     game_data = dict(data=f"{cli.data}/align.jsonl", disc_init="ckpt/base-tiny", disc_lr=5e-4)
     for_game = align.Args(prompts_per_step=16, **game_data, **common)
@@ -129,7 +163,9 @@ if __name__ == "__main__":
         whole[name] = median(each)
         figures[name] = {"step": whole[name], **parts.medians(), "tokens": median(tokens[1:])}
     ratio = {}
-    for batch in (192, 8) if cli.trl else ():  # all rows of a step at once; its own default, with accumulation
+    for batch in (
+        (192, 8) if cli.trl else ()
+    ):  # all rows of a step at once; its own default, with accumulation
         theirs, name = trl(cli.trl, for_grpo, cli.steps, batch), f"TRL, {batch} rows a forward"
         tokens = median(theirs["mean_length"]) * 24 * 8
         figures[name] = {"step": median(theirs["seconds"]), "tokens": tokens, **theirs["versions"]}

@@ -46,9 +46,11 @@ def rate(rows, verdict):
     seconds = time.perf_counter() - start
     share = lambda values: round(sum(values) / len(values), 4) if values else None  # noqa: E731
     return {
-        "right": share([e == v for e, v in found]), "false_positives": share([v for e, v in found if not e]),
-        "false_negatives": share([not v for e, v in found if e]), "ms_per_row": round(1000 * seconds / len(rows), 2),
-    }  # fmt: skip
+        "right": share([e == v for e, v in found]),
+        "false_positives": share([v for e, v in found if not e]),
+        "false_negatives": share([not v for e, v in found if e]),
+        "ms_per_row": round(1000 * seconds / len(rows), 2),
+    }
 
 
 def choices_of(row):
@@ -57,13 +59,27 @@ def choices_of(row):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", help="JSONL of {pred, gold, expected, kind, policy?}")
-    rows = [json.loads(line) for line in Path(parser.parse_args().cases).read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path(parser.parse_args().cases).read_text(encoding="utf-8").splitlines()
+    ]
     rows = [row for row in rows if comparable(row)]
     table = {f.__name__: rate(rows, f) for f in (combined, math_verify_alone, rules_alone)}
     version = importlib.metadata.version("math-verify")
-    print(json.dumps({"rows": len(rows), "equal": sum(row["expected"] for row in rows), **table, "math_verify": version}))
+    print(
+        json.dumps(
+            {
+                "rows": len(rows),
+                "equal": sum(row["expected"] for row in rows),
+                **table,
+                "math_verify": version,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

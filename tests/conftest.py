@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
 
-from packs import adopt  # noqa: E402
+from engine.packs import adopt  # noqa: E402
 
 torch.set_num_threads(1)
 VOCAB, IMAGE, VIDEO, START, STOP, PAD, EOS = 64, 60, 61, 58, 59, 0, 1
@@ -26,24 +26,51 @@ VOCAB, IMAGE, VIDEO, START, STOP, PAD, EOS = 64, 60, 61, 58, 59, 0, 1
 def tiny_config(**text):
     return Qwen3VLConfig(
         text_config=dict(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            intermediate_size=48, vocab_size=VOCAB, rope_theta=10000.0, eos_token_id=EOS, pad_token_id=None,
-            rope_scaling={"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
-            tie_word_embeddings=True, max_position_embeddings=512,
-        ) | text,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=48,
+            vocab_size=VOCAB,
+            rope_theta=10000.0,
+            eos_token_id=EOS,
+            pad_token_id=None,
+            rope_scaling={
+                "rope_type": "default",
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+            tie_word_embeddings=True,
+            max_position_embeddings=512,
+        )
+        | text,
         vision_config=dict(
-            depth=2, hidden_size=32, num_heads=2, intermediate_size=48, patch_size=4, spatial_merge_size=2,
-            temporal_patch_size=2, out_hidden_size=32, num_position_embeddings=64, deepstack_visual_indexes=[0],
+            depth=2,
+            hidden_size=32,
+            num_heads=2,
+            intermediate_size=48,
+            patch_size=4,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=32,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0],
         ),
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=STOP,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=STOP,
         tie_word_embeddings=text.get("tie_word_embeddings", True),
-    )  # fmt: skip
+    )
 
 
 def tiny_hf(seed=0, packs=True, **text):
     torch.manual_seed(seed)
     hf = Qwen3VLForConditionalGeneration(tiny_config(**text)).eval()
-    for p in hf.parameters():  # larger than the usual initialisation, so that mistakes show in the logits
+    for p in (
+        hf.parameters()
+    ):  # larger than the usual initialisation, so that mistakes show in the logits
         if p.ndim > 1:
             p.data.normal_(0, 0.15)
     if packs:
@@ -61,24 +88,37 @@ def tiny_prompt(hf, length=5, grid=(1, 4, 4), seed=0):
         ids = torch.cat([torch.tensor([START] + [IMAGE] * (n // 4) + [STOP]), ids])
         pixels, grids = torch.randn(n, 3 * 2 * 16, generator=g), torch.tensor([grid])
     image = (ids == IMAGE).int()
-    positions, _ = hf.model.get_rope_index(ids[None], mm_token_type_ids=image[None], image_grid_thw=grids)
+    positions, _ = hf.model.get_rope_index(
+        ids[None], mm_token_type_ids=image[None], image_grid_thw=grids
+    )
     return SimpleNamespace(
-        ids=ids, positions=positions[:, 0], next_position=int(positions.max()) + 1, pixel_values=pixels,
-        grid_thw=grids, image_mask=image.bool(),
-    )  # fmt: skip
+        ids=ids,
+        positions=positions[:, 0],
+        next_position=int(positions.max()) + 1,
+        pixel_values=pixels,
+        grid_thw=grids,
+        image_mask=image.bool(),
+    )
 
 
 def plain_logits(hf, prompt, ids):
     """transformers' own forward on one row: without packs, images one by one, patches by convolution."""
     full = torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None]
-    configs, patches = (hf.model.language_model.config, hf.model.visual.config), hf.model.visual.patch_embed.proj
+    configs, patches = (
+        (hf.model.language_model.config, hf.model.visual.config),
+        hf.model.visual.patch_embed.proj,
+    )
     ours, kind = [c._attn_implementation for c in configs], type(patches)
     for config in configs:
         config._attn_implementation = "sdpa"
     patches.__class__, hf.model.rope_deltas = torch.nn.Conv3d, None
     try:
-        return hf(input_ids=full, mm_token_type_ids=(full == IMAGE).int(), pixel_values=prompt.pixel_values,
-                  image_grid_thw=prompt.grid_thw).logits[0]  # fmt: skip
+        return hf(
+            input_ids=full,
+            mm_token_type_ids=(full == IMAGE).int(),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.grid_thw,
+        ).logits[0]
     finally:
         patches.__class__ = kind
         for config, implementation in zip(configs, ours, strict=True):
@@ -89,7 +129,10 @@ def free_ports(n):
     """Below the range that outgoing connections take theirs from: one that is free now is free in a minute too."""
     ports = []
     while len(ports) < n:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port := random.randrange(10_000, 30_000))):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port := random.randrange(10_000, 30_000))),
+        ):
             ports += [str(port)] if str(port) not in ports else []
     return ports
 

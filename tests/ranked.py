@@ -15,11 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import align
-import common
-import ranks
 import rlvr
 import sft
-from groups import sample as plain_sample
+from engine import optimiser, ranks
+from engine.rollouts import sample as plain_sample
 
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
 close, job, gradients, rollouts, meshes = ranks.Ranks.close, {}, [], {}, set()
@@ -34,17 +33,29 @@ def step_if_finite(optimizer, loss, max_norm, who):
     if job.get("fail") == [torch.distributed.get_rank(), len(gradients)]:
         print("planted at", time.time(), flush=True)
         raise ValueError("a planted error")
-    named = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    named = [
+        pair
+        for g in optimizer.param_groups
+        for pair in zip(g["param_names"], g["params"], strict=True)
+    ]
     meshes.update(tuple(p.device_mesh.shape) for _, p in named if hasattr(p, "device_mesh"))
-    gradients.append({n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().clone() for n, p in named if p.grad is not None})
-    return common.step_if_finite(optimizer, loss, max_norm, who)
+    gradients.append(
+        {
+            n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().clone()
+            for n, p in named
+            if p.grad is not None
+        }
+    )
+    return optimiser.step_if_finite(optimizer, loss, max_norm, who)
 
 
 def sample(hf, encoder, prompts, numbers, args, seed):
     groups = plain_sample(hf, encoder, prompts, numbers, args, seed)
     for number, group in zip(numbers, groups, strict=True):
         rollouts[str((*seed, number))] = [r.ids for r in group.rollouts]
-        if number in job.get("malformed", ()):  # cut short: no rollout of this prompt has its three parts
+        if number in job.get(
+            "malformed", ()
+        ):  # cut short: no rollout of this prompt has its three parts
             for r in group.rollouts:
                 r.ids, r.logps = r.ids[:3], r.logps[:3]
             group.texts = [encoder.decode(r.ids) for r in group.rollouts]
@@ -69,5 +80,5 @@ if __name__ == "__main__":
         os.environ["MASTER_PORT"] = port  # each run makes a process group of its own
         gradients, rollouts, meshes = [], {}, set()
         for stage in STAGES.values():
-            stage.optimizer = sgd if job.get("sgd") else common.optimizer
+            stage.optimizer = sgd if job.get("sgd") else optimiser.optimizer
         STAGES[job["stage"]].main(STAGES[job["stage"]].Args(**job["flags"]))

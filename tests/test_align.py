@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from conftest import EOS, tiny_hf, tiny_prompt
 
-import health
 from align import (
     PERCEPTION,
     REASONING,
@@ -24,15 +23,18 @@ from align import (
     load_discriminator,
     save_discriminator,
 )
+from engine import health
+from engine.packs import Tree, make, plan
 from model import recompute
-from packs import Tree, make, plan
 
 CASES = json.loads((Path(__file__).parent / "reference.json").read_text())
 ARGS = SimpleNamespace(pack_tokens=10**6, score_l2=1e-3, balance=0.01, score_clip=10.0, disc="moe")
 
 
 def near(a, b, atol=1e-7):
-    torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=1e-5, atol=atol)
+    torch.testing.assert_close(
+        torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=1e-5, atol=atol
+    )
 
 
 # ------------------------------------------------------------------------------------------------ loss and advantage
@@ -43,12 +45,18 @@ def test_parity(case):
     a = case["align"]
     for name in (k for k in a if k.startswith("advantage_alpha_")):
         got = alignment_advantage(
-            torch.tensor(a["perception"]), torch.tensor(a["reasoning"]), torch.tensor(a["format_ok"]).bool(),
-            case["group_size"], alpha=float(name.split("_")[-1]), malformed_penalty=a["format_penalty"],
-        )  # fmt: skip
+            torch.tensor(a["perception"]),
+            torch.tensor(a["reasoning"]),
+            torch.tensor(a["format_ok"]).bool(),
+            case["group_size"],
+            alpha=float(name.split("_")[-1]),
+            malformed_penalty=a["format_penalty"],
+        )
         near(got, a[name])
     b = case["bradley_terry"]
-    reference, policy = (torch.tensor(b[f"{k}_score"], requires_grad=True) for k in ("reference", "policy"))
+    reference, policy = (
+        torch.tensor(b[f"{k}_score"], requires_grad=True) for k in ("reference", "policy")
+    )
     loss = bradley_terry(reference, policy)
     loss.backward()
     near(loss, b["loss"])
@@ -58,12 +66,22 @@ def test_parity(case):
 
 def test_bradley_terry_parts_and_nothing():
     a, b = torch.randn(7), torch.randn(7, requires_grad=True)
-    near(sum(bradley_terry(a[s], b[s], 7) for s in (slice(0, 2), slice(2, 7))), bradley_terry(a, b).detach())
+    near(
+        sum(bradley_terry(a[s], b[s], 7) for s in (slice(0, 2), slice(2, 7))),
+        bradley_terry(a, b).detach(),
+    )
     empty = bradley_terry(a[:0], b[:0])
     empty.backward()
     assert empty == 0 and b.grad.abs().sum() == 0
-    assert bradley_terry(torch.tensor([200.0]), torch.tensor([-200.0])) == 0  # saturated, finite, not clamped
-    assert torch.autograd.grad(bradley_terry(torch.tensor([-200.0]), c := torch.tensor([200.0], requires_grad=True)), c)[0] == 1
+    assert (
+        bradley_terry(torch.tensor([200.0]), torch.tensor([-200.0])) == 0
+    )  # saturated, finite, not clamped
+    assert (
+        torch.autograd.grad(
+            bradley_terry(torch.tensor([-200.0]), c := torch.tensor([200.0], requires_grad=True)), c
+        )[0]
+        == 1
+    )
 
 
 def test_advantage_of_malformed():
@@ -82,9 +100,15 @@ def test_advantage_of_malformed():
 def test_advantage_switches():
     torch.manual_seed(0)
     v, r, ok = torch.randn(8), 1e-5 * torch.randn(8), torch.ones(8, dtype=torch.bool)
-    near(alignment_advantage(v, r, ok, 4, alpha=1), alignment_advantage(v, v, ok, 4, alpha=0.3), atol=1e-6)
+    near(
+        alignment_advantage(v, r, ok, 4, alpha=1),
+        alignment_advantage(v, v, ok, 4, alpha=0.3),
+        atol=1e-6,
+    )
     summed = alignment_advantage(v, r, ok, 4, normalize="sum")
-    assert (summed - alignment_advantage(v, r, ok, 4, alpha=1)).abs().max() < 1e-3  # reasoning hardly varies
+    assert (
+        summed - alignment_advantage(v, r, ok, 4, alpha=1)
+    ).abs().max() < 1e-3  # reasoning hardly varies
     assert alignment_advantage(r, r, ok, 4).abs().max() > 0.5
     assert alignment_advantage(r, r, ok, 4, std_floor=1e-3).abs().max() < 0.1
     for size in (1, 3):
@@ -123,11 +147,17 @@ def test_scores_do_not_depend_on_company(form):
     d = disc(form)
     hf = SimpleNamespace(model=d.model)
     prompts = [tiny_prompt(hf, 5, (1, 4, 4), 0), tiny_prompt(hf, 9, None, 1)]
-    alone = [score(d, [Tree(p, [s], [k])])[0, 0] for p in prompts for s, k in zip(SPANS, KINDS, strict=True)]
+    alone = [
+        score(d, [Tree(p, [s], [k])])[0, 0]
+        for p in prompts
+        for s, k in zip(SPANS, KINDS, strict=True)
+    ]
     assert len({round(a, 4) for a in alone}) == 6  # they differ, but for the repeated span
     together = score(d, [Tree(p, SPANS, KINDS) for p in prompts])
     near(list(together.values()), alone, atol=2e-6)
-    near([together[0, 0]], [together[0, 3]], atol=1e-6)  # identical text, identical score, wherever it stands
+    near(
+        [together[0, 0]], [together[0, 3]], atol=1e-6
+    )  # identical text, identical score, wherever it stands
     for order in list(permutations(range(4)))[::7]:
         moved = score(d, [Tree(prompts[0], [SPANS[i] for i in order], [KINDS[i] for i in order])])
         near([moved[0, order.index(i)] for i in range(4)], alone[:4], atol=2e-6)
@@ -191,9 +221,19 @@ def test_load_balance_has_a_gradient(checkpointing):
 def items(d):
     hf = SimpleNamespace(model=d.model)
     reference = {PERCEPTION: [20, 21, EOS], REASONING: [22, 23, 24, EOS]}
-    rows = [(k, kind, [3 + k, 4 + kind, 5, EOS][: 3 + k % 2] + [EOS]) for k in range(5) for kind in (0, 1)]
-    prompts = tiny_prompt(hf, 5, (1, 4, 4), 0), tiny_prompt(hf, 9, None, 1), tiny_prompt(hf, 4, None, 2)
-    return [Item(p, p, reference, mine) for p, mine in zip(prompts, (rows, rows[:2], []), strict=True)]
+    rows = [
+        (k, kind, [3 + k, 4 + kind, 5, EOS][: 3 + k % 2] + [EOS])
+        for k in range(5)
+        for kind in (0, 1)
+    ]
+    prompts = (
+        tiny_prompt(hf, 5, (1, 4, 4), 0),
+        tiny_prompt(hf, 9, None, 1),
+        tiny_prompt(hf, 4, None, 2),
+    )
+    return [
+        Item(p, p, reference, mine) for p, mine in zip(prompts, (rows, rows[:2], []), strict=True)
+    ]
 
 
 def test_disc_pass_is_the_written_loss():
@@ -207,7 +247,11 @@ def test_disc_pass_is_the_written_loss():
         for item in scored[:2]:
             for k, _, ids in (s for s in item.policy if s[1] == kind):
                 both = score(d, [Tree(item.prompt, [item.reference[kind], ids], [kind, kind])])
-                near([item.score[kind][None], item.score[kind][k]], [both[0, 0], both[0, 1]], atol=2e-6)
+                near(
+                    [item.score[kind][None], item.score[kind][k]],
+                    [both[0, 0], both[0, 1]],
+                    atol=2e-6,
+                )
                 terms.append(F.softplus(torch.tensor(both[0, 1] - both[0, 0])))
                 squares += [both[0, 0] ** 2, both[0, 1] ** 2]
         expected += float(sum(terms)) / len(terms)
@@ -222,14 +266,24 @@ def test_disc_pass_is_the_written_loss():
 def test_disc_pass_gradient_does_not_depend_on_packs():
     whole, parts = disc(), disc()
     args = SimpleNamespace(**vars(ARGS) | {"pack_tokens": 40, "balance": 0.0})
-    a, _ = disc_pass(whole, items(whole), SimpleNamespace(**vars(ARGS) | {"balance": 0.0}), "cpu", items(whole)[0])
+    a, _ = disc_pass(
+        whole,
+        items(whole),
+        SimpleNamespace(**vars(ARGS) | {"balance": 0.0}),
+        "cpu",
+        items(whole)[0],
+    )
     b, _ = disc_pass(parts, items(parts), args, "cpu", items(parts)[0])
     near(a, b, atol=1e-6)
     split = plan([items(parts)[0].tree()], 40)
-    assert len(split) > 1 and all(cs[:2] == [0, 1] for part in split for _, cs in part)  # the references in each part
+    assert len(split) > 1 and all(
+        cs[:2] == [0, 1] for part in split for _, cs in part
+    )  # the references in each part
     for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
         if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                p.grad, q.grad, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("form", ["moe", "experts", "dense"])
@@ -242,7 +296,9 @@ def test_saved_discriminator_scores_the_same(form, tmp_path):
     with pytest.raises(ValueError, match="give --disc"):
         load_discriminator(SimpleNamespace(disc="other", disc_path=tmp_path / "disc"))
     config = json.loads((tmp_path / "disc/config.json").read_text())
-    (tmp_path / "disc/config.json").write_text(json.dumps(config | {"transformers_version": "5.23.0"}))
+    (tmp_path / "disc/config.json").write_text(
+        json.dumps(config | {"transformers_version": "5.23.0"})
+    )
     if form != "dense":
         with pytest.raises(ValueError, match="version 4"):
             load_discriminator(SimpleNamespace(disc=form, disc_path=tmp_path / "disc"))
@@ -269,8 +325,10 @@ def test_white_space_gives_nothing_away():
 
 def test_leak_probe_is_at_chance_and_finds_a_planted_leak():
     g = torch.Generator().manual_seed(0)
+
     def text(n):
         return " ".join(str(int(x)) for x in torch.randint(0, 99, (n,), generator=g))
+
     prompts, sides = [], ([], [])
     for _ in range(60):
         prompt = torch.randint(2, 50, (8,), generator=g).tolist()

@@ -15,28 +15,50 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_data import ASSISTANT, BAD, ONE, RESPONSE, USER, bpe, folder, picture, png, real, verl, write  # noqa: F401
+from test_data import (
+    ASSISTANT,
+    BAD,
+    ONE,
+    RESPONSE,
+    USER,
+    picture,
+    png,
+    verl,
+    write,
+)  # noqa: F401
 from test_stages import COMMON, ROLLOUTS, leave_no_group, records, world  # noqa: F401
 
 import align
 import rlvr
 import sft
 from data import BadRow, Example, Rows, count_items, count_steps, read
-from rows import open_image
+from engine.rows import open_image
 
 pa = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
 import pyarrow.parquet as pq  # noqa: E402
 
 GOOD = {
-    "sft": ONE | {"messages": [USER, ASSISTANT]}, "align": verl(teacher_response=RESPONSE), "rl": verl(), "eval": verl(),
+    "sft": ONE | {"messages": [USER, ASSISTANT]},
+    "align": verl(teacher_response=RESPONSE),
+    "rl": verl(),
+    "eval": verl(),
     "pairs": {"question": "How?", "teacher_response": RESPONSE, "student_response": RESPONSE},
-}  # fmt: skip
+}
 ASK = {"question": "How many dots?", "answer": "1"}
 THINK = RESPONSE.index("<think>")
 
 
 def sft_row(user=USER["content"], answer=RESPONSE, **more):
-    return ONE | {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]} | more
+    return (
+        ONE
+        | {
+            "messages": [
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        | more
+    )
 
 
 def asked(content, **more):
@@ -58,8 +80,16 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
     "NUL bytes": ("rl", "\0" * 50, "not valid JSON"),
     "no UTF-8": ("rl", b'{"question": "\xff\xfe", "answer": "1"}', "not valid JSON"),
     "control character": ("rl", '{"question": "a\tb", "answer": "1"}', "not valid JSON"),
-    "duplicate name": ("rl", '{"question": "x", "answer": "1", "answer": "2"}', "not valid JSON .*stands twice"),
-    "duplicate name inside": ("rl", '{"question": "x", "reward_model": {"a": 1, "a": 2}}', "not valid JSON .*stands twice"),
+    "duplicate name": (
+        "rl",
+        '{"question": "x", "answer": "1", "answer": "2"}',
+        "not valid JSON .*stands twice",
+    ),
+    "duplicate name inside": (
+        "rl",
+        '{"question": "x", "reward_model": {"a": 1, "a": 2}}',
+        "not valid JSON .*stands twice",
+    ),
     "deep": ("rl", '{"a":' * 5000 + "1" + "}" * 5000, "not valid JSON"),
     "giant number": ("rl", '{"question": "x", "answer": %s}' % ("9" * 5000), "not valid JSON"),
     "Infinity": ("rl", '{"question": "x", "answer": Infinity}', "`answer` is neither"),
@@ -69,69 +99,169 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
     "choices as an object": ("eval", ASK | {"choices": {"A": ["x"]}}, "`choices` is neither"),
     "choices in lists": ("eval", ASK | {"choices": [["a"], ["b"]]}, "`choices` is neither"),
     "a null among choices": ("eval", ASK | {"choices": [None, "b"]}, "`choices` is neither"),
-    "a lone surrogate among choices": ("eval", ASK | {"choices": ["\ud800", "b"]}, "`choices` is neither"),
-    "an image among choices": ("eval", ASK | {"choices": ["<image>", "b"]}, "not one <image> for each image"),
-    "a special token among choices": ("eval", ASK | {"choices": ["<|im_end|>", "b"]}, "a special token"),
+    "a lone surrogate among choices": (
+        "eval",
+        ASK | {"choices": ["\ud800", "b"]},
+        "`choices` is neither",
+    ),
+    "an image among choices": (
+        "eval",
+        ASK | {"choices": ["<image>", "b"]},
+        "not one <image> for each image",
+    ),
+    "a special token among choices": (
+        "eval",
+        ASK | {"choices": ["<|im_end|>", "b"]},
+        "a special token",
+    ),
     "answer as an object": ("rl", ASK | {"answer": {"a": "b"}}, "`answer` is neither"),
     "answer in lists": ("rl", ASK | {"answer": [["a"]]}, "`answer` is neither"),
     "no answers": ("rl", ASK | {"answer": []}, "no answer"),
     "null answer": ("rl", ASK | {"answer": None}, "no answer"),
-    "answer of 1 MB": ("rl", ASK | {"answer": "9" * 1_000_000}, "no answer, or one of more than 4000"),
+    "answer of 1 MB": (
+        "rl",
+        ASK | {"answer": "9" * 1_000_000},
+        "no answer, or one of more than 4000",
+    ),
     "answer with a lone surrogate": ("rl", ASK | {"answer": "\ud800"}, "`answer` is neither"),
-    "equivalents as an object": ("rl", verl(reward_model={"ground_truth": "1", "equivalent_answers": {"a": "b"}}),
-                                 "`equivalent_answers` is neither"),
-    "reward_model as a list": ("rl", verl(reward_model=["1"]), "reward_model or extra_info is not an object"),
-    "extra_info as a list": ("rl", verl(extra_info=["1"]), "reward_model or extra_info is not an object"),
+    "equivalents as an object": (
+        "rl",
+        verl(reward_model={"ground_truth": "1", "equivalent_answers": {"a": "b"}}),
+        "`equivalent_answers` is neither",
+    ),
+    "reward_model as a list": (
+        "rl",
+        verl(reward_model=["1"]),
+        "reward_model or extra_info is not an object",
+    ),
+    "extra_info as a list": (
+        "rl",
+        verl(extra_info=["1"]),
+        "reward_model or extra_info is not an object",
+    ),
     "prompt as an object": ("rl", verl(prompt=USER), "`question` is missing"),
     "prompt as a number": ("rl", verl(prompt=5), "`question` is missing"),
-    "prompt as JSON in a text": ("rl", verl(prompt=json.dumps([USER])), "`prompt` is not a list of turns"),
+    "prompt as JSON in a text": (
+        "rl",
+        verl(prompt=json.dumps([USER])),
+        "`prompt` is not a list of turns",
+    ),
     "content in parts": ("rl", asked([{"type": "text", "text": "How?"}]), "`content` is missing"),
     "content null": ("rl", asked(None), "`content` is missing"),
     "role null": ("rl", verl(prompt=[{"role": None, "content": "<image>"}]), "do not alternate"),
-    "role as a list": ("rl", verl(prompt=[{"role": ["user"], "content": "<image>"}]), "do not alternate"),
-    "the other dialect": ("sft", {"messages": [{"from": "human", "value": "x"}]}, "`content` is missing"),
-    "two system turns": ("sft", ONE | {"system": "A", "messages": [{"role": "system", "content": "B"}, USER, ASSISTANT]},
-                        "do not alternate"),
+    "role as a list": (
+        "rl",
+        verl(prompt=[{"role": ["user"], "content": "<image>"}]),
+        "do not alternate",
+    ),
+    "the other dialect": (
+        "sft",
+        {"messages": [{"from": "human", "value": "x"}]},
+        "`content` is missing",
+    ),
+    "two system turns": (
+        "sft",
+        ONE | {"system": "A", "messages": [{"role": "system", "content": "B"}, USER, ASSISTANT]},
+        "do not alternate",
+    ),
     "system as a number": ("sft", sft_row(system=5), "`system` is missing"),
-    "an image in the system turn": ("sft", sft_row("How?", system="<image>"), "<image> outside a user's turn"),
+    "an image in the system turn": (
+        "sft",
+        sft_row("How?", system="<image>"),
+        "<image> outside a user's turn",
+    ),
     "a special token in the system turn": ("sft", sft_row(system="x<|im_end|>"), "a special token"),
-    "a special token of the user": ("rl", asked("<image>How?<|im_end|>\n<|im_start|>system"), "a special token"),
+    "a special token of the user": (
+        "rl",
+        asked("<image>How?<|im_end|>\n<|im_start|>system"),
+        "a special token",
+    ),
     "an image token of the user": ("rl", asked("<image>How?<|image_pad|>"), "a special token"),
     "a special token around an image": ("rl", asked("<|im_<image>end|>"), "a special token"),
     "a special token of the assistant": ("sft", sft_row(answer="x<|im_end|>"), "a special token"),
-    "a special token in the reference": ("align", verl(teacher_response=RESPONSE.replace("dot", "<|im_end|>", 1)),
-                                         "a special token"),
+    "a special token in the reference": (
+        "align",
+        verl(teacher_response=RESPONSE.replace("dot", "<|im_end|>", 1)),
+        "a special token",
+    ),
     "reference twice": ("align", verl(teacher_response=RESPONSE * 2), "lacks the three parts"),
     "reference as a number": ("align", verl(teacher_response=5), "`teacher_response` is missing"),
-    "reference with a lone surrogate": ("align", verl(teacher_response=RESPONSE + "\ud800"), "no valid text"),
-    "caption as a list": ("align", verl(teacher_caption=["x"], teacher_cot=RESPONSE[THINK:]), "`teacher_caption` is missing"),
-    "caption in a caption": ("align", verl(teacher_caption="<caption><caption>x</caption></caption>",
-                                           teacher_cot=RESPONSE[THINK:]), "lacks the three parts"),
-    "no reference in a pair": ("pairs", {"question": "How?", "student_response": RESPONSE}, r"three parts \(teacher"),
-    "rollout as a number": ("pairs", GOOD["pairs"] | {"student_response": 5}, "`student_response` is missing"),
+    "reference with a lone surrogate": (
+        "align",
+        verl(teacher_response=RESPONSE + "\ud800"),
+        "no valid text",
+    ),
+    "caption as a list": (
+        "align",
+        verl(teacher_caption=["x"], teacher_cot=RESPONSE[THINK:]),
+        "`teacher_caption` is missing",
+    ),
+    "caption in a caption": (
+        "align",
+        verl(
+            teacher_caption="<caption><caption>x</caption></caption>", teacher_cot=RESPONSE[THINK:]
+        ),
+        "lacks the three parts",
+    ),
+    "no reference in a pair": (
+        "pairs",
+        {"question": "How?", "student_response": RESPONSE},
+        r"three parts \(teacher",
+    ),
+    "rollout as a number": (
+        "pairs",
+        GOOD["pairs"] | {"student_response": 5},
+        "`student_response` is missing",
+    ),
     "1 MB of text": ("rl", asked("<image>" + "dots " * 200_000), "too many tokens"),
-    "500 images": ("rl", asked("<image>" * 500, images=["images/0.png"] * 500), r"too many tokens \(.*4500 of images"),
+    "500 images": (
+        "rl",
+        asked("<image>" * 500, images=["images/0.png"] * 500),
+        r"too many tokens \(.*4500 of images",
+    ),
     "images as an empty text": ("rl", verl(images=""), "neither path nor bytes"),
     "images as lists": ("rl", verl(images=[["images/0.png"]]), "neither path nor bytes"),
-    "image as base64": ("rl", verl(images=[{"bytes": "iVBORw0KGgo=", "path": None}]), "neither path nor bytes"),
-    "image as a list of numbers": ("rl", verl(images=[{"bytes": [137, 80]}]), "neither path nor bytes"),
+    "image as base64": (
+        "rl",
+        verl(images=[{"bytes": "iVBORw0KGgo=", "path": None}]),
+        "neither path nor bytes",
+    ),
+    "image as a list of numbers": (
+        "rl",
+        verl(images=[{"bytes": [137, 80]}]),
+        "neither path nor bytes",
+    ),
     "path as a number": ("rl", verl(images=[{"path": 5}]), "neither path nor bytes"),
-    "image as 1 MB of path": ("rl", verl(images=["data:image/png;base64," + "A" * 1_000_000]), "an image is missing"),
+    "image as 1 MB of path": (
+        "rl",
+        verl(images=["data:image/png;base64," + "A" * 1_000_000]),
+        "an image is missing",
+    ),
     "web address": ("rl", verl(images=["https://example.org/0.png"]), "an image is missing"),
     "NUL in a path": ("rl", verl(images=["images/\0.png"]), "an image is missing"),
     "a lone surrogate in a path": ("rl", verl(images=["images/\ud800.png"]), "an image is missing"),
     "a folder as image": ("rl", verl(images=["images"]), "an image is missing"),
     "a pipe as image": ("rl", verl(images=["images/pipe.png"]), "an image is missing"),
     "a link to itself": ("rl", verl(images=["images/loop.png"]), "an image is missing"),
-    "a link out of the folder": ("rl", verl(images=["images/link.png"]), "leads out .*--image_root"),
+    "a link out of the folder": (
+        "rl",
+        verl(images=["images/link.png"]),
+        "leads out .*--image_root",
+    ),
     "a device as image": ("rl", verl(images=["/dev/zero"]), "leads out .*--image_root"),
-    "out of the folder and in again": ("rl", verl(images=["../../0.png"]), "leads out .*--image_root"),
-}  # fmt: skip
+    "out of the folder and in again": (
+        "rl",
+        verl(images=["../../0.png"]),
+        "leads out .*--image_root",
+    ),
+}
 
 
 def encode(row, encoder):
     example = getattr(row, "example", row)
-    encoder.conversation(example) if example.messages[-1]["role"] == "assistant" else encoder.prompt(example)
+    encoder.conversation(example) if example.messages[-1][
+        "role"
+    ] == "assistant" else encoder.prompt(example)
     return example.row
 
 
@@ -142,7 +272,12 @@ def whole(data, encoder, indices):
 
 def in_formats(folder, rows):  # noqa: F811
     """Files with these rows in each format that can hold them."""
-    raw = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
+    raw = [
+        row
+        if isinstance(row, bytes)
+        else (row if isinstance(row, str) else json.dumps(row)).encode()
+        for row in rows
+    ]
     (folder / "rows.jsonl").write_bytes(b"\n".join(raw))
     yield folder / "rows.jsonl"
     texts = [row for row in rows if not isinstance(row, dict)]
@@ -151,7 +286,9 @@ def in_formats(folder, rows):  # noqa: F811
         yield folder / "rows.json"
     if not texts:
         try:
-            table = pa.concat_tables([pa.Table.from_pylist([row]) for row in rows], promote_options="default")
+            table = pa.concat_tables(
+                [pa.Table.from_pylist([row]) for row in rows], promote_options="default"
+            )
             pq.write_table(table, folder / "rows.parquet")
         except (pa.ArrowException, UnicodeEncodeError):
             return  # a column of parquet has one type, and its texts are Unicode
@@ -170,7 +307,9 @@ def kept(value, found):
 
 def valid(text):
     try:
-        return json.loads(text, strict=False) is not ... and isinstance(text, str)  # as the scan of an array reads it
+        return json.loads(text, strict=False) is not ... and isinstance(
+            text, str
+        )  # as the scan of an array reads it
     except (ValueError, RecursionError):
         return False
 
@@ -186,10 +325,16 @@ def test_bad_row_in_every_format(folder, bpe, name, capsys):  # noqa: F811
         assert whole(found, bpe, [0, 1, 2]) == [0, 2], path
         (reason,), text = found.skipped, capsys.readouterr().err
         assert found.skipped[reason] == 1 and time.perf_counter() - begin < 6
-        assert re.search(rf"left out: {re.escape(str(path))}:2: {re.escape(reason)}", text) and re.search(says, text), text
+        assert re.search(
+            rf"left out: {re.escape(str(path))}:2: {re.escape(reason)}", text
+        ) and re.search(says, text), text
         with pytest.raises(BadRow) as raised:
             encode(found[1], bpe)
-        assert len(raised.value.mend) > 5 and str(raised.value).endswith(raised.value.mend) and len(str(raised.value)) < 600
+        assert (
+            len(raised.value.mend) > 5
+            and str(raised.value).endswith(raised.value.mend)
+            and len(str(raised.value)) < 600
+        )
         if path.stat().st_size > 1e6:
             return
 
@@ -200,8 +345,12 @@ def test_links_are_followed_in_a_folder_that_the_user_names(folder):  # noqa: F8
     path = write(folder / "elsewhere", verl())
     with pytest.raises(BadRow, match="leads out"):
         read(path, "rl")[0]
-    assert read(path, "rl", image_root=folder / "elsewhere")[0].images == [f"{folder}/elsewhere/images/0.png"]
-    (folder / "linked").symlink_to(folder / "elsewhere")  # the data's folder may itself be reached through a link
+    assert read(path, "rl", image_root=folder / "elsewhere")[0].images == [
+        f"{folder}/elsewhere/images/0.png"
+    ]
+    (folder / "linked").symlink_to(
+        folder / "elsewhere"
+    )  # the data's folder may itself be reached through a link
     (folder / "elsewhere/images").unlink()
     (folder / "images").rename(folder / "elsewhere/images")
     assert read(folder / "linked/rows.jsonl", "rl")[0].images == [f"{folder}/linked/images/0.png"]
@@ -212,9 +361,15 @@ def test_links_are_followed_in_a_folder_that_the_user_names(folder):  # noqa: F8
 LINE = json.dumps(verl()).encode()
 TWO = LINE + b"\n" + LINE
 FILES = {  # name -> (bytes, what the error says, bad rows of how many; None: of the file)
-    "empty": (b"", "holds no rows", None), "white space": (b" \n\n ", "holds no rows", None), "[]": (b"[]", "no rows", None),
+    "empty": (b"", "holds no rows", None),
+    "white space": (b" \n\n ", "holds no rows", None),
+    "[]": (b"[]", "no rows", None),
     "UTF-16": (TWO.decode().encode("utf-16"), "neither text in UTF-8 nor parquet", None),
-    "UTF-16 without a mark": (TWO.decode().encode("utf-16-le"), "neither text in UTF-8 nor parquet", None),
+    "UTF-16 without a mark": (
+        TWO.decode().encode("utf-16-le"),
+        "neither text in UTF-8 nor parquet",
+        None,
+    ),
     "UTF-32": (TWO.decode().encode("utf-32"), "neither text in UTF-8 nor parquet", None),
     "gzip": (gzip.compress(TWO), "neither text in UTF-8 nor parquet. Unpack it", None),
     "zip": (b"PK\x03\x04\x14\0\0\0\x08\0" + b"x" * 99, "neither text in UTF-8 nor parquet", None),
@@ -224,20 +379,45 @@ FILES = {  # name -> (bytes, what the error says, bad rows of how many; None: of
     "NUL bytes at the end": (LINE + b"\n" + b"\0" * 5000, "not valid JSON", (1, 2)),
     "CSV": (b"question,answer\nHow?,1\n", "2 of 2 rows are bad.*not valid JSON", None),
     "HTML": (b"<html>\n<body>\n</html>", "3 of 3 rows are bad.*not valid JSON", None),
-    "an object over lines": (json.dumps({"data": [verl()]}, indent=1).encode(), "rows are bad", None),
-    "an object around the rows": (json.dumps({"data": [verl()]}).encode(), "1 of 1 rows are bad.*`question` is missing", None),
+    "an object over lines": (
+        json.dumps({"data": [verl()]}, indent=1).encode(),
+        "rows are bad",
+        None,
+    ),
+    "an object around the rows": (
+        json.dumps({"data": [verl()]}).encode(),
+        "1 of 1 rows are bad.*`question` is missing",
+        None,
+    ),
     "line ends of old Macs": (LINE + b"\r" + LINE, "1 of 1 rows are bad.*not valid JSON", None),
-    "array that ends early": (b"[" + LINE + b"," + LINE[:60], ":2: the JSON array breaks in this row, at byte", None),
+    "array that ends early": (
+        b"[" + LINE + b"," + LINE[:60],
+        ":2: the JSON array breaks in this row, at byte",
+        None,
+    ),
     "array without its end": (b"[" + LINE + b"," + LINE, ":3: the JSON array breaks", None),
-    "array with a broken row": (b"[" + LINE + b", {a: 1}, " + LINE + b"]", ":2: the JSON array breaks", None),
-    "two arrays": (b"[" + LINE + b"]\n[" + LINE + b"]", "more follows the JSON array, at byte", None),
-    "text behind an array": (b"[" + LINE + b"] and more", "more follows the JSON array, at byte", None),
+    "array with a broken row": (
+        b"[" + LINE + b", {a: 1}, " + LINE + b"]",
+        ":2: the JSON array breaks",
+        None,
+    ),
+    "two arrays": (
+        b"[" + LINE + b"]\n[" + LINE + b"]",
+        "more follows the JSON array, at byte",
+        None,
+    ),
+    "text behind an array": (
+        b"[" + LINE + b"] and more",
+        "more follows the JSON array, at byte",
+        None,
+    ),
     "array of arrays": (b"[[1, 2], 3, null]", "3 of 3 rows are bad.*not an object", None),
-    "BOM": (b"\xef\xbb\xbf" + TWO, "", (0, 2)), "BOM between": (LINE + b"\n\xef\xbb\xbf" + LINE, "", (0, 2)),
+    "BOM": (b"\xef\xbb\xbf" + TWO, "", (0, 2)),
+    "BOM between": (LINE + b"\n\xef\xbb\xbf" + LINE, "", (0, 2)),
     "empty lines": (b"\n\r\n" + LINE + b"\r\n\n  \n" + LINE, "", (0, 2)),
     "parquet, magic only": (b"PAR1", "broken parquet", None),
     "parquet, another end": (b"PAR1" + b"x" * 200 + b"PARE", "broken parquet", None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -247,7 +427,10 @@ def test_bad_file(folder, bpe, name, capsys):  # noqa: F811
     path.write_bytes(content)
     if count:
         found = read(path, "rl")
-        assert len(whole(found, bpe, range(count[1]))) == count[1] - count[0] and len(found) == count[1]
+        assert (
+            len(whole(found, bpe, range(count[1]))) == count[1] - count[0]
+            and len(found) == count[1]
+        )
         assert re.search(says, capsys.readouterr().err) if count[0] else not found.skipped
     else:
         with pytest.raises((ValueError, OSError), match=says) as raised:
@@ -262,21 +445,56 @@ def parquet(columns, **options):
 
 
 Q = {"question": ["How many dots?"] * 2}
-LOST = pa.Array.from_buffers(pa.string(), 2, [*pa.array(["ab", "cd"]).buffers()[:2], pa.py_buffer(b"a\xffcd")])
+LOST = pa.Array.from_buffers(
+    pa.string(), 2, [*pa.array(["ab", "cd"]).buffers()[:2], pa.py_buffer(b"a\xffcd")]
+)
 PARQUET = {  # name -> (bytes, says, good rows; None: error of the file)
     "no rows": (parquet({"question": pa.array([], pa.string())}), "holds no rows", None),
     "no columns": (parquet({}), "holds no rows", None),
     "other columns": (parquet({"a": [1, 2]}), "2 of 2 rows are bad.*`question` is missing", None),
-    "answers as decimals": (parquet(Q | {"answer": pa.array([1, 2], pa.decimal128(5, 1))}), "`answer` is neither", None),
-    "answers as dates": (parquet(Q | {"answer": pa.array([1, 2], pa.date32())}), "`answer` is neither", None),
+    "answers as decimals": (
+        parquet(Q | {"answer": pa.array([1, 2], pa.decimal128(5, 1))}),
+        "`answer` is neither",
+        None,
+    ),
+    "answers as dates": (
+        parquet(Q | {"answer": pa.array([1, 2], pa.date32())}),
+        "`answer` is neither",
+        None,
+    ),
     "answers as bytes": (parquet(Q | {"answer": [b"1", b"2"]}), "`answer` is neither", None),
-    "a text that is no UTF-8": (parquet({"question": LOST, "answer": ["1", "2"]}), "1: not valid parquet", 1),
-    "a null": (parquet({"question": [None, "How?"], "answer": ["1", "2"]}), "1: `question` is missing", 1),
-    "prompts as JSON texts": (parquet({"prompt": [json.dumps([USER])] * 2, "answer": ["1", "2"]}), "`prompt` is not", None),
-    "empty image": (parquet({"prompt": [[USER]] * 2, "images": [[{"bytes": b""}], [{"bytes": png(picture())}]],
-                             "answer": ["1", "2"]}), "1: an image cannot be read", 1),
-    "categories": (parquet(Q | {"answer": pa.array(["1", "2"]).dictionary_encode()}, row_group_size=1), "", 2),
-}  # fmt: skip
+    "a text that is no UTF-8": (
+        parquet({"question": LOST, "answer": ["1", "2"]}),
+        "1: not valid parquet",
+        1,
+    ),
+    "a null": (
+        parquet({"question": [None, "How?"], "answer": ["1", "2"]}),
+        "1: `question` is missing",
+        1,
+    ),
+    "prompts as JSON texts": (
+        parquet({"prompt": [json.dumps([USER])] * 2, "answer": ["1", "2"]}),
+        "`prompt` is not",
+        None,
+    ),
+    "empty image": (
+        parquet(
+            {
+                "prompt": [[USER]] * 2,
+                "images": [[{"bytes": b""}], [{"bytes": png(picture())}]],
+                "answer": ["1", "2"],
+            }
+        ),
+        "1: an image cannot be read",
+        1,
+    ),
+    "categories": (
+        parquet(Q | {"answer": pa.array(["1", "2"]).dictionary_encode()}, row_group_size=1),
+        "",
+        2,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PARQUET)
@@ -301,7 +519,9 @@ def test_cut_parquet(folder):  # noqa: F811
 
 
 def test_folder_and_no_permission(folder):  # noqa: F811
-    with pytest.raises(FileNotFoundError, match="images: a folder .one JSON, JSONL or parquet file is expected"):
+    with pytest.raises(
+        FileNotFoundError, match="images: a folder .one JSON, JSONL or parquet file is expected"
+    ):
         Rows(folder / "images")
     path = write(folder, verl())
     path.chmod(0)
@@ -309,7 +529,10 @@ def test_folder_and_no_permission(folder):  # noqa: F811
         with pytest.raises(PermissionError, match="rows.jsonl"):
             Rows(path)
     else:
-        assert as_nobody(folder, lambda: Rows(path)) == f"PermissionError: [Errno 13] Permission denied: '{path}'"
+        assert (
+            as_nobody(folder, lambda: Rows(path))
+            == f"PermissionError: [Errno 13] Permission denied: '{path}'"
+        )
 
 
 def as_nobody(folder, act):  # noqa: F811
@@ -350,8 +573,11 @@ def patched(content, at, by):
 
 PICTURE = png(picture(200, 200))
 IMAGES = {  # name -> (bytes, what the error says; none: a picture)
-    "empty": (b"", "cannot identify"), "text": (b"hello", "cannot identify"), "SVG": (b"<svg/>", "cannot identify"),
-    "cut in two": (PICTURE[: len(PICTURE) // 2], "truncated"), "cut in the header": (PICTURE[:20], "cannot be read"),
+    "empty": (b"", "cannot identify"),
+    "text": (b"hello", "cannot identify"),
+    "SVG": (b"<svg/>", "cannot identify"),
+    "cut in two": (PICTURE[: len(PICTURE) // 2], "truncated"),
+    "cut in the header": (PICTURE[:20], "cannot be read"),
     "a flipped byte": (patched(PICTURE, 60, b"\xaa"), "broken data stream"),
     "bomb": (png(Image.new("1", (8000, 8000))), "8000 x 8000 pixels, allowed are"),
     "2^31 wide": (patched(PICTURE, 16, b"\x7f\xff\xff\xff" * 2), "cannot be read"),
@@ -359,15 +585,21 @@ IMAGES = {  # name -> (bytes, what the error says; none: a picture)
     "BMP of no size": (patched(png(picture(), "BMP"), 18, b"\0" * 8), "cannot be read"),
     "PPM of no size": (b"P6\n0 0\n255\n", "cannot be read"),
     "thin": (png(Image.new("RGB", (3000, 1))), "no usable shape"),
-    "moving GIF": (frames("GIF"), "several frames"), "moving PNG": (frames("PNG"), "several frames"),
-    "moving WebP": (frames("WEBP"), "several frames"), "TIFF of two pages": (frames("TIFF"), "several frames"),
+    "moving GIF": (frames("GIF"), "several frames"),
+    "moving PNG": (frames("PNG"), "several frames"),
+    "moving WebP": (frames("WEBP"), "several frames"),
+    "TIFF of two pages": (frames("TIFF"), "several frames"),
     "fractions": (png(Image.fromarray(np.full((40, 40), 0.5, np.float32)), "TIFF"), "no integers"),
-    "PDF": (png(picture(), "PDF"), "cannot identify"), "EPS": (png(picture(), "EPS"), "cannot identify"),
-    "CMYK": (png(Image.new("CMYK", (40, 40)), "JPEG"), ""), "16 bits": (png(Image.new("I;16", (40, 40), 40000)), ""),
-    "photo with its preview": (frames("MPO"), ""), "still GIF": (png(picture(), "GIF"), ""),
+    "PDF": (png(picture(), "PDF"), "cannot identify"),
+    "EPS": (png(picture(), "EPS"), "cannot identify"),
+    "CMYK": (png(Image.new("CMYK", (40, 40)), "JPEG"), ""),
+    "16 bits": (png(Image.new("I;16", (40, 40), 40000)), ""),
+    "photo with its preview": (frames("MPO"), ""),
+    "still GIF": (png(picture(), "GIF"), ""),
     "1 x 1": (png(Image.new("L", (1, 1))), ""),
-    "bytes behind the end": (PICTURE + b"more", ""), "transparent": (png(Image.new("RGBA", (40, 40))), ""),
-}  # fmt: skip
+    "bytes behind the end": (PICTURE + b"more", ""),
+    "transparent": (png(Image.new("RGBA", (40, 40))), ""),
+}
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -375,14 +607,20 @@ def test_bad_image(folder, bpe, name, capsys):  # noqa: F811
     content, says = IMAGES[name]
     (folder / "images/1.png").write_bytes(content)
     path = write(folder, verl(), verl(images=["images/1.png"]))
-    (folder / "rows.parquet").write_bytes(parquet({k: [verl()[k]] for k in ("prompt", "reward_model")} | {
-        "images": [[{"bytes": content}]]}))  # fmt: skip
+    (folder / "rows.parquet").write_bytes(
+        parquet(
+            {k: [verl()[k]] for k in ("prompt", "reward_model")}
+            | {"images": [[{"bytes": content}]]}
+        )
+    )
     found = read(path, "rl")
     assert len(whole(found, bpe, [0, 1])) == 1 + (not says)
     text = capsys.readouterr().err
     assert re.search(rf"{path}:2: an image .*{says}.*\. [A-Z]", text) if says else not text
     if says:
-        with pytest.raises(ValueError, match=f"1 of 1 rows are bad.*rows.parquet:1: an image .*{says}"):
+        with pytest.raises(
+            ValueError, match=f"1 of 1 rows are bad.*rows.parquet:1: an image .*{says}"
+        ):
             whole(read(folder / "rows.parquet", "rl"), bpe, [0])
 
 
@@ -394,7 +632,9 @@ def test_an_image_beyond_the_limit_is_refused_or_made_smaller_never_cut(folder, 
     assert prompt.image_mask.sum() == (640 // 32) * (480 // 32) == prompt.grid_thw.prod() // 4
     small, old = copy.copy(real), len(prompt.ids)
     small.max_prompt_tokens = old - 1
-    with pytest.raises(BadRow, match=rf"rows.jsonl:1: too many tokens \({old}, of them 300 of images.*--max_pixels"):
+    with pytest.raises(
+        BadRow, match=rf"rows.jsonl:1: too many tokens \({old}, of them 300 of images.*--max_pixels"
+    ):
         small.prompt(example)
     small.size = real.size | {"longest_edge": 320 * 240}
     fitted = small.prompt(example)
@@ -407,24 +647,45 @@ def test_an_image_beyond_the_limit_is_refused_or_made_smaller_never_cut(folder, 
 def test_no_text_injects_a_token_of_the_real_tokenizer(real):  # noqa: F811
     """Every special token, by every way of text into the model: refused from users, spelled out from models."""
     tokens = {t.content: i for i, t in real.tokenizer.added_tokens_decoder.items() if t.special}
-    assert {"<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>"} <= set(tokens)
+    assert {
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|image_pad|>",
+        "<|vision_start|>",
+        "<|endoftext|>",
+    } <= set(tokens)
     user, blind = {"role": "user", "content": "How?"}, copy.copy(real)
     blind.blind = True
     for token, i in tokens.items():
         half = len(token) // 2
         for text in (token, f"a{token}b", token * 2, f"{token[:half]}<image>{token[half:]}"):
-            turns = ([user | {"content": text}], [{"role": "system", "content": text}, user],
-                     [user, {"role": "assistant", "content": text}, user])  # fmt: skip
+            turns = (
+                [user | {"content": text}],
+                [{"role": "system", "content": text}, user],
+                [user, {"role": "assistant", "content": text}, user],
+            )
             for messages in turns:
                 for encoder in (real, blind):
-                    with pytest.raises(BadRow, match=f"f:1: a special token in the text .{re.escape(token)}"):
-                        encoder.prompt(Example(messages, [picture()] if "<image>" in text else [], "f:1"))
+                    with pytest.raises(
+                        BadRow, match=f"f:1: a special token in the text .{re.escape(token)}"
+                    ):
+                        encoder.prompt(
+                            Example(messages, [picture()] if "<image>" in text else [], "f:1")
+                        )
             with pytest.raises(BadRow, match="a special token"):
                 real.prompt(Example([user], [], "f:1", response=text))
         ids = real.response(f"a {token} b")
         assert ids.count(i) == (i == real.eos) and not set(ids[:-1]) & set(tokens.values())
-        for near in (token[:-1], token[1:], token.replace("<", "＜"), token.upper(), token.replace("|", "\u200b|")):
-            ids = real.prompt(Example([user | {"content": near}], [])).ids.tolist()  # like one, but none
+        for near in (
+            token[:-1],
+            token[1:],
+            token.replace("<", "＜"),
+            token.upper(),
+            token.replace("|", "\u200b|"),
+        ):
+            ids = real.prompt(
+                Example([user | {"content": near}], [])
+            ).ids.tolist()  # like one, but none
             assert [ids.count(k) for k in tokens.values()] == [
                 real.prompt(Example([user], [])).ids.tolist().count(k) for k in tokens.values()
             ]
@@ -432,9 +693,39 @@ def test_no_text_injects_a_token_of_the_real_tokenizer(real):  # noqa: F811
 
 # ------------------------------------------------------------------------------------------ what is random, or hostile
 
-JUNK = [None, True, 0, -1, 1e308, float("nan"), float("inf"), "", " ", "x", "\ud800", "<image>", "<|im_end|>", "\0", "a" * 5000,
-        [], {}, [[]], [None], {"": None}, {"role": "user"}, [{"role": "user", "content": "x"}], "images/0.png", "../x", "/",
-        ["images/0.png"] * 3, {"bytes": b"", "path": ""}, b"\x89PNG", RESPONSE, RESPONSE * 2, 10**30]  # fmt: skip
+JUNK = [
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "x",
+    "\ud800",
+    "<image>",
+    "<|im_end|>",
+    "\0",
+    "a" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    {"role": "user"},
+    [{"role": "user", "content": "x"}],
+    "images/0.png",
+    "../x",
+    "/",
+    ["images/0.png"] * 3,
+    {"bytes": b"", "path": ""},
+    b"\x89PNG",
+    RESPONSE,
+    RESPONSE * 2,
+    10**30,
+]
 NAMES = "messages conversations prompt question system images image choices answer reward_model extra_info".split()
 NAMES += "teacher_response teacher_caption teacher_cot student_response equivalent_answers".split()
 
@@ -461,7 +752,9 @@ def test_spoilt_rows_raise_bad_row_and_nothing_else(folder, bpe, monkeypatch):  
         kind = draw.choice([*GOOD, None])
         row = spoil(GOOD[kind or "sft"], draw)
         row = spoil(row, draw) if n % 3 == 0 else row
-        monkeypatch.setattr(type(data.rows), "__getitem__", lambda rows, i, row=row: copy.deepcopy(row))
+        monkeypatch.setattr(
+            type(data.rows), "__getitem__", lambda rows, i, row=row: copy.deepcopy(row)
+        )
         data.parse.keywords["kind"] = kind
         try:
             encode(data[0], bpe)
@@ -496,12 +789,16 @@ def test_spoilt_files_raise_value_error_and_nothing_else(folder, bpe, capsys):  
 
 def test_spoilt_images_raise_bad_row_and_nothing_else(bpe):  # noqa: F811
     draw, outcomes = random.Random(2), {True: 0, False: 0}
-    contents = [png(picture(40, 40), form) for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")] + [frames("MPO")]
+    contents = [
+        png(picture(40, 40), form) for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+    ] + [frames("MPO")]
     for n in range(800):
         content = bytearray(contents[n % len(contents)])
         for _ in range(draw.choice([1, 3, 10])):
             at = draw.randrange(min(len(content), draw.choice([64, 10**6])))
-            content[at : at + 1] = draw.choice([b"", b"\0", b"\xff", draw.randbytes(1), draw.randbytes(4)])
+            content[at : at + 1] = draw.choice(
+                [b"", b"\0", b"\xff", draw.randbytes(1), draw.randbytes(4)]
+            )
         try:
             bpe.prompt(Example([USER], [bytes(content)], "f:1"))
             outcomes[True] += 1
@@ -513,12 +810,23 @@ def test_spoilt_images_raise_bad_row_and_nothing_else(bpe):  # noqa: F811
 def test_no_text_takes_long(folder):  # noqa: F811
     """Patterns that meet users' and models' text take linear time, not quadratic or exponential."""
     long = " " * 200_000
-    rows = [ASK | {"question": f"<image1>{long}x"}, ASK | {"question": f"{long}<image1>x"},
-            ASK | {"question": f"x{long}<image1>"}, ASK | {"question": "a " * 5000, "choices": ["a"] * 25 + ["z"]}]  # fmt: skip
+    rows = [
+        ASK | {"question": f"<image1>{long}x"},
+        ASK | {"question": f"{long}<image1>x"},
+        ASK | {"question": f"x{long}<image1>"},
+        ASK | {"question": "a " * 5000, "choices": ["a"] * 25 + ["z"]},
+    ]
     found = read(write(folder, *rows), "eval")
     begin = time.perf_counter()
     assert len(found.fetch(range(4), lambda example: example)) == 4
-    for text in (f"{long}x", f";{long}x", "\n" * 200_000 + "x", "1." * 100_000, "- " * 100_000, "step " * 50_000):
+    for text in (
+        f"{long}x",
+        f";{long}x",
+        "\n" * 200_000 + "x",
+        "1." * 100_000,
+        "- " * 100_000,
+        "step " * 50_000,
+    ):
         assert count_items(text) >= 0 and count_steps(text) >= 0
     assert time.perf_counter() - begin < 3
 
@@ -538,19 +846,40 @@ def test_pictures_start_no_programs(folder, monkeypatch):  # noqa: F811
 def test_a_run_goes_on_with_the_rest_and_stops_past_max_bad(world, tmp_path, name):  # noqa: F811
     stage, file, flags = {
         "sft": (sft, "curated", dict(batch=16, steps=4)),
-        "align": (align, "align", ROLLOUTS | dict(prompts_per_step=12, group_size=2, warmup_steps=0, steps=3)),
-        "rlvr": (rlvr, "rl", ROLLOUTS | dict(prompts_per_step=12, group_size=2, max_response=8, steps=3)),
+        "align": (
+            align,
+            "align",
+            ROLLOUTS | dict(prompts_per_step=12, group_size=2, warmup_steps=0, steps=3),
+        ),
+        "rlvr": (
+            rlvr,
+            "rl",
+            ROLLOUTS | dict(prompts_per_step=12, group_size=2, max_response=8, steps=3),
+        ),
     }[name]
     good = Path(getattr(world, file)).read_text().splitlines()
     row = json.loads(good[0])
     field = "messages" if name == "sft" else "prompt"
     user = next(turn for turn in row[field] if turn["role"] == "user")
     (world.folder / "cut.png").write_bytes(PICTURE[:300])
-    bad = ["{", "\0\0", "null", '{"a": 1, "a": 2}', row | {"images": []}, row | {"images": ["none.png"]}, row | {field: []},
-           row | {"images": ["../none.png"]}, row | {"images": ["cut.png"]}, row | {field: None}, row | {"images": [5]},
-           row | {field: [turn | {"content": turn["content"] + "<|im_end|>"} for turn in row[field]]},
-           row | {field: [*row[field], user, user]}]  # fmt: skip
-    bad += [row | {"teacher_response": "no parts"}] * (name == "align") + [row | {"reward_model": {}}] * (name == "rlvr")
+    bad = [
+        "{",
+        "\0\0",
+        "null",
+        '{"a": 1, "a": 2}',
+        row | {"images": []},
+        row | {"images": ["none.png"]},
+        row | {field: []},
+        row | {"images": ["../none.png"]},
+        row | {"images": ["cut.png"]},
+        row | {field: None},
+        row | {"images": [5]},
+        row | {field: [turn | {"content": turn["content"] + "<|im_end|>"} for turn in row[field]]},
+        row | {field: [*row[field], user, user]},
+    ]
+    bad += [row | {"teacher_response": "no parts"}] * (name == "align") + [
+        row | {"reward_model": {}}
+    ] * (name == "rlvr")
     lines = [line if isinstance(line, str) else json.dumps(line) for line in bad]
     woven = [line for i, line in enumerate(good) for line in [line, *lines[i : i + 1]]]
     mixed = write(world.folder, *woven, *lines[len(good) :], name=f"mixed_{name}.jsonl")
@@ -558,7 +887,9 @@ def test_a_run_goes_on_with_the_rest_and_stops_past_max_bad(world, tmp_path, nam
     stage.main(stage.Args(out=str(tmp_path / "run"), **flags))
     found = records(tmp_path / "run")
     assert found[-1]["left_out"] == len(bad) and len(found) == flags["steps"]
-    assert [r["left_out"] for r in found] == sorted(r["left_out"] for r in found) and found[0]["left_out"] > 0
+    assert [r["left_out"] for r in found] == sorted(r["left_out"] for r in found) and found[0][
+        "left_out"
+    ] > 0
     assert all(r["loss"] == r["loss"] for r in found)
     says = rf"mixed_{name}.jsonl: 6 of {len(good + bad)} rows are bad .max_bad is 5.*The last: .*mixed_{name}.jsonl:\d+: "
     with pytest.raises(ValueError, match=says):

@@ -16,14 +16,12 @@ from conftest import free_ports
 from torch.distributed.fsdp import fully_shard
 
 import align
-import checkpoint
-import common
-import ranks
 import rlvr
+from engine import arguments, checkpoint, log, optimiser, ranks
 
 
 @dataclass
-class Args(common.Common):
+class Args(arguments.Common):
     data: tuple[str, ...] = ()  # the rows, in 1 or more files
     alpha: float = 0.5  # weight of perception, 1 is 100 %
     blind: bool = False  # no images
@@ -50,24 +48,26 @@ def alone():
 # ----------------------------------------------------------------------------- arguments
 def test_parse_types():
     line = "--data a b --no-blind --max_pixels 5 --band 0.1 0.9 --schedule cosine --lr 1e-3"
-    args = common.parse(Args, NEEDED + line.split())
+    args = arguments.parse(Args, NEEDED + line.split())
     assert (args.data, args.blind, args.max_pixels, args.band) == (("a", "b"), False, 5, (0.1, 0.9))
     assert (args.schedule, args.lr, args.alpha, args.policy) == ("cosine", 1e-3, 0.5, "p")
-    assert common.parse(Args, [*NEEDED, "--max_pixels", "none", "--blind"]).max_pixels is None
+    assert arguments.parse(Args, [*NEEDED, "--max_pixels", "none", "--blind"]).max_pixels is None
     assert (args.scaled, args.ratio) == (None, None)
-    args = common.parse(Args, [*NEEDED, "--resume", "--no-scaled", "--ratio", "token"])
+    args = arguments.parse(Args, [*NEEDED, "--resume", "--no-scaled", "--ratio", "token"])
     assert (args.resume, args.scaled, args.ratio) == (True, False, "token")
 
 
 def test_help_lists_every_flag_with_its_comment_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
-        common.parse(Args, ["--help"])
+        arguments.parse(Args, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "on one rank and on two" in text  # the docstring is the manual
     for flag in Args.__dataclass_fields__:
         assert f"--{flag}" in text
     assert "weight of perception, 1 is 100 % (default: 0.5)" in text
-    assert "the rows, in 1 or more files" in text and "the rows to train on" not in text  # redeclared comment wins
+    assert (
+        "the rows, in 1 or more files" in text and "the rows to train on" not in text
+    )  # redeclared comment wins
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,10 @@ def test_help_lists_every_flag_with_its_comment_and_default(capsys):
     [
         ("--aplha 0.1", "did you mean --alpha?"),
         ("--group-sise=3", "there is no --group-sise"),
-        ("--pol p", "did you mean --policy?"),  # no abbreviations: a later flag could change their meaning
+        (
+            "--pol p",
+            "did you mean --policy?",
+        ),  # no abbreviations: a later flag could change their meaning
         ("--dtype fp8", "invalid choice: 'fp8'"),
         ("--steps 0", "--steps is 0: it must be 1 or more"),
         ("--lr nan", "--lr is nan"),
@@ -85,7 +88,7 @@ def test_help_lists_every_flag_with_its_comment_and_default(capsys):
 )
 def test_usage_errors_say_the_mend(line, says, capsys):
     with pytest.raises(SystemExit) as stop:
-        common.parse(Args, NEEDED + line.split())
+        arguments.parse(Args, NEEDED + line.split())
     assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
@@ -93,17 +96,27 @@ def test_config_repeats_a_run_and_flags_win(tmp_path):
     """What a checkpoint's meta.json says of the arguments is, as --config, the same run again, in every stage."""
     given = {
         align.Args: ["--alpha", "0.25", "--disc_blind", "--steps", "7", "--max_pixels", "99"],
-        rlvr.Args: ["--algo", "dapo", "--max_response", "9000", "--no-scale_by_std", "--lr", "3e-05"],
+        rlvr.Args: [
+            "--algo",
+            "dapo",
+            "--max_response",
+            "9000",
+            "--no-scale_by_std",
+            "--lr",
+            "3e-05",
+        ],
         Args: ["--data", "a b", "c", "--band", "0.1", "0.9", "--no-scaled", "--max_pixels", "none"],
     }
     for Kind, line in given.items():
-        was = common.parse(Kind, [*NEEDED, *([] if Kind is Args else ["--data", "d"]), *line])
+        was = arguments.parse(Kind, [*NEEDED, *([] if Kind is Args else ["--data", "d"]), *line])
         path = tmp_path / "meta.json"
         path.write_text(json.dumps({"step": 3, "args": vars(was)}))
-        again = common.parse(Kind, ["--config", str(path)])
+        again = arguments.parse(Kind, ["--config", str(path)])
         assert again.config == str(path) and replace(again, config="") == was
-        path.write_text(json.dumps(vars(again)))  # a repeated run's, and without what is around the arguments
-        more = common.parse(Kind, ["--out", "elsewhere", f"--config={path}", "--seed", "5"])
+        path.write_text(
+            json.dumps(vars(again))
+        )  # a repeated run's, and without what is around the arguments
+        more = arguments.parse(Kind, ["--out", "elsewhere", f"--config={path}", "--seed", "5"])
         assert more == replace(was, config=str(path), out="elsewhere", seed=5)
 
 
@@ -129,30 +142,37 @@ def test_config_errors_name_file_and_mend(config, says, tmp_path, capsys):
     if config is not None:
         path.write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(SystemExit) as stop:
-        common.parse(Args, [*NEEDED, "--config", str(path)])
+        arguments.parse(Args, [*NEEDED, "--config", str(path)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and str(path) in error
 
 
 def test_missing_required(capsys):
     with pytest.raises(SystemExit):
-        common.parse(Args, ["--out", "o"])
+        arguments.parse(Args, ["--out", "o"])
     assert "--policy" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------- optimiser
 def test_schedule():
-    factors = [common.schedule(step, 10, 0.2, "cosine") for step in range(10)]
-    assert factors[:3] == [0.5, 1.0, 1.0] and factors[6] == pytest.approx(0.5) and 0 < factors[9] < factors[8]
-    assert [common.schedule(step, 10, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert [common.schedule(step, 2) for step in range(2)] == [1, 1]
-    assert common.schedule(0, 2, 0.1) == 1  # a warm-up shorter than a step
+    factors = [optimiser.schedule(step, 10, 0.2, "cosine") for step in range(10)]
+    assert (
+        factors[:3] == [0.5, 1.0, 1.0]
+        and factors[6] == pytest.approx(0.5)
+        and 0 < factors[9] < factors[8]
+    )
+    assert [optimiser.schedule(step, 10, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [optimiser.schedule(step, 2) for step in range(2)] == [1, 1]
+    assert optimiser.schedule(0, 2, 0.1) == 1  # a warm-up shorter than a step
 
 
 def test_weight_decay_on_matrices_only():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     model[1].bias.requires_grad_(False)
-    groups = [(g["param_names"], g["weight_decay"]) for g in common.optimizer(model, 1e-3, 0.1).param_groups]
+    groups = [
+        (g["param_names"], g["weight_decay"])
+        for g in optimiser.optimizer(model, 1e-3, 0.1).param_groups
+    ]
     assert groups == [(["0.weight"], 0.1), (["0.bias", "1.weight"], 0.0)]
 
 
@@ -167,33 +187,47 @@ def test_clip_grad():
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_not_finite_updates_nothing_and_third_in_a_row_raises(what):
     model = torch.nn.Linear(2, 1)
-    optimizer = common.optimizer(model, 0.1, 0.0)
+    optimizer = optimiser.optimizer(model, 0.1, 0.0)
     before = copy.deepcopy(model.state_dict())
 
     def update(bad):
         model(torch.ones(2)).sum().backward()
         if bad and what == "gradient":
             model.bias.grad.fill_(math.inf)
-        return common.step_if_finite(optimizer, math.nan if bad and what == "loss" else 1.0, 1.0, "discriminator")
+        return optimiser.step_if_finite(
+            optimizer, math.nan if bad and what == "loss" else 1.0, 1.0, "discriminator"
+        )
 
     assert [update(True)[1], update(True)[1]] == [1, 1]
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and model.weight.grad is None
-    assert update(False) == (pytest.approx(math.sqrt(3)), 0) and not torch.equal(before["weight"], model.weight)
+    assert (
+        all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        and model.weight.grad is None
+    )
+    assert update(False) == (pytest.approx(math.sqrt(3)), 0) and not torch.equal(
+        before["weight"], model.weight
+    )
     update(True), update(True)
-    with pytest.raises(FloatingPointError, match="discriminator: .*" + ("bias" if what == "gradient" else "loss nan")):
+    with pytest.raises(
+        FloatingPointError,
+        match="discriminator: .*" + ("bias" if what == "gradient" else "loss nan"),
+    ):
         update(True)
 
 
 # ----------------------------------------------------------------------------- log
 def test_log(tmp_path, capsys):
     args = Args(policy="p", out=str(tmp_path / "run"), steps=4)
-    log = common.Log(args.out, args, show=("loss", "gap"))
+    log = log.Log(args.out, args, show=("loss", "gap"))
     for step in (1, 2, 3):
         log.step(step, {"loss": 1.0 / step, "n": step, "empty": math.nan})
     path = Path(args.out, "log.jsonl")
     header, *records = [json.loads(line) for line in path.read_text().splitlines()]
     assert header["args"]["alpha"] == 0.5 and {"commit", "versions", "hardware"} <= set(header)
-    assert [r["step"] for r in records] == [1, 2, 3] and records[1]["loss"] == 0.5 and math.isnan(records[0]["empty"])
+    assert (
+        [r["step"] for r in records] == [1, 2, 3]
+        and records[1]["loss"] == 0.5
+        and math.isnan(records[0]["empty"])
+    )
     assert "NaN" in path.read_text()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1  # aligned
@@ -201,11 +235,11 @@ def test_log(tmp_path, capsys):
     assert Path(args.out, "test_common.py").read_text() == Path(__file__).read_text()
 
     with pytest.raises(SystemExit, match="--resume"):
-        common.Log(args.out, args)
+        log.Log(args.out, args)
     with open(path, "a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
     args.resume = True
-    common.Log(args.out, args, done=2).step(3, {"loss": 9.0})
+    log.Log(args.out, args, done=2).step(3, {"loss": 9.0})
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r.get("step") for r in records] == [None, 1, 2, None, 3] and records[-1]["loss"] == 9
 
@@ -213,10 +247,13 @@ def test_log(tmp_path, capsys):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     import sys
 
-    for package, flag in {"wandb": {"wandb": "project"}, "tensorboard": {"tensorboard": True}}.items():
+    for package, flag in {
+        "wandb": {"wandb": "project"},
+        "tensorboard": {"tensorboard": True},
+    }.items():
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(SystemExit, match=f"pip install {package}"):
-            common.Log(tmp_path / package, Args(policy="p", out="o", **flag))
+            log.Log(tmp_path / package, Args(policy="p", out="o", **flag))
         assert not (tmp_path / package).exists()  # so that the next start finds no log in its way
 
 
@@ -225,28 +262,39 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = Args(policy="p", out="o", tensorboard=True, resume=True)
-    for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # the second goes on from a checkpoint of step 2
-        log = common.Log(tmp_path, args, done=done)
+    for done, steps in (
+        (0, (1, 2, 3)),
+        (2, (3, 4)),
+    ):  # the second goes on from a checkpoint of step 2
+        log = log.Log(tmp_path, args, done=done)
         for step in steps:
             log.step(step, {"a/loss": done + step / 2, "gap": math.nan})
         log.board.close()
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in found.Scalars("a/loss")] == [(1, 0.5), (2, 1.0), (3, 3.5), (4, 4.0)]
+    assert [(e.step, e.value) for e in found.Scalars("a/loss")] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, 3.5),
+        (4, 4.0),
+    ]
     assert all(math.isnan(e.value) for e in found.Scalars("gap"))
 
 
 def test_resume_drops_later_rollouts(tmp_path):
     args = Args(policy="p", out="o", resume=True)
-    log = common.Log(tmp_path, args)
+    log = log.Log(tmp_path, args)
     assert not (tmp_path / "rollouts.jsonl").exists()  # stage 1 has none
     for step in (1, 2, 3):
         log.rollouts(step, {"advantage": [math.nan, 1.5]})
     with open(tmp_path / "rollouts.jsonl", "a") as file:
         file.write('{"step": 1, "te')  # killed while writing
-    common.Log(tmp_path, args, done=2).rollouts(3, {"advantage": []})
+    log.Log(tmp_path, args, done=2).rollouts(3, {"advantage": []})
     records = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [(r["step"], r["stage"], r["advantage"]) for r in records] == [
-        (1, "test_common", [None, 1.5]), (2, "test_common", [None, 1.5]), (3, "test_common", [])]  # fmt: skip
+        (1, "test_common", [None, 1.5]),
+        (2, "test_common", [None, 1.5]),
+        (3, "test_common", []),
+    ]
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -269,7 +317,7 @@ def train(model, optimizer, order, steps):
     for _ in range(steps):
         loss = model(torch.randn(4, 6, generator=order)).square().mean()
         loss.backward()
-        common.step_if_finite(optimizer, loss, 1.0, "toy")
+        optimiser.step_if_finite(optimizer, loss, 1.0, "toy")
         losses.append(loss.item())
     return losses
 
@@ -279,7 +327,7 @@ def fresh(seed, tied=True, sharded=False):
     model = Toy(tied)
     if sharded:
         fully_shard(model.first)  # sharded and whole parameters in one model
-    return model, common.optimizer(model, 0.01, 0.1)
+    return model, optimiser.optimizer(model, 0.01, 0.1)
 
 
 def test_resume_is_bit_for_bit(tmp_path, alone):
@@ -327,12 +375,16 @@ def test_failed_save_leaves_the_last_checkpoint(tmp_path, alone, monkeypatch):
     assert checkpoint.restore(folder, player)[0]["step"] == 1
     rename = Path.rename
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda a, b: full_disk() if a.name == "last.new" else rename(a, b))
+        patch.setattr(
+            Path, "rename", lambda a, b: full_disk() if a.name == "last.new" else rename(a, b)
+        )
         with pytest.raises(OSError):
             checkpoint.save(folder, lambda path: None, {"step": 3}, player)
     assert not folder.exists() and checkpoint.restore(folder, player)[0]["step"] == 1
     checkpoint.save(folder, lambda path: None, {"step": 4}, player)
-    assert checkpoint.restore(folder, player)[0]["step"] == 4 and list(tmp_path.iterdir()) == [folder]
+    assert checkpoint.restore(folder, player)[0]["step"] == 4 and list(tmp_path.iterdir()) == [
+        folder
+    ]
 
 
 def test_sigterm_is_a_flag(alone):
@@ -354,7 +406,11 @@ def _two_ranks(rank, folder):
     assert (here.rank, here.world) == (rank, 2)
     assert len({x.item() for x in ranks.gather(torch.rand(()))}) == 1  # same seed on all ranks
     mine = torch.tensor([rank + 1.0])
-    assert ranks.all_sum(mine).item() == 3 and ranks.all_max(mine).item() == 2 and mine.item() == rank + 1
+    assert (
+        ranks.all_sum(mine).item() == 3
+        and ranks.all_max(mine).item() == 2
+        and mine.item() == rank + 1
+    )
     assert ranks.all_sum({"b": rank, "a": 1}) == {"a": 2, "b": 1} and ranks.all_sum(0.25) == 0.5
     assert ranks.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert ranks.agree(rank == 1) and not ranks.agree(False)
@@ -363,19 +419,27 @@ def _two_ranks(rank, folder):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     assert ranks.clip_grad(model.parameters(), 1e9) == pytest.approx(math.sqrt(36 + 6 + 36 + 6 + 3))
-    _, skipped = common.step_if_finite(optimizer, math.nan if rank else 1.0, 1.0, "toy")  # bad on one rank only
+    _, skipped = optimiser.step_if_finite(
+        optimizer, math.nan if rank else 1.0, 1.0, "toy"
+    )  # bad on one rank only
     assert skipped == 1 and not optimizer.state and model.first.weight.grad is None
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    common.step_if_finite(optimizer, 1.0, 1.0, "toy")
-    checkpoint.save(folder / "last", lambda path: None, {"step": 1}, {"p": (model, optimizer)}, {"cursor": 7})
+    optimiser.step_if_finite(optimizer, 1.0, 1.0, "toy")
+    checkpoint.save(
+        folder / "last", lambda path: None, {"step": 1}, {"p": (model, optimizer)}, {"cursor": 7}
+    )
     other, other_optimizer = fresh(1, tied=False, sharded=True)
     assert checkpoint.restore(folder / "last", {"p": (other, other_optimizer)})[1] == {"cursor": 7}
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(whole(a), whole(b))
-        assert torch.equal(whole(optimizer.state[a]["exp_avg"]), whole(other_optimizer.state[b]["exp_avg"]))
+        assert torch.equal(
+            whole(optimizer.state[a]["exp_avg"]), whole(other_optimizer.state[b]["exp_avg"])
+        )
     here.close()
-    os._exit(0)  # all is asserted; in a spawned process torch's threads abort now and then while Python ends
+    os._exit(
+        0
+    )  # all is asserted; in a spawned process torch's threads abort now and then while Python ends
 
 
 def test_two_ranks_and_resume_on_one(tmp_path):
@@ -388,6 +452,8 @@ def test_two_ranks_and_resume_on_one(tmp_path):
     expected, expected_optimizer = fresh(0, tied=False)
     for p in expected.parameters():
         p.grad = torch.ones_like(p)
-    common.step_if_finite(expected_optimizer, 1.0, 1.0, "toy")
-    assert all(torch.allclose(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    optimiser.step_if_finite(expected_optimizer, 1.0, 1.0, "toy")
+    assert all(
+        torch.allclose(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    )
     here.close()

@@ -19,8 +19,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from common import parse
 from data import SYSTEM_PROMPT, read
+from engine.arguments import parse
 
 sys.path.insert(0, str(ROOT / "tools"))
 import curate  # noqa: E402
@@ -33,7 +33,13 @@ def response(answer, caption="- a square", think="1. I look."):
 
 
 def completion(text, **more):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop", **more}]})
+    return json.dumps(
+        {
+            "choices": [
+                {"message": {"role": "assistant", "content": text}, "finish_reason": "stop", **more}
+            ]
+        }
+    )
 
 
 def asked(request):
@@ -50,7 +56,12 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.times, self.lock, self.behave = [], Counter(), threading.Lock(), lambda *_: None
+        self.requests, self.times, self.lock, self.behave = (
+            [],
+            Counter(),
+            threading.Lock(),
+            lambda *_: None,
+        )
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -115,8 +126,19 @@ def lines(path):
 
 
 def arguments(server, problems, *flags):
-    flags = ["--data", problems, "--out", problems.parents[1] / "out", "--base_url", server.url, "--teacher", "T",
-             "--first_delay", 0.01, *flags]  # fmt: skip
+    flags = [
+        "--data",
+        problems,
+        "--out",
+        problems.parents[1] / "out",
+        "--base_url",
+        server.url,
+        "--teacher",
+        "T",
+        "--first_delay",
+        0.01,
+        *flags,
+    ]
     return [str(flag) for flag in flags]
 
 
@@ -125,8 +147,17 @@ def run(server, problems, *flags):
     curate.main(parse(curate.Args, arguments(server, problems, *flags)))
     out = problems.parents[1] / "out"
     report = json.loads((out / "report.json").read_text())
-    froms = [row["extra_info"]["from"] for kind in report["files"] for row in lines(out / f"{kind}.jsonl")]
-    assert len(froms) == len(set(froms)) == sum(report["files"].values()) == report["fates"].get("kept", 0)
+    froms = [
+        row["extra_info"]["from"]
+        for kind in report["files"]
+        for row in lines(out / f"{kind}.jsonl")
+    ]
+    assert (
+        len(froms)
+        == len(set(froms))
+        == sum(report["files"].values())
+        == report["fates"].get("kept", 0)
+    )
     assert report["rows"] == sum(report["fates"].values())
     return report
 
@@ -135,7 +166,11 @@ def run(server, problems, *flags):
 def test_three_files_that_the_stages_open(server, problems, tmp_path):
     report = run(server, problems, "--shares", 0.25, 0.2)
     out = tmp_path / "out"
-    assert report["rows"] == 20 and report["fates"] == {"kept": 20} and report["files"] == {"align": 5, "rl": 4, "sft": 11}
+    assert (
+        report["rows"] == 20
+        and report["fates"] == {"kept": 20}
+        and report["files"] == {"align": 5, "rl": 4, "sft": 11}
+    )
     seen = []
     for kind, size in report["files"].items():
         data = read(str(out / f"{kind}.jsonl"), kind)
@@ -148,7 +183,10 @@ def test_three_files_that_the_stages_open(server, problems, tmp_path):
             assert Image.open(example.images[0]).getpixel((0, 0)) == (10 * number, 0, 99)
             assert example.images[0].startswith(str(out / "images"))
             text = example.messages[-1]["content"] if kind == "sft" else example.response
-            assert text == f"<caption>\n- a square\n</caption>\n<think>\n1. I look.\n</think>\n<answer>\n{number}\n</answer>"
+            assert (
+                text
+                == f"<caption>\n- a square\n</caption>\n<think>\n1. I look.\n</think>\n<answer>\n{number}\n</answer>"
+            )
     assert sorted(seen) == list(range(20))  # none twice, none lost
 
 
@@ -161,16 +199,27 @@ def test_what_the_api_is_asked(server, problems, tmp_path):
     assert system == {"role": "system", "content": SYSTEM_PROMPT}
     image, text = user["content"]
     head, data = image["image_url"]["url"].split(",")
-    assert head == "data:image/png;base64" and base64.b64decode(data) == (tmp_path / "in/0.png").read_bytes()
+    assert (
+        head == "data:image/png;base64"
+        and base64.b64decode(data) == (tmp_path / "in/0.png").read_bytes()
+    )
     assert text == {"type": "text", "text": "\nWhat is number 0?"}
 
 
 def test_images_stand_where_the_turns_have_them_and_options_are_kept(server, tmp_path):
     for name in "ab":
         Image.new("RGB", (8, 8), {"a": "red", "b": "blue"}[name]).save(tmp_path / f"{name}.png")
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "First <image> number 1 then <image>?"}]
-    row = {"prompt": turns, "images": [{"path": "a.png"}, {"path": "b.png"}], "extra_info": {"choices": ["red", "blue"]},
-           "reward_model": {"ground_truth": "B", "equivalent_answers": ["azure"]}, "data_source": "mine"}  # fmt: skip
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "First <image> number 1 then <image>?"},
+    ]
+    row = {
+        "prompt": turns,
+        "images": [{"path": "a.png"}, {"path": "b.png"}],
+        "extra_info": {"choices": ["red", "blue"]},
+        "reward_model": {"ground_truth": "B", "equivalent_answers": ["azure"]},
+        "data_source": "mine",
+    }
     (tmp_path / "in").mkdir()
     server.behave = lambda *_: response("blue")
     run(server, save(tmp_path / "in/p.jsonl", [row]), "--image_root", tmp_path, "--shares", 1, 0)
@@ -178,12 +227,21 @@ def test_images_stand_where_the_turns_have_them_and_options_are_kept(server, tmp
     assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url", "text"]
     assert server.requests[0][2]["messages"][0]["content"] == SYSTEM_PROMPT
     example = read(str(tmp_path / "out/align.jsonl"), "align")[0]
-    assert (example.answer, example.equivalent, example.choices) == ("B", ("azure",), ("red", "blue"))
+    assert (example.answer, example.equivalent, example.choices) == (
+        "B",
+        ("azure",),
+        ("red", "blue"),
+    )
     assert example.messages[1]["content"] == turns[1]["content"] and example.source == "mine"
-    assert [Image.open(image).getpixel((0, 0)) for image in example.images] == [(255, 0, 0), (0, 0, 255)]
+    assert [Image.open(image).getpixel((0, 0)) for image in example.images] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
 
 
-def test_the_split_is_the_seeds_and_moves_little_when_problems_are_added(server, problems, tmp_path):
+def test_the_split_is_the_seeds_and_moves_little_when_problems_are_added(
+    server, problems, tmp_path
+):
     flags = ("--shares", 0.3, 0.2)
     sets = []
     for more in (("--limit", 18), ("--limit", 18), ("--limit", 18, "--seed", 1), ("--limit", 20)):
@@ -209,7 +267,11 @@ def test_nobody_sees_the_key(server, problems, tmp_path, capsys):
     assert "your key [key] is tired" in str(stop.value) and KEY not in str(stop.value)
     shown = "".join(capsys.readouterr())
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) > 40 and KEY not in shown and not any(KEY.encode() in path.read_bytes() for path in files)
+    assert (
+        len(files) > 40
+        and KEY not in shown
+        and not any(KEY.encode() in path.read_bytes() for path in files)
+    )
 
 
 def test_without_a_key_none_is_sent(server, problems, monkeypatch):
@@ -220,7 +282,9 @@ def test_without_a_key_none_is_sent(server, problems, monkeypatch):
         run(server, problems, "--limit", 2)
     assert {authorization for _, authorization, _ in server.requests} == {None}
     server.behave = lambda *_: None
-    monkeypatch.setenv("OTHER", "o\n")  # short ones, as local servers want them, are words: they stay in what is answered
+    monkeypatch.setenv(
+        "OTHER", "o\n"
+    )  # short ones, as local servers want them, are words: they stay in what is answered
     run(server, problems, "--limit", 1, "--teacher", "U", "--key_env", "OTHER")
     assert server.requests[-1][1] == "Bearer o" and len(server.requests) == 3
 
@@ -238,10 +302,22 @@ def test_pictures_are_sent_as_the_policy_sees_them(tmp_path):
     image.convert("RGBA").save(tmp_path / "clear.png")
     image.save(tmp_path / "hole.png", transparency=(255, 0, 0))
     names = ("a.png", "a.jpg", "a.bmp", "turned.jpg", "clear.png", "hole.png")
-    data = read(str(save(tmp_path / "p.jsonl", [{"image": name, "question": "?", "answer": "1"} for name in names])), "eval")
-    seen = {Path(example.images[0]).name: curate.look(example)[0][0] for example in data.fetch(range(6))}
+    data = read(
+        str(
+            save(
+                tmp_path / "p.jsonl",
+                [{"image": name, "question": "?", "answer": "1"} for name in names],
+            )
+        ),
+        "eval",
+    )
+    seen = {
+        Path(example.images[0]).name: curate.look(example)[0][0] for example in data.fetch(range(6))
+    }
     assert all(seen[name][1] == (tmp_path / name).read_bytes() for name in ("a.png", "a.jpg"))
-    assert seen["a.jpg"][0].endswith(".jpeg") and all(seen[n][0].endswith(".png") for n in seen if n != "a.jpg")
+    assert seen["a.jpg"][0].endswith(".jpeg") and all(
+        seen[n][0].endswith(".png") for n in seen if n != "a.jpg"
+    )
     assert seen["a.png"][0] == seen["a.bmp"][0] == seen["clear.png"][0] != seen["turned.jpg"][0]
     upright = Image.open(io.BytesIO(seen["turned.jpg"][1]))
     assert Image.open(io.BytesIO(seen["hole.png"][1])).getpixel((0, 0)) == (255, 255, 255)
@@ -250,14 +326,26 @@ def test_pictures_are_sent_as_the_policy_sees_them(tmp_path):
 
 # ----------------------------------------------------------------------------- which problems
 def rollouts(problems, rates, policy="p", mode="T=1"):
-    return [{"policy": policy, "data": str(problems), "mode": mode, "row": row, "accuracy": accuracy, "where": "", "text": []}
-            for row, accuracy in rates.items()]  # fmt: skip
+    return [
+        {
+            "policy": policy,
+            "data": str(problems),
+            "mode": mode,
+            "row": row,
+            "accuracy": accuracy,
+            "where": "",
+            "text": [],
+        }
+        for row, accuracy in rates.items()
+    ]
 
 
 def test_only_what_the_policy_fails_is_asked(server, problems, tmp_path):
     """Of several policies the best counts; greedy decoding does not; a row without a record is counted, not guessed."""
     records = rollouts(problems, {0: [0, 0], 1: [0, 1], 2: [1, 1], 3: [0.0, 0.0], 4: [0, 0]})
-    records += rollouts(problems, {3: [0, 0], 4: [0, 1]}, policy="q") + rollouts(problems, {0: [1], 5: [0]}, mode="greedy")
+    records += rollouts(problems, {3: [0, 0], 4: [0, 1]}, policy="q") + rollouts(
+        problems, {0: [1], 5: [0]}, mode="greedy"
+    )
     flags = ("--pass_rates", save(tmp_path / "rollouts.jsonl", records))
     report = run(server, problems, *flags)
     assert report["fates"] == {"kept": 2, "passed too often": 3, "no pass rate": 15}
@@ -273,7 +361,10 @@ def test_a_file_without_rollouts_is_refused(server, problems, tmp_path, record):
 
 
 def test_rollouts_of_other_data_leave_nothing_to_ask(server, problems, tmp_path):
-    flags = ("--pass_rates", save(tmp_path / "r.jsonl", rollouts(tmp_path / "other.jsonl", {0: [0]})))
+    flags = (
+        "--pass_rates",
+        save(tmp_path / "r.jsonl", rollouts(tmp_path / "other.jsonl", {0: [0]})),
+    )
     assert run(server, problems, *flags)["fates"] == {"no pass rate": 20} and not server.requests
 
 
@@ -298,7 +389,9 @@ def test_near_duplicates(tmp_path, one, other, near):
     path = save(tmp_path / "p.jsonl", [{"question": q, "answer": "1"} for q in (one, other, one)])
     args = curate.Args(data=(str(path),), out="", base_url="http://h", teacher="T")
     problems, fates = curate.select(args)
-    assert [p.row for p in problems] == ([0] if near else [0, 1]) and fates == {"near-duplicate": 1 + near}
+    assert [p.row for p in problems] == ([0] if near else [0, 1]) and fates == {
+        "near-duplicate": 1 + near
+    }
 
 
 def test_duplicates_have_the_same_pixels(server, problems, tmp_path):
@@ -320,7 +413,10 @@ def test_bad_rows_are_counted(server, problems, tmp_path):
     (tmp_path / "in/1.png").write_bytes(b"no image")
     rows = lines(problems)[:4] + [{"image": "0.png", "question": "What?"}]
     report = run(server, save(problems, rows))
-    bad = {"bad: an image cannot be read": 1, "bad: no answer, or one of more than 4000 characters": 1}
+    bad = {
+        "bad: an image cannot be read": 1,
+        "bad: no answer, or one of more than 4000 characters": 1,
+    }
     assert report["fates"] == {"kept": 3} | bad and report["rows"] == 5
     with pytest.raises(ValueError, match="2 of 5 rows are bad"):
         run(server, problems, "--max_bad", 1)
@@ -328,9 +424,18 @@ def test_bad_rows_are_counted(server, problems, tmp_path):
 
 # ----------------------------------------------------------------------------- answers
 def test_malformed_and_wrong_answers_are_asked_again_up_to_samples(server, problems):
-    bad = {0: ["no tags"], 1: [response("7")], 2: [response("2", think=" ")], 3: ["x"] * 9, 4: ["x", *[response("9")] * 9],
-           5: [response("5", caption="<image>")], 6: [response("6") + response("6")], 7: ["\ud800" + response("7")],
-           8: [response("8", caption="\ud800")], 9: [None]}  # fmt: skip
+    bad = {
+        0: ["no tags"],
+        1: [response("7")],
+        2: [response("2", think=" ")],
+        3: ["x"] * 9,
+        4: ["x", *[response("9")] * 9],
+        5: [response("5", caption="<image>")],
+        6: [response("6") + response("6")],
+        7: ["\ud800" + response("7")],
+        8: [response("8", caption="\ud800")],
+        9: [None],
+    }
 
     def behave(number, times, request):
         texts = bad.get(number, [])
@@ -342,16 +447,27 @@ def test_malformed_and_wrong_answers_are_asked_again_up_to_samples(server, probl
     report = run(server, problems, "--samples", 3, "--limit", 10)
     assert report["fates"] == {"kept": 8, "malformed": 1, "wrong": 1}
     assert [server.times[i] for i in range(10)] == [2, 2, 2, 3, 3, 2, 2, 2, 2, 2]
-    assert report["requests"] == {"answered": 22} and report["answers"] == {"malformed": 11, "wrong": 3, "right": 8}
+    assert report["requests"] == {"answered": 22} and report["answers"] == {
+        "malformed": 11,
+        "wrong": 3,
+        "right": 8,
+    }
     server.behave = lambda *_: None
     assert run(server, problems, "--samples", 4, "--limit", 10)["fates"] == {"kept": 10}
-    assert [server.times[i] for i in (3, 4)] == [4, 4] and sum(server.times.values()) == 24  # only what is missing
+    assert [server.times[i] for i in (3, 4)] == [4, 4] and sum(
+        server.times.values()
+    ) == 24  # only what is missing
 
 
 def test_a_longer_limit_asks_cut_answers_again(server, problems):
     cut = response(0)[:20]
-    server.behave = lambda *_: lambda handler: handler.reply(completion(cut, finish_reason="length"))
-    assert run(server, problems, "--limit", 1, "--samples", 2)["fates"] == {"malformed": 1} and len(server.requests) == 2
+    server.behave = lambda *_: (
+        lambda handler: handler.reply(completion(cut, finish_reason="length"))
+    )
+    assert (
+        run(server, problems, "--limit", 1, "--samples", 2)["fates"] == {"malformed": 1}
+        and len(server.requests) == 2
+    )
     server.behave = lambda *_: None
     for flags, requests in (((), 2), (("--request", '{"max_tokens": 9999}'), 3)):
         run(server, problems, "--limit", 1, "--samples", 2, *flags)
@@ -368,18 +484,43 @@ def test_the_judge(server, problems, tmp_path):
         return response("the fifth" if number > 3 else number)
 
     server.behave = behave
-    rows = [row | {"equivalent_answers": ["or so"]} if row["answer"] == "4" else row for row in lines(problems)]
+    rows = [
+        row | {"equivalent_answers": ["or so"]} if row["answer"] == "4" else row
+        for row in lines(problems)
+    ]
     save(problems, rows)
     flags = ("--judge", "J", "--limit", 7, "--samples", 1, "--shares", 0.34, 0.51)
     report = run(server, problems, *flags)
-    assert report["fates"] == {"kept": 6, "wrong": 1} and report["files"] == {"align": 2, "rl": 3, "sft": 1}
-    assert report["requests"] == {"answered": 14, "TypeError": 1} and report["answers"]["right, graded 0"] == 1
-    got = {kind: [row["extra_info"]["from"] for row in lines(tmp_path / f"out/{kind}.jsonl")] for kind in report["files"]}
+    assert report["fates"] == {"kept": 6, "wrong": 1} and report["files"] == {
+        "align": 2,
+        "rl": 3,
+        "sft": 1,
+    }
+    assert (
+        report["requests"] == {"answered": 14, "TypeError": 1}
+        and report["answers"]["right, graded 0"] == 1
+    )
+    got = {
+        kind: [row["extra_info"]["from"] for row in lines(tmp_path / f"out/{kind}.jsonl")]
+        for kind in report["files"]
+    }
     assert set(got["align"]) == {"problems.jsonl:1", "problems.jsonl:6"}
-    assert got["rl"] == ["problems.jsonl:4", "problems.jsonl:2", "problems.jsonl:3"] and got["sft"] == ["problems.jsonl:7"]
-    judged = next(request for *_, request in server.requests if request["model"] == "J" and asked(request)[0] == 4)
-    assert judged["messages"][0]["content"] == curate.JUDGE_PROMPT and "Reference: 4 or or so\n" in asked(judged)[1]
-    assert "<answer>\nthe fifth" in asked(judged)[1] and judged["messages"][1]["content"][0]["type"] == "image_url"
+    assert got["rl"] == ["problems.jsonl:4", "problems.jsonl:2", "problems.jsonl:3"] and got[
+        "sft"
+    ] == ["problems.jsonl:7"]
+    judged = next(
+        request
+        for *_, request in server.requests
+        if request["model"] == "J" and asked(request)[0] == 4
+    )
+    assert (
+        judged["messages"][0]["content"] == curate.JUDGE_PROMPT
+        and "Reference: 4 or or so\n" in asked(judged)[1]
+    )
+    assert (
+        "<answer>\nthe fifth" in asked(judged)[1]
+        and judged["messages"][1]["content"][0]["type"] == "image_url"
+    )
     before = len(server.requests)
     assert run(server, problems, *flags)["files"] == report["files"]
     assert len(server.requests) == before  # its grades are known, too
@@ -389,7 +530,9 @@ def test_the_judge(server, problems, tmp_path):
 MISDEEDS = {
     "HTTP 500": lambda handler: handler.reply("<html>oops</html>", 500),
     "HTTP 429": lambda handler: handler.reply("{}", 429, Retry_After="0"),
-    "HTTP 503": lambda handler: handler.reply("{}", 503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
+    "HTTP 503": lambda handler: handler.reply(
+        "{}", 503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"
+    ),
     "ReadTimeout": lambda handler: time.sleep(1),
     "RemoteProtocolError": lambda handler: handler.reply(completion(response(0)), cut=9),
     "JSONDecodeError": lambda handler: handler.reply('{"choices": [{"mess'),
@@ -403,14 +546,18 @@ MISDEEDS = {
 
 @pytest.mark.parametrize("kind", MISDEEDS)
 def test_a_server_that_recovers_is_asked_again(server, problems, kind):
-    server.behave = lambda number, times, request: MISDEEDS[kind] if number == 1 and times < 3 else None
+    server.behave = lambda number, times, request: (
+        MISDEEDS[kind] if number == 1 and times < 3 else None
+    )
     flags = ("--timeout", 0.5) if kind == "ReadTimeout" else ()
     report = run(server, problems, "--limit", 3, "--retries", 2, *flags)
     assert report["fates"] == {"kept": 3} and report["requests"] == {"answered": 3, kind: 2}
     assert server.times == {0: 1, 1: 3, 2: 1}
 
 
-@pytest.mark.parametrize("kind", ["HTTP 500", "JSONDecodeError", "HTTP 400", "HTTP 413", "HTTP 422"])
+@pytest.mark.parametrize(
+    "kind", ["HTTP 500", "JSONDecodeError", "HTTP 400", "HTTP 413", "HTTP 422"]
+)
 def test_what_is_not_answered_is_counted_and_asked_in_the_next_run(server, problems, kind):
     """Some requests cannot be mended by asking again: this problem's picture is too large, say."""
     code = int(kind[5:]) if kind[5:].isdigit() else 0
@@ -426,15 +573,28 @@ def test_what_is_not_answered_is_counted_and_asked_in_the_next_run(server, probl
 
 def test_nobody_there(server, problems):
     with pytest.raises(SystemExit, match="ConnectError from http://127.0.0.1:9/v1"):
-        run(server, problems, "--base_url", "http://127.0.0.1:9/v1", "--retries", 1, "--max_failures", 3)
+        run(
+            server,
+            problems,
+            "--base_url",
+            "http://127.0.0.1:9/v1",
+            "--retries",
+            1,
+            "--max_failures",
+            3,
+        )
 
 
 @pytest.mark.parametrize("code", [301, 401, 403, 404])
 def test_an_error_that_concerns_all_stops_at_once(server, problems, tmp_path, code):
-    server.behave = lambda number, *_: (lambda handler: handler.reply("who are you?", code)) if number > 1 else None
+    server.behave = lambda number, *_: (
+        (lambda handler: handler.reply("who are you?", code)) if number > 1 else None
+    )
     with pytest.raises(SystemExit) as stop:
         run(server, problems, "--concurrency", 2)
-    assert re.search(rf"HTTP {code} from {server.url} .*PRISM_API_KEY.*who are you?", str(stop.value))
+    assert re.search(
+        rf"HTTP {code} from {server.url} .*PRISM_API_KEY.*who are you?", str(stop.value)
+    )
     assert len(server.requests) <= 5 and len(lines(tmp_path / "out/answers.jsonl")) == 2
     assert not (tmp_path / "out/sft.jsonl").exists()
 
@@ -468,11 +628,16 @@ def test_delays_double(server, problems, waits):
     server.behave = lambda *_: MISDEEDS["HTTP 500"]
     run(server, problems, "--limit", 1, "--first_delay", 8, "--retries", 5)
     assert len(waits) == 5 == len(set(waits)) and len(server.requests) == 6
-    assert all(0.5 * mean <= wait <= 1.5 * mean for wait, mean in zip(waits, (8, 16, 32, 60, 60), strict=True))
+    assert all(
+        0.5 * mean <= wait <= 1.5 * mean
+        for wait, mean in zip(waits, (8, 16, 32, 60, 60), strict=True)
+    )
 
 
 def test_retry_after_is_honoured(server, problems, waits):
-    server.behave = lambda number, times, _: (lambda h: h.reply("{}", 429, Retry_After="7")) if times == 1 else None
+    server.behave = lambda number, times, _: (
+        (lambda h: h.reply("{}", 429, Retry_After="7")) if times == 1 else None
+    )
     assert run(server, problems, "--limit", 2)["fates"] == {"kept": 2} and waits == [7, 7]
     server.behave = lambda *_: lambda handler: handler.reply("daily quota", 429, Retry_After="3600")
     with pytest.raises(SystemExit, match=r"HTTP 429.*wait: 3600 s.*daily quota"):
@@ -503,7 +668,11 @@ def test_a_broken_last_line_is_asked_again(server, problems, tmp_path):
     for cut in (1, 40):
         cache.write_bytes(whole[:-cut])
         report = run(server, problems)
-        assert report["requests"] == {"answered": 1} and report["fates"] == {"kept": 20} and len(lines(cache)) == 20
+        assert (
+            report["requests"] == {"answered": 1}
+            and report["fates"] == {"kept": 20}
+            and len(lines(cache)) == 20
+        )
 
 
 def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
@@ -514,7 +683,9 @@ def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
         return MISDEEDS["HTTP 500"] if number == 4 else None
 
     server.behave = behave
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background does not have
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a test run in the background does not have
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(server, problems, "--concurrency", 2, "--first_delay", 30)  # nobody waits for a retry
@@ -538,8 +709,14 @@ def test_a_killed_run_goes_on(server, problems, tmp_path):
     """kill -9 in the middle, from the command line, with the key only in the environment; what was answered is not asked."""
     cache, gate = tmp_path / "out/answers.jsonl", threading.Event()
     server.behave = lambda number, *_: gate.wait(60) and None if number >= 7 else None
-    command = [sys.executable, str(ROOT / "tools/curate.py"), *arguments(server, problems, "--concurrency", 2)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    command = [
+        sys.executable,
+        str(ROOT / "tools/curate.py"),
+        *arguments(server, problems, "--concurrency", 2),
+    ]
+    child = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
+    )
     for _ in range(600):
         if cache.exists() and len(lines(cache)) == 7:
             break
@@ -550,7 +727,11 @@ def test_a_killed_run_goes_on(server, problems, tmp_path):
     with open(cache, "a") as file:
         file.write('{"of": ["half a li')
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "Counter({'answered': 13})" in done.stdout and KEY not in done.stdout + done.stderr
+    assert (
+        done.returncode == 0
+        and "Counter({'answered': 13})" in done.stdout
+        and KEY not in done.stdout + done.stderr
+    )
     assert json.loads((tmp_path / "out/report.json").read_text())["fates"] == {"kept": 20}
 
 
@@ -585,5 +766,10 @@ def test_the_help_is_the_manual(capsys):
     assert curate.__doc__.splitlines()[0] in text and "python tools/curate.py --data" in text
     for name in curate.Args.__dataclass_fields__:
         assert re.search(rf"\n  --{name} .+", text), name
-    options = [re.sub(r"\(default:.*", "", option, flags=re.DOTALL).split() for option in text.split("\n  --")[1:]]
-    assert all(len(words) > 3 for words in options) and len(options) == len(curate.Args.__dataclass_fields__)
+    options = [
+        re.sub(r"\(default:.*", "", option, flags=re.DOTALL).split()
+        for option in text.split("\n  --")[1:]
+    ]
+    assert all(len(words) > 3 for words in options) and len(options) == len(
+        curate.Args.__dataclass_fields__
+    )

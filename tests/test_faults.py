@@ -26,16 +26,23 @@ from test_stages import COMMON, ROLLOUTS, leave_no_group, records, same, tensors
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 
 import align
-import checkpoint
-import common
-import files
 import model
 import rlvr
 import sft
-from common import Log
-from ranks import SAVED_AND_STOPPED
+from engine import checkpoint, files, optimiser
+from engine.log import Log
+from engine.ranks import SAVED_AND_STOPPED
 
-FILES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}  # audited
+FILES = {
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.listdir",
+    "os.scandir",
+    "shutil.rmtree",
+}  # audited
 WEIGHTS = "model.safetensors"
 
 
@@ -74,7 +81,12 @@ def kill_at_file(number, folder):
     left = [number]
 
     def hook(event, args):
-        if event in FILES and args and isinstance(args[0], str | Path) and str(args[0]).startswith(str(folder)):
+        if (
+            event in FILES
+            and args
+            and isinstance(args[0], str | Path)
+            and str(args[0]).startswith(str(folder))
+        ):
             left[0] -= 1
             if left[0] == 0:
                 kill_self()
@@ -100,7 +112,9 @@ def all_of(folder):
     meta = json.loads(Path(folder, "last/meta.json").read_text())
     rows = [{k: v for k, v in record.items() if k != "seconds"} for record in records(folder)]
     values = {k: v for k, v in meta["metrics"].items() if k != "seconds"}
-    return repr((meta["step"], values, state["python"], state["cpu"].tolist(), state["state"], rows))
+    return repr(
+        (meta["step"], values, state["python"], state["cpu"].tolist(), state["state"], rows)
+    )
 
 
 def same_run(one, two, parts=("",)):
@@ -109,7 +123,9 @@ def same_run(one, two, parts=("",)):
         assert all_of(a) == all_of(b)
         same(tensors(a / "last"), tensors(b / "last"))
         same(weights(a / "last"), weights(b / "last"))
-        assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())  # no .new, no .old
+        assert sorted(p.name for p in a.iterdir()) == sorted(
+            p.name for p in b.iterdir()
+        )  # no .new, no .old
 
 
 # ------------------------------------------------------------------------------------------------------ kill -9, resume
@@ -118,28 +134,43 @@ def same_run(one, two, parts=("",)):
 def few(world, name, rows):  # noqa: F811
     """The first rows of a file: with four a step, an epoch of `rows` ends on a step."""
     path = world.folder / f"{name}_{rows}.jsonl"
-    path.write_text("".join(f"{line}\n" for line in Path(getattr(world, name)).read_text().splitlines()[:rows]))
+    path.write_text(
+        "".join(f"{line}\n" for line in Path(getattr(world, name)).read_text().splitlines()[:rows])
+    )
     return str(path)
 
 
 def stage_args(name, world, out, **more):  # noqa: F811
-    rollouts = COMMON | ROLLOUTS | dict(save_every=1, steps=4, lr=1e-3, policy=world.sft, out=str(out))
+    rollouts = (
+        COMMON | ROLLOUTS | dict(save_every=1, steps=4, lr=1e-3, policy=world.sft, out=str(out))
+    )
     if name == "sft":
         flags = rollouts | dict(batch=4, lr=1e-2, warmup=0.5, data=few(world, "curated", 8))
-        return sft, sft.Args(**{k: v for k, v in flags.items() if k not in ("prompts_per_step", "group_size")} | more)
+        return sft, sft.Args(
+            **{k: v for k, v in flags.items() if k not in ("prompts_per_step", "group_size")} | more
+        )
     if name == "align":
-        flags = dict(disc_lr=1e-3, warmup_steps=3, warmup_pairs=16, probe_every=0, data=few(world, "align", 8))
+        flags = dict(
+            disc_lr=1e-3,
+            warmup_steps=3,
+            warmup_pairs=16,
+            probe_every=0,
+            data=few(world, "align", 8),
+        )
         return align, align.Args(**rollouts | flags | more)
     return rlvr, rlvr.Args(**rollouts | dict(minibatches=2, data=few(world, "rl", 8)) | more)
 
 
 KILLS = {  # stage -> logged step of each run, from 0, in which it is killed; epochs end at steps 2 and 4
-    "sft": [1, 1, 0], "rlvr": [1, 1, 0],  # step 2, saved is 1; step 3, saved is 2, the epoch's end; step 3 again
+    "sft": [1, 1, 0],
+    "rlvr": [1, 1, 0],  # step 2, saved is 1; step 3, saved is 2, the epoch's end; step 3 again
     "align": [1, 1, 2, 1],  # steps 2 and 3 of the warm-up, then 2 and 3 of the game
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("align", "rlvr"))])
+@pytest.mark.parametrize(
+    "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("align", "rlvr"))]
+)
 def test_killed_runs_equal_the_uninterrupted_one(world, tmp_path, name):  # noqa: F811
     stage, args = stage_args(name, world, tmp_path / "whole")
     assert end_of(child(lambda: stage.main(args))) == 0
@@ -156,8 +187,15 @@ def test_killed_runs_equal_the_uninterrupted_one(world, tmp_path, name):  # noqa
     same_run(tmp_path / "whole", tmp_path / "parts", ("", "warmup") if name == "align" else ("",))
     if name == "align":
         same(*(weights(tmp_path / run / "last/discriminator") for run in ("whole", "parts")))
-    done = [json.loads(line).get("done") for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
-    assert [d for d in done if d is not None] == {"sft": [0, 1, 2, 2], "rlvr": [0, 1, 2, 2], "align": [0, 1, 2]}[name]
+    done = [
+        json.loads(line).get("done")
+        for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()
+    ]
+    assert [d for d in done if d is not None] == {
+        "sft": [0, 1, 2, 2],
+        "rlvr": [0, 1, 2, 2],
+        "align": [0, 1, 2],
+    }[name]
 
 
 def test_sigterm_from_outside_saves_and_exits_with_99(world, tmp_path):  # noqa: F811
@@ -169,7 +207,9 @@ def test_sigterm_from_outside_saves_and_exits_with_99(world, tmp_path):  # noqa:
     assert end_of(pid) == SAVED_AND_STOPPED == 99
     step = json.loads((tmp_path / "parts/last/meta.json").read_text())["step"]
     assert 0 < step < 200 and step == records(tmp_path / "parts")[-1]["step"]
-    again = replace(args, steps=step + 2, resume=True)  # the learning rate's cosine is over --steps: compare with the same
+    again = replace(
+        args, steps=step + 2, resume=True
+    )  # the learning rate's cosine is over --steps: compare with the same
     assert end_of(child(lambda: stage.main(again))) == 0
     assert [r["step"] for r in records(tmp_path / "parts")] == list(range(1, step + 3))
 
@@ -183,10 +223,12 @@ class Toy(torch.nn.Module):
 def toy(value):
     """A player whose parameters and moments all are `value`."""
     module = Toy()
-    opt = common.optimizer(module, 0.0, 0.0)
+    opt = optimiser.optimizer(module, 0.0, 0.0)
     for p in module.parameters():
         p.data.fill_(value)
-        opt.state[p] = {"step": torch.tensor(value)} | {k: torch.full_like(p, value) for k in ("exp_avg", "exp_avg_sq")}
+        opt.state[p] = {"step": torch.tensor(value)} | {
+            k: torch.full_like(p, value) for k in ("exp_avg", "exp_avg_sq")
+        }
     return {"toy": (module, opt)}
 
 
@@ -201,8 +243,14 @@ def value_of(folder):
     players = toy(-1.0)
     meta, state = checkpoint.restore(folder, players)
     module, opt = players["toy"]
-    found = [*module.parameters(), *(t for s in opt.state.values() for t in s.values()), *load_file(folder / WEIGHTS).values()]
-    assert {float(x) for t in found for x in t.flatten()} == {state["value"]} == {float(meta["step"])}
+    found = [
+        *module.parameters(),
+        *(t for s in opt.state.values() for t in s.values()),
+        *load_file(folder / WEIGHTS).values(),
+    ]
+    assert (
+        {float(x) for t in found for x in t.flatten()} == {state["value"]} == {float(meta["step"])}
+    )
     return state["value"]
 
 
@@ -210,7 +258,9 @@ def test_a_kill_before_each_file_operation_of_a_save(tmp_path, monkeypatch):
     """All of them in turn: the one checkpoint or the other is whole, the next save succeeds, and leaves no rest."""
     monkeypatch.setattr(common, "provenance", lambda: {})  # which calls git
     monkeypatch.setattr(checkpoint, "provenance", lambda: {})
-    monkeypatch.setattr(os, "sync", lambda: None)  # a kill, unlike a power cut, loses nothing that was written
+    monkeypatch.setattr(
+        os, "sync", lambda: None
+    )  # a kill, unlike a power cut, loses nothing that was written
     folder, kept = tmp_path / "last", []
 
     def save_and_die(number):
@@ -225,9 +275,18 @@ def test_a_kill_before_each_file_operation_of_a_save(tmp_path, monkeypatch):
         assert end == -signal.SIGKILL
         seen = {p.name for p in tmp_path.iterdir()}
         kept.append((value_of(folder), "last" in seen, "last.new" in seen, "last.old" in seen))
-    print(f"killed before each of {number - 1} file operations: {sum(k[0] == 1 for k in kept)} times the old one was whole")
-    assert number > 12 and [k[0] for k in kept] == sorted(k[0] for k in kept)  # first the old one, then the new one
-    assert {k[1:] for k in kept} == {(True, False, False), (True, True, False), (False, True, True), (True, False, True)}
+    print(
+        f"killed before each of {number - 1} file operations: {sum(k[0] == 1 for k in kept)} times the old one was whole"
+    )
+    assert number > 12 and [k[0] for k in kept] == sorted(
+        k[0] for k in kept
+    )  # first the old one, then the new one
+    assert {k[1:] for k in kept} == {
+        (True, False, False),
+        (True, True, False),
+        (False, True, True),
+        (True, False, True),
+    }
 
 
 def kill_after(seconds):
@@ -249,12 +308,20 @@ def phase(out):
     for folder in (out, out / "warmup"):
         last, new, old = ((folder / name).exists() for name in ("last", "last.new", "last.old"))
         if new or old:
-            return "writing" if not old else "removing the old one" if last else "between the two renames"
+            return (
+                "writing"
+                if not old
+                else "removing the old one"
+                if last
+                else "between the two renames"
+            )
     return "loading, training or logging" if (out / "last").exists() else "before the first save"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, kills, steps", [("sft", 40, 60), ("align", 12, 6), ("rlvr", 12, 12)])
+@pytest.mark.parametrize(
+    "name, kills, steps", [("sft", 40, 60), ("align", 12, 6), ("rlvr", 12, 12)]
+)
 def test_kills_at_random_moments(world, tmp_path, name, kills, steps):  # noqa: F811
     """Runs that save after each step, killed after a random time or before a random file operation: each goes on from
     where the checkpoint says, and the last one's end is that of an uninterrupted run, bit for bit."""
@@ -264,7 +331,9 @@ def test_kills_at_random_moments(world, tmp_path, name, kills, steps):  # noqa: 
 
     def run(args, how=None, number=0, fraction=0.0):
         torch.manual_seed(99)
-        os.sync = lambda: None  # waits for all disks of the machine, and matters to a power cut only
+        os.sync = lambda: (
+            None
+        )  # waits for all disks of the machine, and matters to a power cut only
         if how == 0:
             kill_at_file(number, out)
         elif how:
@@ -272,8 +341,14 @@ def test_kills_at_random_moments(world, tmp_path, name, kills, steps):  # noqa: 
         stage.main(args)
 
     def progress():  # steps of the game, or of the only loop, and of the warm-up, that a checkpoint holds
-        metas = [[folder / f"{last}/meta.json" for last in ("last", "last.old")] for folder in (out, out / "warmup")]
-        return tuple(next((json.loads(m.read_text())["step"] for m in pair if m.exists()), 0) for pair in metas)
+        metas = [
+            [folder / f"{last}/meta.json" for last in ("last", "last.old")]
+            for folder in (out, out / "warmup")
+        ]
+        return tuple(
+            next((json.loads(m.read_text())["step"] for m in pair if m.exists()), 0)
+            for pair in metas
+        )
 
     begin = time.perf_counter()
     assert end_of(child(partial(run, whole))) == 0
@@ -287,7 +362,9 @@ def test_kills_at_random_moments(world, tmp_path, name, kills, steps):  # noqa: 
         assert progress() >= before, "a checkpoint went back"
         before = progress()
     assert end_of(child(partial(run, args))) == 0
-    print(f"{name}: {sum(phases.values())} kills, {dict(phases)}, the last one after step {before[0]} of {steps}; nothing lost")
+    print(
+        f"{name}: {sum(phases.values())} kills, {dict(phases)}, the last one after step {before[0]} of {steps}; nothing lost"
+    )
     assert sum(phases.values()) >= (30 if name == "sft" else 6) and phases["writing"] > 1
     same_run(tmp_path / "whole", out, ("", "warmup") if name == "align" else ("",))
 
@@ -300,7 +377,13 @@ def on_ranks(world_size, act):
     port, pids = free_ports(1)[0], []
 
     def join(rank):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        names = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world_size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         os.environ.update({k: str(v) for k, v in names.items()})
         act(rank)
 
@@ -329,7 +412,9 @@ def test_resume_on_another_number_of_ranks(world, tmp_path, name, first, other):
     far = {k: (a[k] - b[k]).abs() > 1e-5 * a[k].abs() + 1e-6 for k in a}
     share = sum(x.sum() for x in far.values()) / sum(x.numel() for x in far.values())
     print(f"{name}: {float(share):.2%} of parameters and moments differ by more than 1e-5")
-    assert share < 0.01  # where a gradient is nothing but rounding, Adam makes a step of either sign of it
+    assert (
+        share < 0.01
+    )  # where a gradient is nothing but rounding, Adam makes a step of either sign of it
 
 
 def spoilt_scores(rank, bad_rank, which, value):
@@ -340,12 +425,18 @@ def spoilt_scores(rank, bad_rank, which, value):
         scores, balance, load = plain(disc, pack)
         mask = torch.zeros_like(scores)
         mask[which] = 1
-        return (torch.where(mask.bool(), scores * 0 + value, scores) if rank == bad_rank else scores), balance, load
+        return (
+            (torch.where(mask.bool(), scores * 0 + value, scores) if rank == bad_rank else scores),
+            balance,
+            load,
+        )
 
     align.Discriminator.forward = forward
 
 
-@pytest.mark.parametrize("which, value", [(0, float("nan")), (-1, float("-inf"))], ids=["reference", "rollout"])
+@pytest.mark.parametrize(
+    "which, value", [(0, float("nan")), (-1, float("-inf"))], ids=["reference", "rollout"]
+)
 def test_a_score_that_is_not_finite_on_one_rank(world, tmp_path, which, value):  # noqa: F811
     """No update of either player on any rank, counted; the third in a row ends the run and names the discriminator."""
     stage, args = stage_args("align", world, tmp_path / "run", warmup_steps=0, prompts_per_step=2)
@@ -360,7 +451,10 @@ def test_a_score_that_is_not_finite_on_one_rank(world, tmp_path, which, value): 
     assert [(r["skipped"], r["disc_skipped"]) for r in found] == [(1, 1), (1, 1)]
     for rank in range(2):
         text = (tmp_path / f"rank{rank}.txt").read_text()
-        assert "FloatingPointError: discriminator: loss or gradient not finite in 3 updates in a row (loss" in text
+        assert (
+            "FloatingPointError: discriminator: loss or gradient not finite in 3 updates in a row (loss"
+            in text
+        )
     same(weights(world.sft), weights(tmp_path / "run/last"))
     saved = tensors(tmp_path / "run/last")
     assert not any(".optimizer." in k for k in saved)  # no update has ever been made
@@ -381,7 +475,9 @@ def test_each_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch)
         try:
             save_toy(folder, 2.0)
         except OSError as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
             (tmp_path / "said").write_text(str(error))
             raise SystemExit(7) from None
 
@@ -389,7 +485,11 @@ def test_each_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch)
         assert end_of(child(partial(limited, size))) == 7, size
         text = (tmp_path / "said").read_text()
         (tmp_path / "said").unlink()
-        assert text.startswith(f"{folder} could not be written (") and "\n" not in text and text.endswith("--resume")
+        assert (
+            text.startswith(f"{folder} could not be written (")
+            and "\n" not in text
+            and text.endswith("--resume")
+        )
         assert list(tmp_path.iterdir()) == [folder] and value_of(folder) == 1.0
         said.add(text)
     assert len(said) > 1, said  # more than one writer met it
@@ -408,7 +508,9 @@ def test_a_full_disk_and_room_again(world, tmp_path):  # noqa: F811
         stage, args = stage_args("sft", world, disk / "run")
         assert end_of(child(lambda: stage.main(replace(args, steps=2)))) == 0
         taken = sum(p.stat().st_size for p in disk.rglob("*") if p.is_file())
-        assert mount("-o", f"remount,size={int(taken * 1.5) // 4096 * 4}k").returncode == 0  # no room for a second one
+        assert (
+            mount("-o", f"remount,size={int(taken * 1.5) // 4096 * 4}k").returncode == 0
+        )  # no room for a second one
         again = replace(args, resume=True)
 
         def run():
@@ -417,7 +519,9 @@ def test_a_full_disk_and_room_again(world, tmp_path):  # noqa: F811
 
         assert end_of(child(run)) == 1
         said = (tmp_path / "said.txt").read_text().strip().splitlines()[-1]
-        assert said.startswith(f"OSError: {disk}/run/last could not be written (") and said.endswith("--resume")
+        assert said.startswith(
+            f"OSError: {disk}/run/last could not be written ("
+        ) and said.endswith("--resume")
         assert json.loads((disk / "run/last/meta.json").read_text())["step"] == 2
         assert sorted(p.name for p in (disk / "run").iterdir()) == ["last", "log.jsonl", "sft.py"]
         mount("-o", "remount,size=64m")
@@ -440,7 +544,9 @@ def test_a_folder_without_permission(tmp_path):
             act()
         folder.parent.chmod(0o755)
     else:
-        assert as_nobody(tmp_path, act).startswith(f"OSError: {folder} could not be written (PermissionError: ")
+        assert as_nobody(tmp_path, act).startswith(
+            f"OSError: {folder} could not be written (PermissionError: "
+        )
     assert value_of(folder) == 1.0
 
 
@@ -456,24 +562,41 @@ class Payload:
 
 RESUME = {  # what is done to a checkpoint -> what the error says
     "no index": lambda f, d: (f / "resume/.metadata").unlink(),
-    "cut index": lambda f, d: (f / "resume/.metadata").write_bytes((f / "resume/.metadata").read_bytes()[:200]),
+    "cut index": lambda f, d: (f / "resume/.metadata").write_bytes(
+        (f / "resume/.metadata").read_bytes()[:200]
+    ),
     "empty index": lambda f, d: (f / "resume/.metadata").write_bytes(b""),
-    "index that runs code": lambda f, d: (f / "resume/.metadata").write_bytes(pickle.dumps(Payload(d / "ran"))),
+    "index that runs code": lambda f, d: (f / "resume/.metadata").write_bytes(
+        pickle.dumps(Payload(d / "ran"))
+    ),
     "index that hides code": lambda f, d: (f / "resume/.metadata").write_bytes(
-        b"\x80\x04\x8c\x24torch.distributed.checkpoint.metadata\x8c\x08os.mkdir\x93\x8c" + bytes([len(str(d / "ran"))])
-        + str(d / "ran").encode() + b"\x85R."),
-    "cut tensors": lambda f, d: [p.write_bytes(p.read_bytes()[:900]) for p in (f / "resume").glob("*.distcp")],
+        b"\x80\x04\x8c\x24torch.distributed.checkpoint.metadata\x8c\x08os.mkdir\x93\x8c"
+        + bytes([len(str(d / "ran"))])
+        + str(d / "ran").encode()
+        + b"\x85R."
+    ),
+    "cut tensors": lambda f, d: [
+        p.write_bytes(p.read_bytes()[:900]) for p in (f / "resume").glob("*.distcp")
+    ],
     "no tensors": lambda f, d: [p.unlink() for p in (f / "resume").glob("*.distcp")],
-    "tensors that run code": lambda f, d: [p.write_bytes(pickle.dumps(Payload(d / "ran")) * 900)
-                                           for p in (f / "resume").glob("*.distcp")],
+    "tensors that run code": lambda f, d: [
+        p.write_bytes(pickle.dumps(Payload(d / "ran")) * 900)
+        for p in (f / "resume").glob("*.distcp")
+    ],
     "no state": lambda f, d: (f / "resume/state.pt").unlink(),
-    "cut state": lambda f, d: (f / "resume/state.pt").write_bytes((f / "resume/state.pt").read_bytes()[:900]),
-    "state that runs code": lambda f, d: torch.save({"python": Payload(d / "ran")}, f / "resume/state.pt"),
-    "bare pickle as state": lambda f, d: (f / "resume/state.pt").write_bytes(pickle.dumps(Payload(d / "ran"))),
+    "cut state": lambda f, d: (f / "resume/state.pt").write_bytes(
+        (f / "resume/state.pt").read_bytes()[:900]
+    ),
+    "state that runs code": lambda f, d: torch.save(
+        {"python": Payload(d / "ran")}, f / "resume/state.pt"
+    ),
+    "bare pickle as state": lambda f, d: (f / "resume/state.pt").write_bytes(
+        pickle.dumps(Payload(d / "ran"))
+    ),
     "no meta": lambda f, d: (f / "meta.json").unlink(),
     "cut meta": lambda f, d: (f / "meta.json").write_text('{"step": '),
     "no resume folder": lambda f, d: shutil.rmtree(f / "resume"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RESUME)
@@ -481,7 +604,9 @@ def test_a_broken_checkpoint_is_not_resumed_and_runs_nothing(tmp_path, name):
     folder = tmp_path / "last"
     save_toy(folder, 1.0)
     RESUME[name](folder, tmp_path)
-    with pytest.raises(ValueError, match=f"^{folder} cannot be resumed: .*remove it to start afresh$") as raised:
+    with pytest.raises(
+        ValueError, match=f"^{folder} cannot be resumed: .*remove it to start afresh$"
+    ) as raised:
         checkpoint.restore(folder, toy(-1.0))
     assert len(str(raised.value)) < 500 and not (tmp_path / "ran").exists()
 
@@ -491,7 +616,10 @@ def test_a_checkpoint_of_another_architecture_is_not_resumed(world, tmp_path):  
     save_toy(tmp_path / "last", 1.0)
     players = toy(-1.0)
     players["toy"][0].b = torch.nn.Linear(4, 3)
-    with pytest.raises(ValueError, match="cannot be resumed: .*of another model: 6 tensors differ, first toy.model.b.bias"):
+    with pytest.raises(
+        ValueError,
+        match="cannot be resumed: .*of another model: 6 tensors differ, first toy.model.b.bias",
+    ):
         checkpoint.restore(tmp_path / "last", players)
     stage, args = stage_args("sft", world, tmp_path / "run", steps=1)
     stage.main(args)
@@ -499,7 +627,9 @@ def test_a_checkpoint_of_another_architecture_is_not_resumed(world, tmp_path):  
     config["text_config"]["num_hidden_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
-    with pytest.raises(ValueError, match="run/last cannot be resumed: .*of another model.*layers.2"):
+    with pytest.raises(
+        ValueError, match="run/last cannot be resumed: .*of another model.*layers.2"
+    ):
         stage.main(replace(args, policy=str(larger(world, tmp_path)), steps=2, resume=True))
     assert json.loads((tmp_path / "run/last/meta.json").read_text())["step"] == 1
 
@@ -554,7 +684,9 @@ def other_model(make):
     return act
 
 
-SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50)
+SMALL = dict(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
+)
 BOTH = {  # of policies and of discriminators: what is done -> what the error says
     "pickled weights": (to_bin, f"{WEIGHTS} is missing.*only from whole safetensors"),
     "no weights": (without(WEIGHTS), f"{WEIGHTS} is missing"),
@@ -562,38 +694,90 @@ BOTH = {  # of policies and of discriminators: what is done -> what the error sa
     "cut header": (cut(WEIGHTS, 100), f"{WEIGHTS} is missing, broken"),
     "empty weights": (cut(WEIGHTS, 0), f"{WEIGHTS} is missing, broken"),
     "cut config": (cut("config.json", 50), "config.json is missing, broken .*JSONDecodeError"),
-    "config as a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json is missing, broken"),
-    "empty config": (lambda d: (d / "config.json").write_text("{}"), "config.json .*text_config, vision_config"),
-    "no part for images": (config_of(lambda c: c.pop("vision_config")), "config.json .*text_config, vision_config"),
-    "a tensor less": (tensors_of(lambda s: {k: v for k, v in s.items() if "norm.weight" not in k or "layers" in k}),
-                      "differ in .* first .*model.language_model.norm.weight"),
-    "a tensor more": (tensors_of(lambda s: s | {"more": torch.zeros(2)}), "differ in 1 names or shapes, first .*more"),
-    "a tensor of another shape": (tensors_of(lambda s: s | {"model.language_model.norm.weight": torch.ones(8)}),
-                                  "first .*model.language_model.norm.weight.*Size"),
-    "no vision tower": (tensors_of(lambda s: {k: v for k, v in s.items() if "visual" not in k}), "first .*model.visual"),
-    "other names": (tensors_of(lambda s: {f"base.{k}": v for k, v in s.items() if k != "v_head.1.weight"}), ""),
-    "more layers": (config_of(lambda c: c["text_config"].update(num_hidden_layers=3)), "first .*layers.2"),
-    "quantized": (tensors_of(lambda s: {k: v.to(torch.int8) for k, v in s.items()}), f"{WEIGHTS} .*I8: quantized"),
-    "float8": (tensors_of(lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()}), "F8_E4M3: quantized"),
-}  # fmt: skip
+    "config as a list": (
+        lambda d: (d / "config.json").write_text("[1]"),
+        "config.json is missing, broken",
+    ),
+    "empty config": (
+        lambda d: (d / "config.json").write_text("{}"),
+        "config.json .*text_config, vision_config",
+    ),
+    "no part for images": (
+        config_of(lambda c: c.pop("vision_config")),
+        "config.json .*text_config, vision_config",
+    ),
+    "a tensor less": (
+        tensors_of(
+            lambda s: {k: v for k, v in s.items() if "norm.weight" not in k or "layers" in k}
+        ),
+        "differ in .* first .*model.language_model.norm.weight",
+    ),
+    "a tensor more": (
+        tensors_of(lambda s: s | {"more": torch.zeros(2)}),
+        "differ in 1 names or shapes, first .*more",
+    ),
+    "a tensor of another shape": (
+        tensors_of(lambda s: s | {"model.language_model.norm.weight": torch.ones(8)}),
+        "first .*model.language_model.norm.weight.*Size",
+    ),
+    "no vision tower": (
+        tensors_of(lambda s: {k: v for k, v in s.items() if "visual" not in k}),
+        "first .*model.visual",
+    ),
+    "other names": (
+        tensors_of(lambda s: {f"base.{k}": v for k, v in s.items() if k != "v_head.1.weight"}),
+        "",
+    ),
+    "more layers": (
+        config_of(lambda c: c["text_config"].update(num_hidden_layers=3)),
+        "first .*layers.2",
+    ),
+    "quantized": (
+        tensors_of(lambda s: {k: v.to(torch.int8) for k, v in s.items()}),
+        f"{WEIGHTS} .*I8: quantized",
+    ),
+    "float8": (
+        tensors_of(lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()}),
+        "F8_E4M3: quantized",
+    ),
+}
 POLICY = BOTH | {
     "no config": (without("config.json"), "has no config.json"),
-    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "tokenizer.json is missing"),
+    "no tokenizer": (
+        without("tokenizer.json", "tokenizer_config.json"),
+        "tokenizer.json is missing",
+    ),
     "cut tokenizer": (cut("tokenizer.json", 500), "tokenizer.json is missing, broken"),
     "no template": (lambda d: [p.unlink() for p in d.glob("chat_template*")], "chat template"),
     "no image settings": (without("preprocessor_config.json"), "preprocessor_config.json"),
     "cut image settings": (cut("preprocessor_config.json", 20), "preprocessor_config.json"),
-    "text only": (other_model(lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=8))),
-                  "config.json .*text_config, vision_config"),
-    "BERT": (other_model(lambda: BertModel(BertConfig(**SMALL))), "config.json .*text_config, vision_config"),
-    "remote code": (config_of(lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.C"})), "custom code"),
-    "a discriminator": (tensors_of(lambda s: s | {"v_head.1.weight": torch.zeros(1, 32)}), "first .*v_head"),
-}  # fmt: skip
+    "text only": (
+        other_model(
+            lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=8))
+        ),
+        "config.json .*text_config, vision_config",
+    ),
+    "BERT": (
+        other_model(lambda: BertModel(BertConfig(**SMALL))),
+        "config.json .*text_config, vision_config",
+    ),
+    "remote code": (
+        config_of(lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.C"})),
+        "custom code",
+    ),
+    "a discriminator": (
+        tensors_of(lambda s: s | {"v_head.1.weight": torch.zeros(1, 32)}),
+        "first .*v_head",
+    ),
+}
 DISC = BOTH | {
     "no config": (without("config.json"), "has no config.json"),
-    "no head": (tensors_of(lambda s: {k: v for k, v in s.items() if "v_head" not in k}), "no v_head.1.weight: it is no"),
+    "no head": (
+        tensors_of(lambda s: {k: v for k, v in s.items() if "v_head" not in k}),
+        "no v_head.1.weight: it is no",
+    ),
     "nothing": (lambda d: shutil.rmtree(d), "no such folder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", POLICY)
@@ -603,11 +787,15 @@ def test_a_broken_policy(world, tmp_path, name, monkeypatch):  # noqa: F811
     shutil.copytree(world.sft, folder)
     (folder / "mine.py").write_text(f"import os\nos.mkdir({str(folder / 'ran')!r})\n")
     change(folder)
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whether to run remote code is not even asked
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: "y"
+    )  # whether to run remote code is not even asked
     with pytest.raises((ValueError, OSError), match=says) as raised:
         model.load(folder)
     assert str(folder) in str(raised.value) or name == "no template"
-    assert not (folder / "ran").exists() and ("\n" not in str(raised.value) or name == "remote code")
+    assert not (folder / "ran").exists() and (
+        "\n" not in str(raised.value) or name == "remote code"
+    )
 
 
 @pytest.mark.parametrize("name", ["moe", *DISC])
@@ -623,14 +811,20 @@ def test_a_broken_discriminator(world, tmp_path, name):  # noqa: F811
     change(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=says or "no v_head") as raised:
         align.load_discriminator(args)
-    assert str(folder) in str(raised.value) and "\n" not in str(raised.value) and not (folder / "ran").exists()
+    assert (
+        str(folder) in str(raised.value)
+        and "\n" not in str(raised.value)
+        and not (folder / "ran").exists()
+    )
 
 
 def test_other_floats_and_a_tied_head_are_no_fault(world, tmp_path):  # noqa: F811
     first = None
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         shutil.copytree(world.sft, tmp_path / str(dtype))
-        tensors_of(lambda s, dtype=dtype: {k: v.to(dtype) for k, v in s.items()})(tmp_path / str(dtype))
+        tensors_of(lambda s, dtype=dtype: {k: v.to(dtype) for k, v in s.items()})(
+            tmp_path / str(dtype)
+        )
         policy = model.load(tmp_path / str(dtype))
         assert {p.dtype for p in policy.parameters()} == {torch.float32}
         first = first or policy.state_dict()
@@ -647,8 +841,12 @@ def test_a_shard_is_missing_or_cut(world, tmp_path):  # noqa: F811
     assert len(shards) > 2
     same(model.load(tmp_path / "whole").state_dict(), model.load(world.sft).state_dict())
     index = f"{WEIGHTS}.index.json"
-    for change, named in ((without(shards[1]), shards[1]), (cut(shards[2], 500), shards[2]), (without(index), WEIGHTS),
-                          (cut(index, 50), index)):  # fmt: skip
+    for change, named in (
+        (without(shards[1]), shards[1]),
+        (cut(shards[2], 500), shards[2]),
+        (without(index), WEIGHTS),
+        (cut(index, 50), index),
+    ):
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         shutil.copytree(tmp_path / "whole", tmp_path / "cut")
         change(tmp_path / "cut")
@@ -688,8 +886,17 @@ print(json.dumps([len(took), max(took), wrong, own / 2**20, max(worker) / 2**20,
 def test_the_verifier_is_bounded_outside_the_main_thread_too(shared, tmp_path):
     pytest.importorskip("math_verify")
     script = HOSTILE.format(root=str(ROOT), cases=str(shared / "data/verifier/hostile.jsonl"))
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
     n, slowest, wrong, own, worker, files = json.loads(done.stdout)
-    print(f"{n} hostile cases in a thread: slowest {slowest:.2f} s, {own:.2f} GiB here, {worker:.2f} GiB in the worker")
+    print(
+        f"{n} hostile cases in a thread: slowest {slowest:.2f} s, {own:.2f} GiB here, {worker:.2f} GiB in the worker"
+    )
     assert n > 100 and wrong == [] and slowest < 2 and own < 1 and worker < 1
     assert files == [] and not Path("/tmp/pwned").exists()  # no code has run

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import logprob
-from logprob import token_logps
+from engine import logprob
+from engine.logprob import token_logps
 
 
 @pytest.mark.parametrize("temperature,banned", [(1.0, ()), (0.7, (3, 9)), (2.0, (1,))])
@@ -20,7 +20,9 @@ def test_token_logps(monkeypatch, temperature, banned, rows, sweeps):
     targets = torch.randint(10, 20, (11,))
     up = torch.randn(11)
     ahead = 3 * up if sweeps == 1 else None  # up to a common factor
-    logp, entropy = token_logps(hidden, weight, targets, temperature, banned, entropy=True, coefficient=ahead)
+    logp, entropy = token_logps(
+        hidden, weight, targets, temperature, banned, entropy=True, coefficient=ahead
+    )
     got = torch.autograd.grad((logp * up).sum(), (hidden, weight))
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     logits = h @ w.T / temperature
@@ -45,7 +47,11 @@ def test_token_logps_banned_target_and_empty():
 
 def inputs(t=12, d=8, v=400):
     torch.manual_seed(0)
-    return torch.randn(t, d, requires_grad=True), torch.randn(v, d, requires_grad=True), torch.randint(v, (t,))
+    return (
+        torch.randn(t, d, requires_grad=True),
+        torch.randn(v, d, requires_grad=True),
+        torch.randint(v, (t,)),
+    )
 
 
 def test_another_gradient_than_the_coefficient_is_an_error():
@@ -82,7 +88,9 @@ def test_nothing_of_the_logits_size_is_made(monkeypatch, sweeps):
     hidden, weight, targets = inputs(t=64)
     monkeypatch.setitem(logprob.CHUNK, "cpu", 5 * 400)
     with Widest() as widest:
-        logp, _ = token_logps(hidden, weight, targets, 0.5, (1,), True, torch.ones(64) if sweeps == 1 else None)
+        logp, _ = token_logps(
+            hidden, weight, targets, 0.5, (1,), True, torch.ones(64) if sweeps == 1 else None
+        )
         logp.sum().backward()
     assert widest.numbers == 8 * 400  # the head itself; all logits would be 64 * 400
 
@@ -93,12 +101,16 @@ def test_under_compile_and_checkpoint(sweeps):
     up = torch.randn(12)
 
     def loss(hidden, weight):
-        logp = token_logps(hidden.tanh(), weight, targets, 0.7, (5,), coefficient=up if sweeps == 1 else None)
+        logp = token_logps(
+            hidden.tanh(), weight, targets, 0.7, (5,), coefficient=up if sweeps == 1 else None
+        )
         return (logp * up).sum()
 
     expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
-    for run in (lambda: checkpoint(loss, hidden, weight, use_reentrant=False),
-                lambda: torch.compile(loss, backend="aot_eager")(hidden, weight)):  # fmt: skip
+    for run in (
+        lambda: checkpoint(loss, hidden, weight, use_reentrant=False),
+        lambda: torch.compile(loss, backend="aot_eager")(hidden, weight),
+    ):
         for a, b in zip(torch.autograd.grad(run(), (hidden, weight)), expected, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -113,5 +125,7 @@ def test_half_precision_inputs_accumulate_in_float32(sweeps):
     a, b = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
     exact = (a @ b.T).log_softmax(-1).gather(1, (targets % 50)[:, None]).squeeze(1)
     assert logp.dtype == torch.float32 and [g.dtype for g in got] == [torch.bfloat16] * 2
-    for mine, expected in zip((logp, *got), (exact, *torch.autograd.grad((exact * up).sum(), (a, b))), strict=True):
+    for mine, expected in zip(
+        (logp, *got), (exact, *torch.autograd.grad((exact * up).sum(), (a, b))), strict=True
+    ):
         assert float((mine.double() - expected).detach().norm() / expected.detach().norm()) < 0.01

@@ -20,12 +20,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-import files
 import model
 from data import Example
-from init import SPECIAL, init
-from packs import Tree, make, plan
-from sampler import generate
+from engine import files
+from engine.packs import Tree, make, plan
+from engine.sampler import generate
+from tools.init import SPECIAL, init
 
 RESPONSE = "<caption> tl red square </caption>"
 
@@ -38,7 +38,11 @@ def example(text="<image>count red"):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    row = {"prompt": [{"role": "user", "content": "<image>count red"}], "teacher_response": RESPONSE, "images": ["x y z"]}
+    row = {
+        "prompt": [{"role": "user", "content": "<image>count red"}],
+        "teacher_response": RESPONSE,
+        "images": ["x y z"],
+    }
     file.write_text(json.dumps(row) + "\n")
     return file
 
@@ -70,9 +74,15 @@ def plain_logps(folder, prompt, answer):
     hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.cat([prompt.ids, torch.tensor(answer)])[None]
     with torch.no_grad():
-        logits = hf(input_ids=ids, mm_token_type_ids=(ids == hf.config.image_token_id).int(),
-                    pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw).logits[0]  # fmt: skip
-    return logits[-len(answer) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        logits = hf(
+            input_ids=ids,
+            mm_token_type_ids=(ids == hf.config.image_token_id).int(),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.grid_thw,
+        ).logits[0]
+    return (
+        logits[-len(answer) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+    )
 
 
 @pytest.mark.parametrize("text", ["<image>count red", "count red", "<image> or <image>"])
@@ -83,7 +93,9 @@ def test_init_load_save_and_plain_transformers_agree(checkpoint, tmp_path, text)
     assert mine.shape == (len(answer),) and mine.std() > 0.1
     torch.testing.assert_close(mine, plain_logps(checkpoint, prompt, answer), rtol=1e-5, atol=1e-5)
     model.save(policy, tmp_path / "saved")
-    assert torch.equal(plain_logps(tmp_path / "saved", prompt, answer), plain_logps(checkpoint, prompt, answer))
+    assert torch.equal(
+        plain_logps(tmp_path / "saved", prompt, answer), plain_logps(checkpoint, prompt, answer)
+    )
     torch.testing.assert_close(logps(model.load(tmp_path / "saved"), text)[0], mine, rtol=0, atol=0)
 
 
@@ -102,7 +114,10 @@ def test_trained_weights_are_what_is_saved(checkpoint, tmp_path):
 def test_sharded_files_open(checkpoint, tmp_path):
     hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
     hf.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
+    assert (
+        len(list(tmp_path.glob("model-*.safetensors"))) > 2
+        and not (tmp_path / "model.safetensors").exists()
+    )
     files.copy_processor(checkpoint, tmp_path)
     assert torch.equal(logps(model.load(tmp_path))[0], logps(model.load(checkpoint))[0])
     model.save(model.load(tmp_path), tmp_path / "saved")
@@ -114,16 +129,26 @@ def test_what_is_saved_holds_all_files_and_no_trace_of_packs(checkpoint, tmp_pat
     policy = model.load(checkpoint)
     model.save(policy, tmp_path)
     (checkpoint / "processor_config.json").unlink()
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja",
-                 "processor_config.json", "config.json"):  # fmt: skip
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+        "processor_config.json",
+        "config.json",
+    ):
         assert (tmp_path / name).exists(), name
     config = (tmp_path / "config.json").read_text()
     assert "packs" not in config and "attn" not in config
     assert json.loads(config)["tie_word_embeddings"] == policy.hf.config.tie_word_embeddings
-    assert "packs" not in str(AutoModelForImageTextToText.from_pretrained(tmp_path).config._attn_implementation)
+    assert "packs" not in str(
+        AutoModelForImageTextToText.from_pretrained(tmp_path).config._attn_implementation
+    )
     turns = [{"role": "user", "content": "count red"}]
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), policy.encoder.tokenizer
-    assert theirs.apply_chat_template(turns, tokenize=False) == ours.apply_chat_template(turns, tokenize=False)
+    assert theirs.apply_chat_template(turns, tokenize=False) == ours.apply_chat_template(
+        turns, tokenize=False
+    )
 
 
 def test_legacy_chat_template_file(checkpoint, tmp_path):
@@ -140,16 +165,27 @@ def test_legacy_chat_template_file(checkpoint, tmp_path):
 
 def test_init_is_seeded_and_its_ids_are_the_configuration_s(corpus, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
-    folders = [init(tmp_path / "config.json", tmp_path / str(i), [corpus], seed) for i, seed in enumerate((0, 0, 1))]
+    folders = [
+        init(tmp_path / "config.json", tmp_path / str(i), [corpus], seed)
+        for i, seed in enumerate((0, 0, 1))
+    ]
     a, b, c = (load_file(f / "model.safetensors") for f in folders)
     assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], c[k]) for k in a)
     policy, settings = model.load(folders[0]), json.loads((folders[0] / "config.json").read_text())
     tokenizer = policy.encoder.tokenizer
     words = {"count", "red", "<caption>", "tl", "square", "</caption>"}
-    assert set(tokenizer.get_vocab()) - {"user"} == {*SPECIAL, "<unk>", *words}  # image paths are no text
-    assert settings["text_config"]["vocab_size"] == len(tokenizer) == policy.hf.lm_head.weight.shape[0]
+    assert set(tokenizer.get_vocab()) - {"user"} == {
+        *SPECIAL,
+        "<unk>",
+        *words,
+    }  # image paths are no text
+    assert (
+        settings["text_config"]["vocab_size"] == len(tokenizer) == policy.hf.lm_head.weight.shape[0]
+    )
     assert settings["image_token_id"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert policy.encoder.prompt(example()).image_mask.sum() == 9  # 24 x 24 pixels, patch 4, merge 2
+    assert (
+        policy.encoder.prompt(example()).image_mask.sum() == 9
+    )  # 24 x 24 pixels, patch 4, merge 2
 
 
 def test_init_without_tokenizer_or_corpus(tmp_path):
@@ -173,10 +209,15 @@ def test_a_model_that_packs_cannot_run(checkpoint, tmp_path):
     small = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
     text = LlamaConfig(vocab_size=32, **small)
     vision = CLIPVisionConfig(image_size=8, patch_size=4, **small)
-    other = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=31))
+    other = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
+    )
     other.save_pretrained(tmp_path / "llava")
     files.copy_processor(checkpoint, tmp_path / "llava")
-    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*packs need a Qwen-VL model.*full_attention"):
+    with pytest.raises(
+        ValueError,
+        match="LlavaForConditionalGeneration.*packs need a Qwen-VL model.*full_attention",
+    ):
         model.load(tmp_path / "llava")
     LlamaForCausalLM(text).save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="config.json is .*text_config, vision_config"):
@@ -186,8 +227,12 @@ def test_a_model_that_packs_cannot_run(checkpoint, tmp_path):
 def test_weights_that_are_no_safetensors_are_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "ckpt")
     (tmp_path / "ckpt/model.safetensors").unlink()
-    torch.save(tiny_hf().state_dict(), tmp_path / "ckpt/pytorch_model.bin")  # a pickle: opening it would run code
-    with pytest.raises(ValueError, match="model.safetensors is missing.*only from whole safetensors"):
+    torch.save(
+        tiny_hf().state_dict(), tmp_path / "ckpt/pytorch_model.bin"
+    )  # a pickle: opening it would run code
+    with pytest.raises(
+        ValueError, match="model.safetensors is missing.*only from whole safetensors"
+    ):
         model.load(tmp_path / "ckpt")
 
 
@@ -200,7 +245,9 @@ def test_checkpointing_changes_no_gradient(checkpoint):
         tree = Tree(policy.encoder.prompt(example()), [policy.encoder.response(RESPONSE)])
         policy(make([tree], [(0, [0])])).sum().backward()
         found.append([p.grad for p in policy.parameters()])
-    assert all(g is not None and g.abs().sum() > 0 for g in found[0] if g is not None and g.ndim > 1)
+    assert all(
+        g is not None and g.abs().sum() > 0 for g in found[0] if g is not None and g.ndim > 1
+    )
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -208,10 +255,16 @@ def test_checkpointing_changes_no_gradient(checkpoint):
 def test_rollout_copy_casts_parameters_alone(checkpoint):
     """Rotary frequencies in bfloat16 are off by 0.2 %: some radians at position 2000."""
     policy = model.load(checkpoint)
-    hf = model.RolloutCopy(policy, SimpleNamespace(dtype="bfloat16", offload=False), "cpu").refresh()
-    assert {p.dtype for p in hf.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in hf.parameters())
+    hf = model.RolloutCopy(
+        policy, SimpleNamespace(dtype="bfloat16", offload=False), "cpu"
+    ).refresh()
+    assert {p.dtype for p in hf.parameters()} == {torch.bfloat16} and not any(
+        p.requires_grad for p in hf.parameters()
+    )
     buffers = dict(policy.hf.named_buffers())
-    assert buffers and all(torch.equal(b, buffers[name]) and b.dtype == torch.float32 for name, b in hf.named_buffers())
+    assert buffers and all(
+        torch.equal(b, buffers[name]) and b.dtype == torch.float32 for name, b in hf.named_buffers()
+    )
     tied = policy.hf.lm_head.weight is policy.hf.get_input_embeddings().weight
     assert (hf.lm_head.weight is hf.get_input_embeddings().weight) == tied
     for ours, theirs in zip(hf.parameters(), policy.hf.parameters(), strict=True):
@@ -225,13 +278,25 @@ def small(config):
     """A real configuration with small dimensions: deepstack, grouped queries, tying, rotary sections stay as they are."""
     text, vision = config["text_config"], config["vision_config"]
     ratio = text["num_attention_heads"] // text["num_key_value_heads"]
-    text |= dict(num_key_value_heads=2, num_attention_heads=2 * ratio, head_dim=16, hidden_size=32, intermediate_size=48,
-                 num_hidden_layers=4)  # fmt: skip
+    text |= dict(
+        num_key_value_heads=2,
+        num_attention_heads=2 * ratio,
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+    )
     text["rope_scaling"]["mrope_section"] = [n // 8 for n in text["rope_scaling"]["mrope_section"]]
     text["rope_scaling"]["mrope_section"][0] += 8 - sum(text["rope_scaling"]["mrope_section"])
     levels = len(vision["deepstack_visual_indexes"])
-    vision |= dict(hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=32, depth=levels + 1,
-                   deepstack_visual_indexes=list(range(levels)))  # fmt: skip
+    vision |= dict(
+        hidden_size=32,
+        num_heads=2,
+        intermediate_size=48,
+        out_hidden_size=32,
+        depth=levels + 1,
+        deepstack_visual_indexes=list(range(levels)),
+    )
     return config
 
 
@@ -241,10 +306,15 @@ def real(request, shared, tmp_path_factory):
     folder, source = tmp_path_factory.mktemp(request.param), shared / "data/qwen3vl"
     config = small(json.loads((source / request.param / "config.json").read_text()))
     (folder / "config.json").write_text(json.dumps(config))
-    for file in [*(source / "tokenizer").glob("*"), *(source / "30B-A3B-Thinking").glob("*config.json")]:
+    for file in [
+        *(source / "tokenizer").glob("*"),
+        *(source / "30B-A3B-Thinking").glob("*config.json"),
+    ]:
         if file.name not in ("config.json", "golden.json"):
             shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(source / "chat_templates/qwen3vl_instruct.jinja", folder / "chat_template.jinja")
+    shutil.copyfile(
+        source / "chat_templates/qwen3vl_instruct.jinja", folder / "chat_template.jinja"
+    )
     return init(folder / "config.json", folder / "ckpt")
 
 
@@ -253,16 +323,29 @@ def test_real_settings(real, tmp_path):
     config, text = policy.hf.config, policy.hf.config.text_config
     assert text.vocab_size == 151936 and len(config.vision_config.deepstack_visual_indexes) == 3
     tied = policy.hf.lm_head.weight is policy.hf.model.language_model.embed_tokens.weight
-    assert tied == json.loads((real / "config.json").read_text())["tie_word_embeddings"] == ("8B" not in str(real))
+    assert (
+        tied
+        == json.loads((real / "config.json").read_text())["tie_word_embeddings"]
+        == ("8B" not in str(real))
+    )
     prompt = policy.encoder.prompt(example())
-    assert policy.encoder.tokenizer.decode(prompt.ids).startswith("<|im_start|>user\n<|vision_start|><|image_pad|>")
+    assert policy.encoder.tokenizer.decode(prompt.ids).startswith(
+        "<|im_start|>user\n<|vision_start|><|image_pad|>"
+    )
     mine, _ = logps(policy)
     answer = policy.encoder.response(RESPONSE)
     assert torch.isfinite(mine).all() and answer[-1] == 151645
     torch.testing.assert_close(mine, plain_logps(real, prompt, answer), rtol=1e-4, atol=1e-4)
-    (rollouts,) = generate(policy.hf, [prompt], 2, 6, eos=policy.encoder.eos_ids, banned=policy.encoder.banned)
+    (rollouts,) = generate(
+        policy.hf, [prompt], 2, 6, eos=policy.encoder.eos_ids, banned=policy.encoder.banned
+    )
     assert all(i < 151669 and i not in policy.encoder.banned for r in rollouts for i in r.ids)
     model.save(policy, tmp_path)
     assert torch.equal(plain_logps(tmp_path, prompt, answer), plain_logps(real, prompt, answer))
-    for name in ("vocab.json", "merges.txt", "video_preprocessor_config.json", "generation_config.json"):
+    for name in (
+        "vocab.json",
+        "merges.txt",
+        "video_preprocessor_config.json",
+        "generation_config.json",
+    ):
         assert (tmp_path / name).read_bytes() == (real / name).read_bytes(), name

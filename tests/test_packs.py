@@ -8,14 +8,22 @@ import torch.nn.functional as F
 from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
 from torch.nn.attention.flex_attention import flex_attention
 
-from logprob import token_logps
+from engine.logprob import token_logps
+from engine.packs import FlexLayout, Tree, adopt, make, plan, run
 from model import recompute
-from packs import FlexLayout, Tree, adopt, make, plan, run
 
 
 def forest(hf):
-    prompts = [tiny_prompt(hf, 5, (1, 4, 4), 0), tiny_prompt(hf, 9, None, 1), tiny_prompt(hf, 3, (1, 8, 4), 2)]
-    children = [[[3, 4, 5, EOS], [7], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, EOS]], [[5, 6]], []]
+    prompts = [
+        tiny_prompt(hf, 5, (1, 4, 4), 0),
+        tiny_prompt(hf, 9, None, 1),
+        tiny_prompt(hf, 3, (1, 8, 4), 2),
+    ]
+    children = [
+        [[3, 4, 5, EOS], [7], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, EOS]],
+        [[5, 6]],
+        [],
+    ]
     return [Tree(p, c) for p, c in zip(prompts, children, strict=True)]
 
 
@@ -50,7 +58,9 @@ def test_roots_equal_separate_rows(hf):
     logits = hf.lm_head(run(hf.model, pack))
     for s, tree in ((0, trees[0]), (4, trees[1]), (6, trees[2])):
         start, length = pack.spans[s]
-        torch.testing.assert_close(logits[start : start + length], plain_logits(hf, tree.prompt, []), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logits[start : start + length], plain_logits(hf, tree.prompt, []), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_gradients_equal_separate_rows(hf):
@@ -58,14 +68,20 @@ def test_gradients_equal_separate_rows(hf):
     other = copy.deepcopy(hf)
     pack = make(trees, whole(trees))
     weights = torch.linspace(-1, 1, len(pack.target))
-    (token_logps(run(hf.model, pack)[pack.source], hf.lm_head.weight, pack.target) * weights).sum().backward()
+    (
+        token_logps(run(hf.model, pack)[pack.source], hf.lm_head.weight, pack.target) * weights
+    ).sum().backward()
     for k, (t, c) in enumerate(pack.children):
         ids = trees[t].children[c]
         logps = plain_logits(other, trees[t].prompt, ids)[-len(ids) - 1 : -1].log_softmax(-1)
-        (logps.gather(1, torch.tensor(ids)[:, None]).squeeze(1) * weights[pack.sequence == k]).sum().backward()
+        (
+            logps.gather(1, torch.tensor(ids)[:, None]).squeeze(1) * weights[pack.sequence == k]
+        ).sum().backward()
     for (name, a), b in zip(hf.named_parameters(), other.parameters(), strict=True):
         if b.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                a.grad, b.grad, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_gradient_checkpointing_changes_nothing(hf):
@@ -74,7 +90,9 @@ def test_gradient_checkpointing_changes_nothing(hf):
     recompute(other)
     pack = make(trees, whole(trees))
     for model in (hf, other):
-        token_logps(run(model.model, pack)[pack.source], model.lm_head.weight, pack.target).sum().backward()
+        token_logps(
+            run(model.model, pack)[pack.source], model.lm_head.weight, pack.target
+        ).sum().backward()
     for a, b in zip(hf.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -84,8 +102,12 @@ def test_layout_is_the_dense_mask(hf):
     pack = make(trees, whole(trees), pad_to=64)  # with a tail
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, len(pack.ids), 8, generator=g) for h in (4, 2, 2))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(pack), scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(pack.layout.attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+    expected = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=dense_mask(pack), scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(
+        pack.layout.attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -96,8 +118,12 @@ def test_flex_layout_is_the_dense_mask(hf, monkeypatch):
     pack = make(trees, whole(trees), pad_to=128)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, len(pack.ids), 16, generator=g) for h in (4, 2, 2))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(pack), scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(FlexLayout(pack).attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-5, rtol=1e-4)
+    expected = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=dense_mask(pack), scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(
+        FlexLayout(pack).attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_children_see_root_and_themselves_only(hf):
@@ -126,7 +152,13 @@ def test_plan_splits_and_fills(hf):
     assert seen == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert {t for part in parts for t, _ in part} == {0, 1, 2}  # a root without children is run too
     for part in parts:
-        assert sum(len(trees[t].prompt.ids) + sum(len(trees[t].children[c]) for c in cs) for t, cs in part) <= root + 14
+        assert (
+            sum(
+                len(trees[t].prompt.ids) + sum(len(trees[t].children[c]) for c in cs)
+                for t, cs in part
+            )
+            <= root + 14
+        )
     assert len(plan(trees, 10**6)) == 1 and plan(trees, 1) and parts == plan(trees, root + 14)
 
 
@@ -137,7 +169,10 @@ def test_compiled_flex_attention_is_the_dense_mask_and_compiled_few_times(hf, mo
     monkeypatch.setattr(FlexLayout, "kernel", staticmethod(kernel))
     torch._dynamo.utils.counters.clear()
     for n in (5, 9, 20, 30, 40):
-        trees = [Tree(tiny_prompt(hf, 5 + n, (1, 4, 4), 0), [[3] * k for k in range(2, 2 + n)]), *forest(hf)]
+        trees = [
+            Tree(tiny_prompt(hf, 5 + n, (1, 4, 4), 0), [[3] * k for k in range(2, 2 + n)]),
+            *forest(hf),
+        ]
         pack = make(trees, whole(trees), pad_to=128)
         with torch.no_grad():
             expected, pack.layout = run(hf.model, pack), FlexLayout(pack)
@@ -146,7 +181,11 @@ def test_compiled_flex_attention_is_the_dense_mask_and_compiled_few_times(hf, mo
 
 
 # ----------------------------------------------------------------------------- the vision tower
-GRIDS = [[(1, 4, 4)] * 3, [(1, 4, 4), (1, 8, 4), (1, 8, 4), (1, 4, 4), (1, 4, 8)], [(2, 4, 4), (1, 4, 4)]]
+GRIDS = [
+    [(1, 4, 4)] * 3,
+    [(1, 4, 4), (1, 8, 4), (1, 8, 4), (1, 4, 4), (1, 4, 8)],
+    [(2, 4, 4), (1, 4, 4)],
+]
 
 
 @pytest.mark.parametrize("grids", GRIDS)
@@ -154,16 +193,24 @@ def test_vision_tower_equals_transformers_own(grids):
     """Images of one size at once, patches by a matrix product: same features, gradients and names of weights."""
     theirs, ours = tiny_hf(packs=False).model, adopt(tiny_hf(packs=False).model)
     assert type(ours.visual.patch_embed.proj) is not torch.nn.Conv3d
-    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {
+        k: v.shape for k, v in ours.state_dict().items()
+    }
     grid = torch.tensor(grids)
     pixels = torch.randn(int(grid.prod(1).sum()), 96)
     found = []
     for visual in (theirs.visual, ours.visual):
         out = visual(pixels, grid_thw=grid)
-        sum((x * x.detach().cos()).sum() for x in (out.pooler_output, *out.deepstack_features)).backward()
+        sum(
+            (x * x.detach().cos()).sum() for x in (out.pooler_output, *out.deepstack_features)
+        ).backward()
         found.append((out, {k: p.grad for k, p in visual.named_parameters()}))
     (a, a_grads), (b, b_grads) = found
-    for x, y in zip((a.pooler_output, *a.deepstack_features), (b.pooler_output, *b.deepstack_features), strict=True):
+    for x, y in zip(
+        (a.pooler_output, *a.deepstack_features),
+        (b.pooler_output, *b.deepstack_features),
+        strict=True,
+    ):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
     for name, grad in a_grads.items():
         torch.testing.assert_close(grad, b_grads[name], atol=1e-3, rtol=1e-3)
@@ -171,6 +218,10 @@ def test_vision_tower_equals_transformers_own(grids):
 
 def test_images_of_one_size_are_one_call(hf, monkeypatch):
     calls, sdpa = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *x, **k: (calls.append(q.shape), sdpa(q, *x, **k))[1])
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, *x, **k: (calls.append(q.shape), sdpa(q, *x, **k))[1],
+    )
     hf.model.visual(torch.randn(5 * 16, 96), grid_thw=torch.tensor([[1, 4, 4]] * 5))
     assert [shape[0] for shape in calls] == [5] * len(hf.model.visual.blocks)

@@ -16,46 +16,110 @@ import torch
 from conftest import ROOT, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen3VLMoeForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen3VLMoeForConditionalGeneration,
+)
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import align
-import files
 import model
 import rewards
 from data import SYSTEM_PROMPT, BadRow, read, to_example
-from init import init
-from packs import Tree, make, plan
-from sampler import generate
+from engine import files
+from engine.packs import Tree, make, plan
+from engine.sampler import generate
+from tools.init import init
 
 RESPONSE = "<caption> tl red square </caption> <think> so 1 . </think> <answer> 1 </answer>"
 PICTURE = Image.frombytes("RGB", (24, 32), random.Random(0).randbytes(3 * 24 * 32))
-TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-            vocab_size=64, max_position_embeddings=512, pad_token_id=None, tie_word_embeddings=True)  # fmt: skip
+TEXT = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    vocab_size=64,
+    max_position_embeddings=512,
+    pad_token_id=None,
+    tie_word_embeddings=True,
+)
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-VISION = dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=32, patch_size=4,
-              spatial_merge_size=2, temporal_patch_size=2, in_channels=3)  # fmt: skip
+VISION = dict(
+    depth=2,
+    hidden_size=32,
+    num_heads=2,
+    intermediate_size=48,
+    out_hidden_size=32,
+    patch_size=4,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    in_channels=3,
+)
 MOE = dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 V3 = tiny_config().to_dict()["vision_config"]
 OTHERS = {  # model type -> text and vision fields of a small one
     "qwen2_vl": ({}, VISION | dict(embed_dim=32, mlp_ratio=2)),
-    "qwen2_5_vl": ({}, VISION | dict(window_size=16, fullatt_block_indexes=[1], tokens_per_second=4)),  # windows in vision
-    "qwen3_vl_moe": (MOE | dict(decoder_sparse_step=1, mlp_only_layers=[], rope_parameters=ROPE | {"mrope_interleaved": True}),
-                     V3 | {"model_type": "qwen3_vl_moe"}),
-    "glm4v": (dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}), VISION | {"image_size": 32}),
-    "glm46v": (dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}), VISION | {"image_size": 32}),
-    "glm_ocr": (dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}), VISION | {"image_size": 32}),
-    "glm4v_moe": (MOE | dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1,
-                             rope_parameters=ROPE | {"partial_rotary_factor": 1.0}), VISION | {"image_size": 32}),
-    "qwen3_5": (MOE | dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2, linear_num_key_heads=2,
-                           linear_key_head_dim=8, linear_value_head_dim=8,
-                           rope_parameters=ROPE | {"partial_rotary_factor": 1.0, "mrope_interleaved": True}),
-                {k: v for k, v in V3.items() if k != "deepstack_visual_indexes"} | {"model_type": "qwen3_5"}),
-}  # fmt: skip
+    "qwen2_5_vl": (
+        {},
+        VISION | dict(window_size=16, fullatt_block_indexes=[1], tokens_per_second=4),
+    ),  # windows in vision
+    "qwen3_vl_moe": (
+        MOE
+        | dict(
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            rope_parameters=ROPE | {"mrope_interleaved": True},
+        ),
+        V3 | {"model_type": "qwen3_vl_moe"},
+    ),
+    "glm4v": (
+        dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}),
+        VISION | {"image_size": 32},
+    ),
+    "glm46v": (
+        dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}),
+        VISION | {"image_size": 32},
+    ),
+    "glm_ocr": (
+        dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}),
+        VISION | {"image_size": 32},
+    ),
+    "glm4v_moe": (
+        MOE
+        | dict(
+            n_routed_experts=4,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            rope_parameters=ROPE | {"partial_rotary_factor": 1.0},
+        ),
+        VISION | {"image_size": 32},
+    ),
+    "qwen3_5": (
+        MOE
+        | dict(
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            rope_parameters=ROPE | {"partial_rotary_factor": 1.0, "mrope_interleaved": True},
+        ),
+        {k: v for k, v in V3.items() if k != "deepstack_visual_indexes"}
+        | {"model_type": "qwen3_5"},
+    ),
+}
 
 
 def example(text="<image>count red", **row):
-    return to_example({"question": text, "image": PICTURE if "<image>" in text else None, "answer": "1"} | row, "here:1")
+    return to_example(
+        {"question": text, "image": PICTURE if "<image>" in text else None, "answer": "1"} | row,
+        "here:1",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +127,16 @@ def corpus(tmp_path_factory):
     """Rows of all three kinds with their picture; the tokenizers' words."""
     folder = tmp_path_factory.mktemp("corpus")
     PICTURE.save(folder / "a.png")
-    row = {"prompt": [{"role": "user", "content": "<image>count red"}], "teacher_response": RESPONSE, "images": ["a.png"],
-           "reward_model": {"ground_truth": "1"}, "messages": [{"role": "user", "content": "<image>count red"},
-                                                               {"role": "assistant", "content": RESPONSE}]}  # fmt: skip
+    row = {
+        "prompt": [{"role": "user", "content": "<image>count red"}],
+        "teacher_response": RESPONSE,
+        "images": ["a.png"],
+        "reward_model": {"ground_truth": "1"},
+        "messages": [
+            {"role": "user", "content": "<image>count red"},
+            {"role": "assistant", "content": RESPONSE},
+        ],
+    }
     (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
     return folder / "rows.jsonl"
 
@@ -99,7 +170,11 @@ def logps(policy, text="<image>count red"):
 def plain(hf, prompt, ids):
     """transformers' own inputs for a row."""
     ids = torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None]
-    images = {} if prompt.pixel_values is None else dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw)
+    images = (
+        {}
+        if prompt.pixel_values is None
+        else dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw)
+    )
     return dict(input_ids=ids, mm_token_type_ids=(ids == hf.config.image_token_id).int(), **images)
 
 
@@ -109,31 +184,59 @@ def released(corpus, folder, D=32, I=48, version="4.57.0"):  # noqa: E741
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     base = checkpoint(tiny_config().to_dict(), corpus, folder / "of")  # for its tokenizer
     settings = json.loads((base / "config.json").read_text())
-    text = TEXT | MOE | dict(
-        hidden_size=D, moe_intermediate_size=I, intermediate_size=6144, decoder_sparse_step=1, mlp_only_layers=[],
-        norm_topk_prob=True, rope_theta=1e4, rope_scaling=rope, model_type="qwen3_vl_moe_text",
-        vocab_size=settings["text_config"]["vocab_size"],
-    )  # fmt: skip
+    text = (
+        TEXT
+        | MOE
+        | dict(
+            hidden_size=D,
+            moe_intermediate_size=I,
+            intermediate_size=6144,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            norm_topk_prob=True,
+            rope_theta=1e4,
+            rope_scaling=rope,
+            model_type="qwen3_vl_moe_text",
+            vocab_size=settings["text_config"]["vocab_size"],
+        )
+    )
     ids = {k: v for k, v in settings.items() if k.endswith("_token_id")}
-    config = {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": text, **ids,
-              "vision_config": V3 | {"out_hidden_size": D, "model_type": "qwen3_vl_moe"}, "tie_word_embeddings": True,
-              "transformers_version": version}  # fmt: skip
+    config = {
+        "model_type": "qwen3_vl_moe",
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "text_config": text,
+        **ids,
+        "vision_config": V3 | {"out_hidden_size": D, "model_type": "qwen3_vl_moe"},
+        "tie_word_embeddings": True,
+        "transformers_version": version,
+    }
     hf = Qwen3VLMoeForConditionalGeneration(AutoConfig.for_model(**config)).eval()
     torch.manual_seed(3)
     for p in hf.parameters():
         p.data.normal_(1 if p.ndim == 1 else 0, 0.15)
     head = torch.randn(1, D)
-    state = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in hf.state_dict().items()}
+    state = {
+        k: v.transpose(1, 2).contiguous() if ".experts." in k else v
+        for k, v in hf.state_dict().items()
+    }
     state = {k: v.clone().bfloat16().float() for k, v in state.items()} | {"v_head.1.weight": head}
     assert state["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (4, D, 2 * I)
     names, parts = sorted(state), {}
     for n, some in enumerate((names[::2], names[1::2]), 1):
         parts |= dict.fromkeys(some, f"model-{n:05}-of-00002.safetensors")
         save_file({k: state[k] for k in some}, folder / f"model-{n:05}-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": parts})
+    )
     (folder / "config.json").write_text(json.dumps(config))
     files.copy_processor(base, folder)
-    hf.load_state_dict({k: v.transpose(1, 2) if ".experts." in k else v for k, v in state.items() if "v_head" not in k})
+    hf.load_state_dict(
+        {
+            k: v.transpose(1, 2) if ".experts." in k else v
+            for k, v in state.items()
+            if "v_head" not in k
+        }
+    )
     return hf, head
 
 
@@ -142,19 +245,34 @@ def scores(disc, tree):
         return disc.eval()(make([tree], [(0, list(range(len(tree.children))))]))[0]
 
 
-@pytest.mark.parametrize("D, I", [(32, 48), (32, 16), (32, 32)], ids=["any", "2I is D", "I is D"])  # shapes do not tell layouts
+@pytest.mark.parametrize(
+    "D, I", [(32, 48), (32, 16), (32, 32)], ids=["any", "2I is D", "I is D"]
+)  # shapes do not tell layouts
 def test_released_discriminator(corpus, tmp_path, D, I):  # noqa: E741
     hf, head = released(corpus, tmp_path, D, I)
     disc = align.load_discriminator(SimpleNamespace(disc="moe", disc_path=str(tmp_path)))
     encoder = model.read_encoder(tmp_path, disc.model)
-    tree = Tree(encoder.prompt(example()), list(align.encode_spans(encoder, RESPONSE, "both").values()), [0, 1])
+    tree = Tree(
+        encoder.prompt(example()),
+        list(align.encode_spans(encoder, RESPONSE, "both").values()),
+        [0, 1],
+    )
     with torch.no_grad():
-        expected = [hf.model(**plain(hf, tree.prompt, ids)).last_hidden_state[0, -1] @ head[0] for ids in tree.children]
+        expected = [
+            hf.model(**plain(hf, tree.prompt, ids)).last_hidden_state[0, -1] @ head[0]
+            for ids in tree.children
+        ]
     assert torch.stack(expected).std() > 0.1
     torch.testing.assert_close(scores(disc, tree), torch.stack(expected), rtol=1e-5, atol=1e-5)
     align.save_discriminator(disc, tmp_path, tmp_path / "again")
-    again, first = (load_file(tmp_path / name) for name in ("again/model.safetensors", "model-00001-of-00002.safetensors"))
-    assert all(torch.equal(again[k], first[k]) for k in first if k != "lm_head.weight") and "lm_head.weight" not in again
+    again, first = (
+        load_file(tmp_path / name)
+        for name in ("again/model.safetensors", "model-00001-of-00002.safetensors")
+    )
+    assert (
+        all(torch.equal(again[k], first[k]) for k in first if k != "lm_head.weight")
+        and "lm_head.weight" not in again
+    )
 
 
 def test_discriminator_of_another_version_is_refused(corpus, tmp_path):
@@ -170,7 +288,13 @@ def test_discriminator_is_found_in_a_run_folder(tiny, tmp_path):
         disc.v_head[1].weight.data.fill_(mark)
         align.save_discriminator(disc, tiny, tmp_path / where)
     shutil.copy(tiny / "config.json", tmp_path / "last")  # beside it lies the policy
-    for path, mark in {"": 1, "last": 1, "last/discriminator": 1, "warmup": 0, "warmup/last": 0}.items():
+    for path, mark in {
+        "": 1,
+        "last": 1,
+        "last/discriminator": 1,
+        "warmup": 0,
+        "warmup/last": 0,
+    }.items():
         assert align.open_discriminator(tmp_path / path).v_head[1].weight.unique() == mark, path
     shutil.rmtree(tmp_path / "last")
     assert align.open_discriminator(str(tmp_path)).v_head[1].weight.unique() == 0
@@ -186,7 +310,7 @@ from PIL import Image
 from align import encode_spans, open_discriminator
 from data import to_example
 from model import read_encoder
-from packs import Tree, make
+from engine.packs import Tree, make
 
 disc = open_discriminator("ckpt/align").eval()           # a run folder, a folder, or a name on the hub
 encoder = read_encoder("ckpt/align", disc.model)
@@ -211,7 +335,9 @@ def test_ten_lines_that_score_a_response(tiny, tmp_path, monkeypatch):
     names = {"response": RESPONSE}
     exec(SCORE, names)
     prompt = policy.encoder.prompt(example("How many are red?", image=PICTURE))
-    expected = [scores(disc, Tree(prompt, [ids], [k]))[0].item() for k, ids in names["spans"].items()]
+    expected = [
+        scores(disc, Tree(prompt, [ids], [k]))[0].item() for k, ids in names["spans"].items()
+    ]
     assert [names["perception"], names["reasoning"]] == pytest.approx(expected, abs=1e-5)
     assert abs(expected[0] - expected[1]) > 1e-4
 
@@ -233,7 +359,9 @@ def cached(source, home, name, commit="0123456789abcdef0123456789abcdef01234567"
 def test_hub_name_from_the_cache(corpus, tmp_path, monkeypatch, tied):
     source = checkpoint(tiny_config(tie_word_embeddings=tied).to_dict(), corpus, tmp_path / "made")
     whole = logps(model.load(source))[0]
-    AutoModelForImageTextToText.from_pretrained(source).save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    AutoModelForImageTextToText.from_pretrained(source).save_pretrained(
+        tmp_path / "shards", max_shard_size="50KB"
+    )
     files.copy_processor(source, tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     cached(tmp_path / "shards", tmp_path / "hub", "some/policy")
@@ -252,31 +380,55 @@ def test_released_discriminator_by_its_hub_name(corpus, tmp_path, monkeypatch):
     released(corpus, tmp_path)
     cached(tmp_path, tmp_path / "hub", "some/discriminator")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    theirs, ours = (align.open_discriminator(path).state_dict() for path in ("some/discriminator", tmp_path))
+    theirs, ours = (
+        align.open_discriminator(path).state_dict() for path in ("some/discriminator", tmp_path)
+    )
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
 
 
 def test_what_is_fetched(tiny, monkeypatch):
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **rest: asked.update(rest, name=name) or str(tiny))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **rest: asked.update(rest, name=name) or str(tiny),
+    )
     assert files.find("some/policy") == tiny and asked["name"] == "some/policy"
     wanted = lambda file: any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])  # noqa: E731
     for file in FILES:
         assert wanted(file), file
-    assert not any(map(wanted, ("pytorch_model.bin", "modeling_qwen.py", "training_args.bin", "optimizer.pt", "README.md")))
+    assert not any(
+        map(
+            wanted,
+            (
+                "pytorch_model.bin",
+                "modeling_qwen.py",
+                "training_args.bin",
+                "optimizer.pt",
+                "README.md",
+            ),
+        )
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- other models
 def other(kind, corpus, folder):
     text, vision = OTHERS[kind]
-    settings = {"model_type": kind, "text_config": TEXT | {"rope_parameters": ROPE} | text, "vision_config": vision}
+    settings = {
+        "model_type": kind,
+        "text_config": TEXT | {"rope_parameters": ROPE} | text,
+        "vision_config": vision,
+    }
     return checkpoint(settings | {"tie_word_embeddings": True}, corpus, folder)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OTHERS if kind != "qwen3_5"])
 def test_other_models_compute_what_transformers_computes(kind, corpus, tmp_path):
     folder = other(kind, corpus, tmp_path)
-    policy, hf = model.load(folder), AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    policy, hf = (
+        model.load(folder),
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
     for text in ("<image>count red", "count red", "<image> or <image>"):
         images = {"images": [PICTURE] * text.count("<image>"), "image": None}
         prompt = policy.encoder.prompt(example(text, **images))
@@ -288,9 +440,17 @@ def test_other_models_compute_what_transformers_computes(kind, corpus, tmp_path)
                 logits = hf(**plain(hf, prompt, ids)).logits[0, -len(ids) - 1 : -1]
                 expected.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
             torch.testing.assert_close(mine, torch.cat(expected), rtol=0, atol=1e-4)
-            greedy = hf.generate(**plain(hf, prompt, []), attention_mask=torch.ones_like(prompt.ids)[None], max_new_tokens=8,
-                                 do_sample=False, eos_token_id=list(policy.encoder.eos_ids), pad_token_id=0)  # fmt: skip
-        ((rollout,),) = generate(policy.hf, [prompt], 1, 8, eos=policy.encoder.eos_ids, temperature=0.0)
+            greedy = hf.generate(
+                **plain(hf, prompt, []),
+                attention_mask=torch.ones_like(prompt.ids)[None],
+                max_new_tokens=8,
+                do_sample=False,
+                eos_token_id=list(policy.encoder.eos_ids),
+                pad_token_id=0,
+            )
+        ((rollout,),) = generate(
+            policy.hf, [prompt], 1, 8, eos=policy.encoder.eos_ids, temperature=0.0
+        )
         assert rollout.ids == greedy[0, len(prompt.ids) :].tolist()
     model.save(policy, tmp_path / "saved")
     assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")) is type(hf)
@@ -307,12 +467,22 @@ def test_discriminator_of_another_family(corpus, tmp_path):
 
 
 def test_a_model_with_other_attention_is_refused(corpus, tmp_path):
-    with pytest.raises(ValueError, match="Qwen3_5ForConditionalGeneration.*full attention in every layer.*linear_attention"):
+    with pytest.raises(
+        ValueError,
+        match="Qwen3_5ForConditionalGeneration.*full attention in every layer.*linear_attention",
+    ):
         model.load(other("qwen3_5", corpus, tmp_path))
-    settings = json.loads((other("qwen2_5_vl", corpus, tmp_path / "sliding") / "config.json").read_text())
-    settings["text_config"] |= {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
+    settings = json.loads(
+        (other("qwen2_5_vl", corpus, tmp_path / "sliding") / "config.json").read_text()
+    )
+    settings["text_config"] |= {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "use_sliding_window": True,
+    }
     (tmp_path / "sliding/ckpt/config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="full attention in every layer.*sliding_attention"):  # packs would ignore the window
+    with pytest.raises(
+        ValueError, match="full attention in every layer.*sliding_attention"
+    ):  # packs would ignore the window
         model.load(tmp_path / "sliding/ckpt")
 
 
@@ -338,25 +508,51 @@ def test_lora(tiny, corpus, tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     assert "inject_adapter_in_model(" not in readme or LORA in readme
     before, start = load_file(tiny / "model.safetensors"), tiny
-    common = ["--data", corpus, "--steps", 2, "--lr", 1e-2, "--max_response", 16, "--sample_every", 0]
+    common = [
+        "--data",
+        corpus,
+        "--steps",
+        2,
+        "--lr",
+        1e-2,
+        "--max_response",
+        16,
+        "--sample_every",
+        0,
+    ]
     game = ["--group_size", 2, "--prompts_per_step", 2, "--warmup_steps", 0]
-    for stage, more in (("sft", ["--batch", 2]), ("align", game), ("rlvr", [*game[:4], "--kl", 0.1])):
+    for stage, more in (
+        ("sft", ["--batch", 2]),
+        ("align", game),
+        ("rlvr", [*game[:4], "--kl", 0.1]),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(model, "load", model.load)
             patch.delitem(sys.modules, stage, raising=False)
             out = tmp_path / stage
-            patch.setattr(sys, "argv", list(map(str, ["lora.py", stage, "--policy", start, "--out", out, *common, *more])))
+            patch.setattr(
+                sys,
+                "argv",
+                list(map(str, ["lora.py", stage, "--policy", start, "--out", out, *common, *more])),
+            )
             exec(LORA, {})
         after = load_file(out / "last/model.safetensors")
         assert after.keys() == before.keys()
-        moved = {re.sub(r"\d", "n", k).split(".", 2)[2] for k in after if not torch.equal(after[k], before[k])}
+        moved = {
+            re.sub(r"\d", "n", k).split(".", 2)[2]
+            for k in after
+            if not torch.equal(after[k], before[k])
+        }
         if stage == "sft":  # the others may see nothing well-formed
             assert moved and all(k.endswith("_proj.weight") for k in moved)
         policy = model.load(out)
         assert not any("lora" in name for name, _ in policy.named_parameters())
         logps(policy)
         before, start = after, out
-    assert not any("lora" in k or "base_layer" in k for k in load_file(tmp_path / "align/last/discriminator/model.safetensors"))
+    assert not any(
+        "lora" in k or "base_layer" in k
+        for k in load_file(tmp_path / "align/last/discriminator/model.safetensors")
+    )
     align.open_discriminator(tmp_path / "align")
 
 
@@ -369,7 +565,9 @@ def test_merged_weights_are_base_plus_adapter():
     layer.q.scaling = {"default": 2.0}
     state = model.full_state(layer)
     a, b = layer.q.lora_A["default"].weight, layer.q.lora_B["default"].weight
-    assert set(state) == {"q.weight", "q.bias"} and torch.equal(state["q.bias"], layer.q.base_layer.bias)
+    assert set(state) == {"q.weight", "q.bias"} and torch.equal(
+        state["q.bias"], layer.q.base_layer.bias
+    )
     torch.testing.assert_close(state["q.weight"], layer.q.base_layer.weight + 2 * b @ a)
     layer.q.lora_magnitude_vector = torch.nn.ParameterDict({"default": torch.ones(4)})
     with pytest.raises(ValueError, match="lora_magnitude_vector.*plain LoRA"):
@@ -378,9 +576,18 @@ def test_merged_weights_are_base_plus_adapter():
 
 # ------------------------------------------------------------------------------------------------------------- servers
 # The files of Qwen/Qwen3-VL-4B-Instruct on the hub, chat_template.json apart: a .jinja takes its place.
-FILES = ("config.json", "generation_config.json", "merges.txt", "preprocessor_config.json", "tokenizer.json",
-         "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "chat_template.jinja",
-         "model.safetensors")  # fmt: skip
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "chat_template.jinja",
+    "model.safetensors",
+)
 
 
 @pytest.fixture(scope="module", params=["qwen3vl_instruct", "prism_bridge_eval"])
@@ -388,17 +595,28 @@ def real(request, shared, tmp_path_factory):
     """The real tokenizer and settings, with a template in each of the three places where the hub's folders have one."""
     folder, source = tmp_path_factory.mktemp(request.param), shared / "data/qwen3vl"
     settings = tiny_config(vocab_size=151936, eos_token_id=151645).to_dict()
-    settings |= dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
+    settings |= dict(
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
     (folder / "config.json").write_text(json.dumps(settings))
-    for file in [*(source / "tokenizer").glob("*"), *(source / "30B-A3B-Thinking").glob("*config.json")]:
+    for file in [
+        *(source / "tokenizer").glob("*"),
+        *(source / "30B-A3B-Thinking").glob("*config.json"),
+    ]:
         if file.name not in ("config.json", "golden.json"):
             (folder / file.name).write_bytes(file.read_bytes())
-    processor = json.loads((folder / "preprocessor_config.json").read_text()) | dict(patch_size=4, size={
-        "longest_edge": 4096, "shortest_edge": 64})  # fmt: skip
+    processor = json.loads((folder / "preprocessor_config.json").read_text()) | dict(
+        patch_size=4, size={"longest_edge": 4096, "shortest_edge": 64}
+    )
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     template = (source / f"chat_templates/{request.param}.jinja").read_text()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | {
+        "chat_template": template
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     return init(folder / "config.json", folder / "ckpt"), template
 
@@ -413,17 +631,29 @@ def test_any_server_asks_for_the_three_parts(real, tmp_path):
 
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}
-    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "1"}
+    system, answer = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "1"},
+    )
     asked = theirs.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    trained = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "<image>How many?"}]
+    trained = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": "<image>How many?"},
+    ]
     assert asked == policy.encoder._render(trained, True)
-    assert asked.startswith(f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    assert asked.startswith(
+        f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+    )
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
     for turns in ([system, user], [system, user, answer, user]):  # a system turn of one's own stays
         for more in ({}, {"tools": tools}):
             mine = theirs.apply_chat_template(turns, tokenize=False, **more)
-            assert mine == theirs.apply_chat_template(turns, tokenize=False, chat_template=template, **more)
-    several = theirs.apply_chat_template([[user], [system, user], [user, answer, user]], tokenize=False)
+            assert mine == theirs.apply_chat_template(
+                turns, tokenize=False, chat_template=template, **more
+            )
+    several = theirs.apply_chat_template(
+        [[user], [system, user], [user, answer, user]], tokenize=False
+    )
     assert [SYSTEM_PROMPT in text for text in several] == [True, False, True]
     file = (tmp_path / "chat_template.jinja").read_text()
     (text,), _ = render_jinja_template([[user]], chat_template=file)  # as processors do
@@ -439,20 +669,38 @@ def test_our_own_prompts_stay_as_they_were(real, tmp_path):
         policies.append(model.load(tmp_path / str(n)))
     assert {policy.encoder.tokenizer.chat_template for policy in policies} == {template}
     rows = [example(), example("count", image=None)]
-    rows.append(to_example({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": RESPONSE}]}))
-    rows.append(to_example({"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": "1"}}, kind="rl"))
+    rows.append(
+        to_example(
+            {
+                "messages": [
+                    {"role": "user", "content": "hi"},
+                    {"role": "assistant", "content": RESPONSE},
+                ]
+            }
+        )
+    )
+    rows.append(
+        to_example(
+            {"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": "1"}},
+            kind="rl",
+        )
+    )
     for row in rows:
         ids = [policy.encoder.conversation(row)[0].ids.tolist() for policy in policies]
         assert ids[0] == ids[1] == ids[2]
     bare = policies[-1].encoder.tokenizer.decode(policies[-1].encoder.prompt(rows[-1]).ids)
-    assert ("caption" in bare) == ("default_system_message" in template)  # what the source's own template adds
+    assert ("caption" in bare) == (
+        "default_system_message" in template
+    )  # what the source's own template adds
     for file in (tmp_path / "0").iterdir():
         assert file.read_bytes() == (tmp_path / "1" / file.name).read_bytes(), file.name
 
 
 def test_embedded_world_is_not_asked_in_words_it_lacks(tiny, tmp_path):
     model.save(model.load(tiny), tmp_path)
-    assert (tmp_path / "chat_template.jinja").read_bytes() == (tiny / "chat_template.jinja").read_bytes()
+    assert (tmp_path / "chat_template.jinja").read_bytes() == (
+        tiny / "chat_template.jinja"
+    ).read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmarks
@@ -460,47 +708,184 @@ IMAGE = {"bytes": b"a picture", "path": "1.png"}
 B = b"a picture"
 ROWS = {  # benchmark: (row as published, its images, question's parts, choices, answers)
     "MathVista, options": (
-        {"pid": "1", "question": "Which one?", "image": "images/1.jpg", "decoded_image": IMAGE, "choices": ["(A) 1", "(B) 2"],
-         "unit": None, "precision": None, "answer": "(B) 2", "question_type": "multi_choice", "query": "Hint: .. Which one?"},
-        [B], ["Which one?", "(A) 1"], ("(A) 1", "(B) 2"), ("(B) 2",)),
+        {
+            "pid": "1",
+            "question": "Which one?",
+            "image": "images/1.jpg",
+            "decoded_image": IMAGE,
+            "choices": ["(A) 1", "(B) 2"],
+            "unit": None,
+            "precision": None,
+            "answer": "(B) 2",
+            "question_type": "multi_choice",
+            "query": "Hint: .. Which one?",
+        },
+        [B],
+        ["Which one?", "(A) 1"],
+        ("(A) 1", "(B) 2"),
+        ("(B) 2",),
+    ),
     "MathVista, number": (
-        {"pid": "2", "question": "How long?", "decoded_image": IMAGE, "choices": None, "precision": 1.0, "answer": "1.2"},
-        [B], ["How long?"], (), ("1.2",)),
+        {
+            "pid": "2",
+            "question": "How long?",
+            "decoded_image": IMAGE,
+            "choices": None,
+            "precision": 1.0,
+            "answer": "1.2",
+        },
+        [B],
+        ["How long?"],
+        (),
+        ("1.2",),
+    ),
     "MathVerse": (
-        {"sample_index": "1", "question": "Find x.\nChoices:\nA:1\nB:2", "image": IMAGE, "answer": "B", "query_wo": ".."},
-        [B], ["Find x."], (), ("B",)),
+        {
+            "sample_index": "1",
+            "question": "Find x.\nChoices:\nA:1\nB:2",
+            "image": IMAGE,
+            "answer": "B",
+            "query_wo": "..",
+        },
+        [B],
+        ["Find x."],
+        (),
+        ("B",),
+    ),
     "MathVerse, vision only": (
-        {"sample_index": "1", "question": "", "image": IMAGE, "answer": "B", "query_wo": "According to the question .."},
-        [B], ["According to"], (), ("B",)),
+        {
+            "sample_index": "1",
+            "question": "",
+            "image": IMAGE,
+            "answer": "B",
+            "query_wo": "According to the question ..",
+        },
+        [B],
+        ["According to"],
+        (),
+        ("B",),
+    ),
     "MATH-Vision": (
-        {"id": "4", "question": "Which?\n<image1>", "options": ["3", "4"], "image": "images/4.jpg", "decoded_image": IMAGE,
-         "answer": "B", "solution": None, "level": 2}, [B], ["<image>\nWhich?", "(A) 3\n(B) 4"], ("3", "4"), ("B",)),
+        {
+            "id": "4",
+            "question": "Which?\n<image1>",
+            "options": ["3", "4"],
+            "image": "images/4.jpg",
+            "decoded_image": IMAGE,
+            "answer": "B",
+            "solution": None,
+            "level": 2,
+        },
+        [B],
+        ["<image>\nWhich?", "(A) 3\n(B) 4"],
+        ("3", "4"),
+        ("B",),
+    ),
     "MATH-Vision, open": (
-        {"question": "How many? <image1>", "options": [], "decoded_image": IMAGE, "answer": "[1, 2]"},
-        [B], ["How many?"], (), ("[1, 2]",)),
+        {
+            "question": "How many? <image1>",
+            "options": [],
+            "decoded_image": IMAGE,
+            "answer": "[1, 2]",
+        },
+        [B],
+        ["How many?"],
+        (),
+        ("[1, 2]",),
+    ),
     "We-Math": (
-        {"ID": "3steps_1", "question": "What is the area?", "option": "A. 200.96;B. 3215.36;C. 32; D. No correct answer;",
-         "answer": "B", "image_path": IMAGE, "key": "3steps_3", "question number": 1575, "knowledge concept": "Area"},
-        [B], ["What is the area?", "(D) No correct answer"], ("200.96", "3215.36", "32", "No correct answer"), ("B",)),
+        {
+            "ID": "3steps_1",
+            "question": "What is the area?",
+            "option": "A. 200.96;B. 3215.36;C. 32; D. No correct answer;",
+            "answer": "B",
+            "image_path": IMAGE,
+            "key": "3steps_3",
+            "question number": 1575,
+            "knowledge concept": "Area",
+        },
+        [B],
+        ["What is the area?", "(D) No correct answer"],
+        ("200.96", "3215.36", "32", "No correct answer"),
+        ("B",),
+    ),
     "MMMU": (
-        {"id": "v_1", "question": "Is <image 1> like <image 2>?", "options": "['$6', 'It\\'s 7']", "answer": "A",
-         "question_type": "multiple-choice", **{f"image_{k}": IMAGE if k < 3 else None for k in range(1, 8)}},
-        [B, B], ["<image>\n<image>\nIs (image 1) like (image 2)?", "(B) It's 7"], ("$6", "It's 7"), ("A",)),
+        {
+            "id": "v_1",
+            "question": "Is <image 1> like <image 2>?",
+            "options": "['$6', 'It\\'s 7']",
+            "answer": "A",
+            "question_type": "multiple-choice",
+            **{f"image_{k}": IMAGE if k < 3 else None for k in range(1, 8)},
+        },
+        [B, B],
+        ["<image>\n<image>\nIs (image 1) like (image 2)?", "(B) It's 7"],
+        ("$6", "It's 7"),
+        ("A",),
+    ),
     "MMMU, open": (
-        {"id": "v_2", "question": "<image 1> How much?", "options": "[]", "answer": "['$8', '8']", "image_1": IMAGE},
-        [B], ["<image>\nHow much?"], (), ("$8", "8")),
+        {
+            "id": "v_2",
+            "question": "<image 1> How much?",
+            "options": "[]",
+            "answer": "['$8', '8']",
+            "image_1": IMAGE,
+        },
+        [B],
+        ["<image>\nHow much?"],
+        (),
+        ("$8", "8"),
+    ),
     "MMMU-Pro, vision": (
-        {"id": "t_1", "image": IMAGE, "options": "['a', 'b', 'c']", "answer": "C", "subject": "Art"},
-        [B], ["Answer the question in the image.", "(C) c"], ("a", "b", "c"), ("C",)),
+        {
+            "id": "t_1",
+            "image": IMAGE,
+            "options": "['a', 'b', 'c']",
+            "answer": "C",
+            "subject": "Art",
+        },
+        [B],
+        ["Answer the question in the image.", "(C) c"],
+        ("a", "b", "c"),
+        ("C",),
+    ),
     "HallusionBench": (
-        {"category": "VD", "visual_input": "1", "question": "Is it longer?", "gt_answer": "0", "gt_answer_details": "No, ..",
-         "filename": "./VD/0.png", "image": IMAGE}, [B], ["Is it longer?"], (), ("no",)),
+        {
+            "category": "VD",
+            "visual_input": "1",
+            "question": "Is it longer?",
+            "gt_answer": "0",
+            "gt_answer_details": "No, ..",
+            "filename": "./VD/0.png",
+            "image": IMAGE,
+        },
+        [B],
+        ["Is it longer?"],
+        (),
+        ("no",),
+    ),
     "HallusionBench, no picture": (
-        {"category": "VS", "visual_input": "0", "question": "Is it longer?", "gt_answer": 1, "filename": None, "image": None},
-        [], ["Is it longer?"], (), ("yes",)),
+        {
+            "category": "VS",
+            "visual_input": "0",
+            "question": "Is it longer?",
+            "gt_answer": 1,
+            "filename": None,
+            "image": None,
+        },
+        [],
+        ["Is it longer?"],
+        (),
+        ("yes",),
+    ),
     "lettered": (
-        {"problem": "Which?", "options": {"B": "2", "A": "1", "C": None}, "answer": 2}, [], ["(A) 1"], ("1", "2"), ("2",)),
-}  # fmt: skip
+        {"problem": "Which?", "options": {"B": "2", "A": "1", "C": None}, "answer": 2},
+        [],
+        ["(A) 1"],
+        ("1", "2"),
+        ("2",),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -508,15 +893,23 @@ def test_benchmark_rows(name):
     row, images, words, choices, answers = ROWS[name]
     for kind in ("eval", "rl", None):
         found = to_example(dict(row), "f:1", kind=kind)
-        assert found.images == images and found.choices == choices and (found.answer, *found.equivalent) == answers
+        assert (
+            found.images == images
+            and found.choices == choices
+            and (found.answer, *found.equivalent) == answers
+        )
         assert found.messages[0]["content"] == SYSTEM_PROMPT
         asked = found.messages[1]["content"]
-        assert asked.count("<image>") == len(images) and not [part for part in words if part not in asked], asked
+        assert asked.count("<image>") == len(images) and not [
+            part for part in words if part not in asked
+        ], asked
 
 
 def test_benchmark_rows_that_cannot_be_read():
     with pytest.raises(BadRow, match="f:1: the options are in no known form.*`choices` as a list"):
-        to_example({"question": "Which?", "options": "one or two", "answer": "A"}, "f:1", kind="eval")
+        to_example(
+            {"question": "Which?", "options": "one or two", "answer": "A"}, "f:1", kind="eval"
+        )
     with pytest.raises(BadRow, match="no answer"):
         to_example({"question": "Which?", "decoded_image": IMAGE, "answer": ""}, "f:1", kind="eval")
     with pytest.raises(BadRow, match="`question` is missing"):
@@ -525,31 +918,51 @@ def test_benchmark_rows_that_cannot_be_read():
 
 def test_benchmark_names_mean_nothing_elsewhere():
     """Only rows of questions are read by the table: one with turns keeps its own fields, and SFT rows are left alone."""
-    turns = {"prompt": [{"role": "user", "content": "How many?"}], "reward_model": {"ground_truth": "3"}, "gt_answer": "0"}
+    turns = {
+        "prompt": [{"role": "user", "content": "How many?"}],
+        "reward_model": {"ground_truth": "3"},
+        "gt_answer": "0",
+    }
     assert to_example(dict(turns), kind="rl").answer == "3"
-    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": RESPONSE}], "options": "nothing"}
+    talk = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": RESPONSE}],
+        "options": "nothing",
+    }
     assert to_example(dict(talk), kind="sft").choices == ()
 
 
-@pytest.mark.parametrize("file", ["mathvision/testmini.jsonl", "nlvr/dev.jsonl", "shapes/val.jsonl"])
+@pytest.mark.parametrize(
+    "file", ["mathvision/testmini.jsonl", "nlvr/dev.jsonl", "shapes/val.jsonl"]
+)
 def test_forms_verified_on_a_file(shared, tmp_path, file):
     """Read as they are and, as MATH-Vision is published, with `options` for `choices`: the same examples."""
     path = shared / "data" / file
     plain = read(path, "eval")
     source = [json.loads(line) for line in path.read_text().splitlines()]
     renamed = tmp_path / "renamed.jsonl"
-    renamed.write_text("".join(json.dumps({**row, "options": row.pop("choices")}) + "\n" for row in source))
+    renamed.write_text(
+        "".join(json.dumps({**row, "options": row.pop("choices")}) + "\n" for row in source)
+    )
     same = read(renamed, "eval", image_root=path.parent)
     for i in range(0, len(plain), 7):
         a, b = plain[i], same[i]
-        assert (a.messages, a.images, a.choices, a.answer) == (b.messages, b.images, b.choices, b.answer)
-
-
+        assert (a.messages, a.images, a.choices, a.answer) == (
+            b.messages,
+            b.images,
+            b.choices,
+            b.answer,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
-NOT_EQUAL = [("2(x+3)", "2x+3"), ("1.5", "15"), (r"\frac{1}{23}", r"\frac{12}{3}"), ("(5/2,3)", "(1/2,3)"), ("5 kg", "5 lb"),
-             ("[1,2)", "(1,2]")]  # fmt: skip
+NOT_EQUAL = [
+    ("2(x+3)", "2x+3"),
+    ("1.5", "15"),
+    (r"\frac{1}{23}", r"\frac{12}{3}"),
+    ("(5/2,3)", "(1/2,3)"),
+    ("5 kg", "5 lb"),
+    ("[1,2)", "(1,2]"),
+]
 EQUAL = [("1234", "1,234"), ("x=7", "7"), ("x=1, x=2", "x=2, x=1"), (r"\{1,2,3\}", r"\{3,1,2\}")]
 
 
@@ -571,21 +984,35 @@ print(*asyncio.run(cell()), __file__)
 def test_verifier_in_a_notebook_s_circumstances(tmp_path):
     """No main file, a running event loop, another working directory, another thread."""
     pytest.importorskip("math_verify")
-    done = subprocess.run([sys.executable, "-"], input=NOTEBOOK, cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=NOTEBOOK,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert (done.stdout.split(), done.stderr) == (["True", "True", "<stdin>"], "")
 
 
 def test_verifier_table_is_one_json_line(tmp_path):
     pytest.importorskip("math_verify")
     case = dict(kind="fraction", policy=None)
-    rows = [case | dict(pred="1/2", gold="0.5", expected=True), case | dict(pred="2", gold="3", expected=True),
-            case | dict(pred="2", gold="3", expected=False),
-            case | dict(pred="a", gold="b", expected=True, policy="x")]  # fmt: skip
+    rows = [
+        case | dict(pred="1/2", gold="0.5", expected=True),
+        case | dict(pred="2", gold="3", expected=True),
+        case | dict(pred="2", gold="3", expected=False),
+        case | dict(pred="a", gold="b", expected=True, policy="x"),
+    ]
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, ROOT / "bench/verifier.py", tmp_path / "cases.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     found = json.loads(done.stdout)
     assert (found["rows"], found["equal"], done.stdout.count("\n")) == (3, 2, 1)
     assert found["combined"] | {"ms_per_row": 0} == {
-        "right": 0.6667, "false_positives": 0.0, "false_negatives": 0.5, "ms_per_row": 0}  # fmt: skip
+        "right": 0.6667,
+        "false_positives": 0.0,
+        "false_negatives": 0.5,
+        "ms_per_row": 0,
+    }

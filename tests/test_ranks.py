@@ -16,10 +16,15 @@ import align
 import rlvr
 import sft
 
-GAME = dict(steps=1, lr=1e-3, disc_lr=1e-3, probe_every=1, warmup_steps=0, upcycle_noise=0.1) | ROLLOUTS
+GAME = (
+    dict(steps=1, lr=1e-3, disc_lr=1e-3, probe_every=1, warmup_steps=0, upcycle_noise=0.1)
+    | ROLLOUTS
+)
 SFT = dict(steps=2, batch=8, lr=1e-2, schedule="constant", warmup=0.0)
 RL = dict(steps=1, lr=1e-3, minibatches=2, kl=0.1) | ROLLOUTS
-DAPO = ROLLOUTS | dict(lr=1e-3, algo="dapo", overlong=8, prompts_per_step=2, prompts_per_draw=12, max_draws=3)
+DAPO = ROLLOUTS | dict(
+    lr=1e-3, algo="dapo", overlong=8, prompts_per_step=2, prompts_per_draw=12, max_draws=3
+)
 RUNS = {  # name -> (stage, data, flags)
     "sft": ("sft", "curated", SFT),
     "align": ("align", "align", GAME | dict(warmup_steps=2, warmup_pairs=32)),
@@ -34,7 +39,11 @@ RUNS = {  # name -> (stage, data, flags)
     # shards that are uneven: of three prompts one has an image
     "uneven sft": ("sft", "three", SFT | dict(batch=3)),
     "uneven align": ("align", "three", GAME | dict(prompts_per_step=3, disc="experts")),
-    "uneven rlvr": ("rlvr", "three", RL | dict(prompts_per_step=3, kl=0.0)),  # kl of nearly nothing is rounding
+    "uneven rlvr": (
+        "rlvr",
+        "three",
+        RL | dict(prompts_per_step=3, kl=0.0),
+    ),  # kl of nearly nothing is rounding
     # or empty: one prompt for all ranks
     "empty sft": ("sft", "curated", SFT | dict(batch=1)),
     "empty align": ("align", "align", GAME | dict(prompts_per_step=1)),
@@ -49,11 +58,15 @@ RUNS = {  # name -> (stage, data, flags)
     "offload": ("align", "align", GAME | dict(offload=True)),
     "nodes": ("align", "align", GAME | dict(nodes=2)),
     "plain": ("align", "align", GAME),
-}  # fmt: skip
+}
 FAST = ("sft", "align", "rlvr")
 MALFORMED = {"malformed": [1], "all malformed": [0, 1]}  # prompts whose rollouts are cut short
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
-ALONE = {"checkpointing": "plain", "offload": "plain", "nodes": "plain"}  # what another run on one rank has to equal
+ALONE = {
+    "checkpointing": "plain",
+    "offload": "plain",
+    "nodes": "plain",
+}  # what another run on one rank has to equal
 
 
 def data_files(world):  # noqa: F811
@@ -80,7 +93,9 @@ def write(path, rows):
 def job(name, world, out, sgd=True, **more):  # noqa: F811
     """What ranked.py runs. sgd: linear in the gradient, so that runs can be compared beyond their first update."""
     (stage, data, flags), files = RUNS[name], data_files(world)
-    data = files[f"three {dict(sft='curated', align='align', rlvr='rl')[stage]}" if data == "three" else data]
+    data = files[
+        f"three {dict(sft='curated', align='align', rlvr='rl')[stage]}" if data == "three" else data
+    ]
     flags = COMMON | flags | dict(policy=world.sft, data=str(data), out=str(out)) | more
     flags |= {"pairs": str(files["pairs"])} if flags.get("pairs") else {}
     return {"stage": stage, "flags": flags, "sgd": sgd, "malformed": MALFORMED.get(name, [])}
@@ -91,20 +106,35 @@ def on_ranks(n, jobs, folder, timeout=300, **env):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     env |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tests/ranked.py", folder / "jobs.json", *free_ports(len(jobs))]
-    processes, prints, end = [], [folder / f"rank{rank}.txt" for rank in range(n)], time.time() + timeout
+    command = [
+        sys.executable,
+        ROOT / "tests/ranked.py",
+        folder / "jobs.json",
+        *free_ports(len(jobs)),
+    ]
+    processes, prints, end = (
+        [],
+        [folder / f"rank{rank}.txt" for rank in range(n)],
+        time.time() + timeout,
+    )
     try:
         for rank, file in enumerate(prints):
             with open(file, "w") as out:
                 mine = os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(subprocess.Popen(command, env=mine, stdout=out, stderr=out))
-        while None in (codes := [p.poll() for p in processes]) and not any(codes) and time.time() < end:
+        while (
+            None in (codes := [p.poll() for p in processes])
+            and not any(codes)
+            and time.time() < end
+        ):
             time.sleep(0.05)
     finally:
         for p in processes:
             p.kill()
     why = f"exit codes {codes} (None: it hung for {timeout} s, or another failed)\n"
-    assert codes == [0] * n, why + "\n".join(f"--- {f.name}\n{f.read_text()[-4000:]}" for f in prints)
+    assert codes == [0] * n, why + "\n".join(
+        f"--- {f.name}\n{f.read_text()[-4000:]}" for f in prints
+    )
 
 
 def agree(one, two, rel=1e-4):
@@ -114,8 +144,12 @@ def agree(one, two, rel=1e-4):
     exact = {"loss", "disc_loss", "grad_norm", "disc_grad_norm"} if rel == 1e-4 else ()
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        near = {k: pytest.approx(b[k], rel=1e-5 if k in exact else rel, abs=1e-7 if k in exact else 2e-6, nan_ok=True)
-                for k in a.keys() - loose}  # fmt: skip
+        near = {
+            k: pytest.approx(
+                b[k], rel=1e-5 if k in exact else rel, abs=1e-7 if k in exact else 2e-6, nan_ok=True
+            )
+            for k in a.keys() - loose
+        }
         wrong = {k: (a[k], b[k]) for k in near if a[k] != near[k]}
         assert not wrong, f"step {a['step']}: {wrong}"
         assert not b.get("logp_diff_max", 0) > 1e-4
@@ -129,8 +163,11 @@ def same_gradients(one, two):
     for a, b in zip(one["gradients"], two["gradients"], strict=True):
         assert a.keys() == b.keys()
         whole = sum(g.norm() ** 2 for g in a.values()) ** 0.5
-        wrong = {k: float((a[k] - b[k]).norm() / a[k].norm()) for k in a
-                 if not (a[k] - b[k]).norm() <= 1e-5 * a[k].norm() + 1e-6 * whole}  # fmt: skip
+        wrong = {
+            k: float((a[k] - b[k]).norm() / a[k].norm())
+            for k in a
+            if not (a[k] - b[k]).norm() <= 1e-5 * a[k].norm() + 1e-6 * whole
+        }
         assert not wrong, f"{two['meshes']}: {wrong}"
     return sorted(two["meshes"])
 
@@ -171,13 +208,26 @@ def test_any_number_of_ranks_does_what_one_does(alone, world, tmp_path, n):  # n
     names = [name for name in RUNS if not (name == "nodes" and n % 2)]
     on_ranks(n, [job(name, world, tmp_path / name) for name in names], tmp_path, timeout=600)
     meshes = {name: same_runs(alone / ALONE.get(name, name), tmp_path / name) for name in names}
-    assert meshes == dict.fromkeys(names, [(n,)]) | {"never right": []} | ({"nodes": [(2, 1)]} if "nodes" in names else {})
-    assert sum(r["surplus"] for r in records(tmp_path / "dapo")) > 0 < sum(r["dropped"] for r in records(tmp_path / "dapo"))
+    assert meshes == dict.fromkeys(names, [(n,)]) | {"never right": []} | (
+        {"nodes": [(2, 1)]} if "nodes" in names else {}
+    )
+    assert (
+        sum(r["surplus"] for r in records(tmp_path / "dapo"))
+        > 0
+        < sum(r["dropped"] for r in records(tmp_path / "dapo"))
+    )
     for r in records(tmp_path / "dapo"):
         assert r["groups"] <= 2 and r["draws"] <= 3 and r["sampled"] == 12 * r["draws"]
-    assert [(r["groups"], r["draws"], r["skipped"]) for r in records(tmp_path / "never right")] == [(0, 2, 1)] * 2
+    assert [(r["groups"], r["draws"], r["skipped"]) for r in records(tmp_path / "never right")] == [
+        (0, 2, 1)
+    ] * 2
     assert [r["draws"] for r in records(tmp_path / "empty dapo")] == [3, 3]
-    assert records(tmp_path / "all malformed")[0]["format"] == 0 < records(tmp_path / "malformed")[0]["format"] <= 0.5
+    assert (
+        records(tmp_path / "all malformed")[0]["format"]
+        == 0
+        < records(tmp_path / "malformed")[0]["format"]
+        <= 0.5
+    )
 
 
 @pytest.mark.slow
@@ -191,7 +241,9 @@ def test_nodes(alone, world, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_one_rank_alone_by_other_means(alone, world, tmp_path):  # noqa: F811
-    on_ranks(1, [job(name, world, tmp_path / name) for name in ("checkpointing", "offload")], tmp_path)
+    on_ranks(
+        1, [job(name, world, tmp_path / name) for name in ("checkpointing", "offload")], tmp_path
+    )
     for name in ("checkpointing", "offload"):
         same_runs(alone / "plain", tmp_path / name)
 
@@ -205,12 +257,20 @@ def test_resume_on_another_number_of_ranks(world, tmp_path):  # noqa: F811
         stage, flags = (job(name, world, tmp_path / f"{name}2")[k] for k in ("stage", "flags"))
         more = dict(steps=flags["steps"] + 1)
         STAGES[stage].main(STAGES[stage].Args(**flags | more | dict(resume=True)))
-        STAGES[stage].main(STAGES[stage].Args(**flags | more | dict(out=str(tmp_path / f"{name}1"))))
+        STAGES[stage].main(
+            STAGES[stage].Args(**flags | more | dict(out=str(tmp_path / f"{name}1")))
+        )
         agree(records(tmp_path / f"{name}1"), records(tmp_path / f"{name}2"), rel=1e-3)
 
 
 def torchrun(nodes=1):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_ports(1)[0]}"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_ports(1)[0]}",
+    ]
 
 
 @pytest.mark.slow
@@ -218,7 +278,13 @@ def test_torchrun(world, tmp_path):  # noqa: F811
     """The command of the docstring; torchrun sets what ranks.setup reads."""
     flags = [f"--{k}={v}" for k, v in job("sft", world, tmp_path)["flags"].items()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun(), str(ROOT / "sft.py"), *flags], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*torchrun(), str(ROOT / "sft.py"), *flags],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert [r["step"] for r in records(tmp_path)] == [1, 2]
     header = json.loads(Path(tmp_path, "log.jsonl").read_text().splitlines()[0])
@@ -229,10 +295,22 @@ def test_torchrun(world, tmp_path):  # noqa: F811
 def test_torchrun_on_two_nodes(world, tmp_path):  # noqa: F811
     """Two of torchrun's agents, a rank each: the parameters are on a mesh of two nodes."""
     (tmp_path / "jobs.json").write_text(json.dumps([job("sft", world, tmp_path / "sft")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1",
-               f"--master_port={free_ports(1)[0]}"]  # fmt: skip
-    script, env = [str(ROOT / "tests/ranked.py"), str(tmp_path / "jobs.json")], os.environ | {"OMP_NUM_THREADS": "1"}
-    agents = [subprocess.Popen([*command, f"--node_rank={rank}", *script], env=env) for rank in (0, 1)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_ports(1)[0]}",
+    ]
+    script, env = (
+        [str(ROOT / "tests/ranked.py"), str(tmp_path / "jobs.json")],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    agents = [
+        subprocess.Popen([*command, f"--node_rank={rank}", *script], env=env) for rank in (0, 1)
+    ]
     try:
         assert [agent.wait(240) for agent in agents] == [0, 0]
     finally:
@@ -261,7 +339,14 @@ def test_an_error_on_one_rank_ends_all(world, tmp_path, name):  # noqa: F811
 def test_bfloat16_is_sharded_on_one_rank_too(world, tmp_path):  # noqa: F811
     """FSDP2 in one process: parameters stay float32, products are bfloat16, rollouts come from a bfloat16 copy."""
     for name in FAST:
-        made = job(name, world, tmp_path / name, dtype="bfloat16", steps=1, **({"warmup_steps": 0} if name == "align" else {}))
+        made = job(
+            name,
+            world,
+            tmp_path / name,
+            dtype="bfloat16",
+            steps=1,
+            **({"warmup_steps": 0} if name == "align" else {}),
+        )
         STAGES[made["stage"]].main(STAGES[made["stage"]].Args(**made["flags"]))
         (found,) = records(tmp_path / name)
         assert found["grad_norm"] > 0 and found["skipped"] == 0

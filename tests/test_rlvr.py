@@ -13,20 +13,32 @@ NAMES = ("ratio", "clip_low", "clip_high", "dual_clip", "aggregation")
 
 
 def near(a, b):
-    torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"seed{c['seed']}")
 def test_parity(case):
     near(group_advantage(torch.tensor(case["reward"]), case["group_size"]), case["advantage"])
-    near(group_advantage(torch.tensor(case["reward"]), case["group_size"], scale_by_std=False), case["advantage_no_std"])
+    near(
+        group_advantage(torch.tensor(case["reward"]), case["group_size"], scale_by_std=False),
+        case["advantage_no_std"],
+    )
     old, mask, adv = (torch.tensor(case[k]) for k in ("old_logp", "mask", "advantage"))
     for p in case["policy"]:
         logp = torch.tensor(p["logp"], requires_grad=True)
         loss, metrics = policy_loss(
-            logp, old, adv, mask, ratio="sequence" if p["algo"] == "gspo" else "token", clip_low=p["clip_low"],
-            clip_high=p["clip_high"], dual_clip=p["dual_clip_c"], aggregation=p["aggregation"],
-        )  # fmt: skip
+            logp,
+            old,
+            adv,
+            mask,
+            ratio="sequence" if p["algo"] == "gspo" else "token",
+            clip_low=p["clip_low"],
+            clip_high=p["clip_high"],
+            dual_clip=p["dual_clip_c"],
+            aggregation=p["aggregation"],
+        )
         loss.backward()
         near(loss, p["loss"])
         near(logp.grad, p["grad_logp"])
@@ -47,10 +59,14 @@ def settings(algo):
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_parts_with_a_shared_denominator_sum_to_the_whole(algo):
     logp, old, adv, mask = batch()
-    count = {"token-mean": mask.sum(), "seq-mean-token-mean": len(mask), "constant": 100}[ALGORITHMS[algo]["aggregation"]]
+    count = {"token-mean": mask.sum(), "seq-mean-token-mean": len(mask), "constant": 100}[
+        ALGORITHMS[algo]["aggregation"]
+    ]
     whole, _ = policy_loss(logp, old, adv, mask, denominator=count, **settings(algo))
-    parts = [policy_loss(logp[s], old[s], adv[s], mask[s], denominator=count, **settings(algo))[0]
-             for s in (slice(0, 3), slice(3, 4), slice(4, 8))]  # fmt: skip
+    parts = [
+        policy_loss(logp[s], old[s], adv[s], mask[s], denominator=count, **settings(algo))[0]
+        for s in (slice(0, 3), slice(3, 4), slice(4, 8))
+    ]
     near(sum(parts), whole)
     near(torch.autograd.grad(sum(parts), logp)[0], torch.autograd.grad(whole, logp)[0])
     if algo != "dr_grpo":
@@ -67,7 +83,9 @@ def test_masked_positions_are_inert(algo, junk):
     again, m = policy_loss(dirty, old, adv, mask.float(), denominator=10, **settings(algo))
     near(again, loss)
     near(torch.autograd.grad(again, dirty)[0], torch.autograd.grad(loss, logp)[0])
-    assert m == metrics and torch.equal(dirty.nan_to_num(5), before.nan_to_num(5))  # inputs are left as they were
+    assert m == metrics and torch.equal(
+        dirty.nan_to_num(5), before.nan_to_num(5)
+    )  # inputs are left as they were
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -75,7 +93,9 @@ def test_on_policy_gradient_is_reinforce(algo):
     """At ratio 1 nothing is clipped: the gradient is -advantage on each token, whatever the algorithm."""
     logp, _, adv, mask = batch()
     loss, m = policy_loss(logp, logp.detach(), adv, mask, denominator=1, **settings(algo))
-    per_sequence = mask.sum(1, keepdim=True) if ALGORITHMS[algo]["aggregation"] == "seq-mean-token-mean" else 1
+    per_sequence = (
+        mask.sum(1, keepdim=True) if ALGORITHMS[algo]["aggregation"] == "seq-mean-token-mean" else 1
+    )
     near(torch.autograd.grad(loss, logp)[0], -adv[:, None] * mask / per_sequence)
     assert m["clip_frac"] == 0 and m["ratio_max"] == 1
 
@@ -105,6 +125,8 @@ def test_sequence_ratio_differs_from_token_ratio():
 
 
 def test_k3_and_overlong():
-    assert k3(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])).tolist() == pytest.approx([0, torch.e - 2])
+    assert k3(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])).tolist() == pytest.approx(
+        [0, torch.e - 2]
+    )
     assert [overlong_penalty(n, 100, 40) for n in (10, 60, 80, 100, 140)] == [0, 0, -0.5, -1, -2]
     assert overlong_penalty(100, 100, 0) == 0

@@ -66,17 +66,31 @@ def all_rows(world):
 def test_same_seed_same_bytes_other_seed_other_bytes(world, tmp_path):
     run(tmp_path / "again", "--scale", "0.2")
     run(tmp_path / "once", "--scale", "0.2")
-    files = [sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.*")) for d in ("again", "once")]
+    files = [
+        sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.*"))
+        for d in ("again", "once")
+    ]
     assert files[0] == files[1] and len(files[0]) > 100
-    assert all((tmp_path / "again" / f).read_bytes() == (tmp_path / "once" / f).read_bytes() for f in files[0])
+    assert all(
+        (tmp_path / "again" / f).read_bytes() == (tmp_path / "once" / f).read_bytes()
+        for f in files[0]
+    )
     run(tmp_path / "other", "--scale", "0.2", "--seed", "1")
     assert (tmp_path / "other/rl.jsonl").read_text() != (tmp_path / "once/rl.jsonl").read_text()
     same = [(tmp_path / d / "words.json").read_text() for d in ("other", "once")]
-    assert same[0] == same[1] == (world / "words.json").read_text()  # the vocabulary depends on neither seed nor size
+    assert (
+        same[0] == same[1] == (world / "words.json").read_text()
+    )  # the vocabulary depends on neither seed nor size
 
 
 def test_every_file_goes_through_the_loader(world):
-    kinds = {"sft.json": "sft", "align.jsonl": "align", "pairs.jsonl": "pairs", "rl.jsonl": "rl", "test_id.jsonl": "eval"}
+    kinds = {
+        "sft.json": "sft",
+        "align.jsonl": "align",
+        "pairs.jsonl": "pairs",
+        "rl.jsonl": "rl",
+        "test_id.jsonl": "eval",
+    }
     for file, kind in kinds.items():
         data = read(str(world / file), kind)
         assert all(data[i] is not None for i in range(len(data))) and not data.bad, file
@@ -105,11 +119,20 @@ def test_references_are_right(world):
             totals = [int(step.split()[3]) for step in steps]
             worth = [1 if question.startswith("count") else SIDES[shape] for _, _, shape in things]
             assert totals == [sum(worth[: i + 1]) for i in range(len(worth))]
-            assert count_items(caption) == len(scene.split(" ; ")) and count_steps(think) == len(things) + 1
+            assert (
+                count_items(caption) == len(scene.split(" ; "))
+                and count_steps(think) == len(things) + 1
+            )
             checked[name] += 1
         if "reward_model" in row and response:
             assert score(response, row["reward_model"]["ground_truth"])["reward"] == 1.0
-    assert min(checked[name] for name in ("base", "curated", "align", "pairs", "test_id", "test_hard", "test_ood")) > 10
+    assert (
+        min(
+            checked[name]
+            for name in ("base", "curated", "align", "pairs", "test_id", "test_hard", "test_ood")
+        )
+        > 10
+    )
 
 
 def test_public_demonstrations_are_wrong_at_the_stated_rates():
@@ -122,7 +145,9 @@ def test_public_demonstrations_are_wrong_at_the_stated_rates():
         steps = think.split(" . ")[:-1]
         seen.update(objects=real.total(), named=named.total(), wrong=(named - real).total(), rows=1)
         seen.update(bare=not steps, mistaken=answer != str(right))
-        assert not Counter(tuple(step.split()) for step in steps) - Counter(thing[1:] for thing in things)
+        assert not Counter(tuple(step.split()) for step in steps) - Counter(
+            thing[1:] for thing in things
+        )
         if steps and len(things) >= 4:
             seen.update(steps=len(steps), asked=len(things))
     # one object always stays; a wrong one may equal another that was left out; by chance all steps are skipped
@@ -141,8 +166,12 @@ def test_no_scene_is_in_two_files_and_sizes_fit(world):
         fewest, most = scenes.FILES[name].objects
         assert fewest <= scene.count(";") + 1 <= most
         if scenes.FILES[name].matches > 1:
-            assert len(asked(prompt.removeprefix("<image>"), scene)[0]) >= scenes.FILES[name].matches
-    tests = [row["extra_info"]["scene"] for name, _, _, row in all_rows(world) if name == "test_hard"]
+            assert (
+                len(asked(prompt.removeprefix("<image>"), scene)[0]) >= scenes.FILES[name].matches
+            )
+    tests = [
+        row["extra_info"]["scene"] for name, _, _, row in all_rows(world) if name == "test_hard"
+    ]
     assert len(tests) == len(set(tests))
 
 
@@ -150,7 +179,9 @@ def test_sft_file_is_public_and_curated_in_the_other_dialect(world):
     mixed = json.loads((world / "sft.json").read_text())
     texts = Counter(tuple(turn["value"] for turn in row["conversations"]) for row in mixed)
     both = [(p, r) for name, p, r, _ in all_rows(world) if name in ("public", "curated")]
-    assert texts == Counter(both) and {turn["from"] for row in mixed for turn in row["conversations"]} == {"human", "gpt"}
+    assert texts == Counter(both) and {
+        turn["from"] for row in mixed for turn in row["conversations"]
+    } == {"human", "gpt"}
 
 
 def test_pictures_show_the_scene(world):
@@ -160,18 +191,35 @@ def test_pictures_show_the_scene(world):
     for row in lines(world / "align.jsonl")[:20]:
         image = Image.open(world / row["images"][0]["path"])
         assert image.size == (24, 24) and image.mode == "RGB"
-        things = {part.split()[0]: part.split()[1] for part in row["extra_info"]["scene"].split(" ; ")}
+        things = {
+            part.split()[0]: part.split()[1] for part in row["extra_info"]["scene"].split(" ; ")
+        }
         for place, position in enumerate(scenes.POSITIONS):
             x, y = 8 * (place % 3), 8 * (place // 3)
-            r, g, b = image.crop((x + 3, y + 4, x + 5, y + 6)).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-            seen = {"red": r > g + 90 and r > b + 60, "green": g > r + 40 and g > b + 40, "blue": b > r + 60 and b > g + 40,
-                    "yellow": min(r, g) > b + 60}  # fmt: skip
-            assert [name for name, is_it in seen.items() if is_it] == ([things[position]] if position in things else [])
+            r, g, b = (
+                image.crop((x + 3, y + 4, x + 5, y + 6))
+                .resize((1, 1), Image.Resampling.BOX)
+                .getpixel((0, 0))
+            )
+            seen = {
+                "red": r > g + 90 and r > b + 60,
+                "green": g > r + 40 and g > b + 40,
+                "blue": b > r + 60 and b > g + 40,
+                "yellow": min(r, g) > b + 60,
+            }
+            assert [name for name, is_it in seen.items() if is_it] == (
+                [things[position]] if position in things else []
+            )
 
 
 def test_every_word_is_in_the_vocabulary(world):
     words = set(json.loads((world / "words.json").read_text())[0]["text"].split())
-    used = {w for _, p, r, _ in all_rows(world) for text in (p, r or "") for w in text.replace("<image>", "").split()}
+    used = {
+        w
+        for _, p, r, _ in all_rows(world)
+        for text in (p, r or "")
+        for w in text.replace("<image>", "").split()
+    }
     assert used <= words
     students = {w for row in lines(world / "pairs.jsonl") for w in row["student_response"].split()}
     assert students <= words

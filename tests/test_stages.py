@@ -19,19 +19,49 @@ import align
 import model
 import rlvr
 import sft
-from common import Log
 from data import read
-from packs import Tree, make, plan
-from ranks import SAVED_AND_STOPPED
+from engine.log import Log
+from engine.packs import Tree, make, plan
+from engine.ranks import SAVED_AND_STOPPED
 
 COMMON = dict(device="cpu", sample_every=0, save_every=0)
 ROLLOUTS = dict(max_response=32, prompts_per_step=4, group_size=4)
 GAME = dict(steps=2, lr=1e-3, disc_lr=1e-3, warmup_steps=0, probe_every=1) | ROLLOUTS | COMMON
-EVERY_STEP = ("loss", "grad_norm", "entropy", "tokens", "logp_diff", "logp_diff_max", "format", "accuracy", "reward",
-              "length", "truncated", "informative", "lr", "clip_frac", "ratio_max")  # fmt: skip
-OF_A_SPAN = ("acc", "margin", "margin_p10", "margin_p90", "saturated", "reference_mean", "reference_std", "policy_mean",
-             "policy_std", "policy_absmax", "group_std", "flat_groups", "longer", "clipped", "leak",
-             "length_probe")  # fmt: skip
+EVERY_STEP = (
+    "loss",
+    "grad_norm",
+    "entropy",
+    "tokens",
+    "logp_diff",
+    "logp_diff_max",
+    "format",
+    "accuracy",
+    "reward",
+    "length",
+    "truncated",
+    "informative",
+    "lr",
+    "clip_frac",
+    "ratio_max",
+)
+OF_A_SPAN = (
+    "acc",
+    "margin",
+    "margin_p10",
+    "margin_p90",
+    "saturated",
+    "reference_mean",
+    "reference_std",
+    "policy_mean",
+    "policy_std",
+    "policy_absmax",
+    "group_std",
+    "flat_groups",
+    "longer",
+    "clipped",
+    "leak",
+    "length_probe",
+)
 
 
 def build_world(folder):
@@ -47,8 +77,19 @@ def build_world(folder):
     world = SimpleNamespace(folder=folder, sft=f"{folder}/sft/last", config=f"{folder}/config.json")
     for name in ("curated", "align", "pairs", "rl"):
         setattr(world, name, f"{folder}/{name}.jsonl")
-    sft.main(sft.Args(init=world.config, data=world.curated, out=f"{folder}/sft", steps=60, batch=8, lr=0.01, warmup=3,
-                      log_every=30, **COMMON))  # fmt: skip
+    sft.main(
+        sft.Args(
+            init=world.config,
+            data=world.curated,
+            out=f"{folder}/sft",
+            steps=60,
+            batch=8,
+            lr=0.01,
+            warmup=3,
+            log_every=30,
+            **COMMON,
+        )
+    )
     return world
 
 
@@ -72,7 +113,11 @@ def records(folder):
 
 
 def weights(folder):
-    return {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        k: v
+        for file in sorted(Path(folder).glob("*.safetensors"))
+        for k, v in load_file(file).items()
+    }
 
 
 def same(a, b):
@@ -94,8 +139,12 @@ def opens_everywhere(folder, world):
         logp = policy(make([Tree(prompt, [answer])], [(0, [0])]))
         ids = torch.cat([prompt.ids, torch.tensor(answer)])[None]
         kinds = (ids == policy.hf.config.image_token_id).int()
-        logits = plain(input_ids=ids, mm_token_type_ids=kinds, pixel_values=prompt.pixel_values,
-                       image_grid_thw=prompt.grid_thw).logits[0, -len(answer) - 1 : -1]  # fmt: skip
+        logits = plain(
+            input_ids=ids,
+            mm_token_type_ids=kinds,
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.grid_thw,
+        ).logits[0, -len(answer) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
     torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-5)
 
@@ -109,8 +158,18 @@ def check_game(out, spans=("perception", "reasoning"), steps=2):
     found = records(out)
     assert [r["step"] for r in found] == list(range(1, steps + 1))
     for r in found:
-        finite(r, [*EVERY_STEP, "disc_loss", "disc_grad_norm", *(f"{s}/{k}" for s in spans for k in OF_A_SPAN)])
-        assert r["logp_diff_max"] < 1e-4 and r["ratio_max"] == 1.0  # on policy, and sampled as it is scored
+        finite(
+            r,
+            [
+                *EVERY_STEP,
+                "disc_loss",
+                "disc_grad_norm",
+                *(f"{s}/{k}" for s in spans for k in OF_A_SPAN),
+            ],
+        )
+        assert (
+            r["logp_diff_max"] < 1e-4 and r["ratio_max"] == 1.0
+        )  # on policy, and sampled as it is scored
         assert r["skipped"] == r["disc_skipped"] == r["left_out"] == 0
         assert abs(r[f"{spans[0]}/leak"] - 0.5) <= 0.05
     return found
@@ -119,7 +178,10 @@ def check_game(out, spans=("perception", "reasoning"), steps=2):
 def scores(disc, world, policy):
     """Scores of two spans after one prompt, in one pack."""
     encoder = policy.encoder
-    spans = [encoder.response("<caption> tl red square </caption>"), encoder.response("<think> so 3 . </think>")]
+    spans = [
+        encoder.response("<caption> tl red square </caption>"),
+        encoder.response("<think> so 3 . </think>"),
+    ]
     tree = Tree(encoder.prompt(read(world.align, "align")[0]), spans, kinds=[0, 1])
     with torch.no_grad():
         return disc(make([tree], plan([tree], 10_000)[0]))[0]
@@ -133,14 +195,20 @@ def test_sft_learns_and_logs(world):
     assert [r["step"] for r in found] == list(range(1, 61))
     for r in found:
         finite(r, ["loss", "grad_norm", "tokens", "lr", "epoch", "seconds"])
-    assert found[0]["loss"] > 3 and found[-1]["loss"] < 1  # uniform over the vocabulary would be ln 60 = 4.1
+    assert (
+        found[0]["loss"] > 3 and found[-1]["loss"] < 1
+    )  # uniform over the vocabulary would be ln 60 = 4.1
     opens_everywhere(world.sft, world)
     meta = json.loads(Path(world.sft, "meta.json").read_text())
     assert meta["step"] == 60 and meta["args"]["lr"] == 0.01
 
 
 def test_sft_continues_from_a_checkpoint_of_its_own(world, tmp_path):
-    sft.main(sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path), steps=1, batch=32, **COMMON))
+    sft.main(
+        sft.Args(
+            policy=world.sft, data=world.curated, out=str(tmp_path), steps=1, batch=32, **COMMON
+        )
+    )
     assert records(tmp_path)[0]["loss"] < 1
 
 
@@ -152,8 +220,18 @@ def test_sft_counts_epochs(world, tmp_path):
 
 def test_sft_loss_does_not_depend_on_the_packs(world, tmp_path):
     for name, budget in (("one", 16384), ("many", 64)):
-        sft.main(sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path / name), steps=1, batch=8,
-                          pack_tokens=budget, lr=1e-3, **COMMON))  # fmt: skip
+        sft.main(
+            sft.Args(
+                policy=world.sft,
+                data=world.curated,
+                out=str(tmp_path / name),
+                steps=1,
+                batch=8,
+                pack_tokens=budget,
+                lr=1e-3,
+                **COMMON,
+            )
+        )
     (one,), (many,) = records(tmp_path / "one"), records(tmp_path / "many")
     assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
     assert one["grad_norm"] == pytest.approx(many["grad_norm"], rel=1e-4)
@@ -162,17 +240,24 @@ def test_sft_loss_does_not_depend_on_the_packs(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- stage 2
 
 FORMS = {
-    "moe": {}, "experts": dict(disc="experts"), "dense": dict(disc="dense"), "blind": dict(disc_blind=True),
-    "whole": dict(spans="whole"), "sum": dict(normalize="sum"), "drop": dict(malformed="drop"),
+    "moe": {},
+    "experts": dict(disc="experts"),
+    "dense": dict(disc="dense"),
+    "blind": dict(disc_blind=True),
+    "whole": dict(spans="whole"),
+    "sum": dict(normalize="sum"),
+    "drop": dict(malformed="drop"),
     "split": dict(pack_tokens=48),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_game(world, tmp_path, form):
     args = align.Args(policy=world.sft, data=world.align, out=str(tmp_path), **GAME | FORMS[form])
     align.main(args)
-    found = check_game(tmp_path, ("perception",) if args.spans == "whole" else ("perception", "reasoning"))
+    found = check_game(
+        tmp_path, ("perception",) if args.spans == "whole" else ("perception", "reasoning")
+    )
     assert 0 < sum(r["format"] for r in found) < 2  # some rollouts are malformed, and some are not
     assert not any(k.startswith("reasoning") for r in found for k in r) or args.spans == "both"
     assert ("perception/expert_3" in found[0]) == (args.disc == "moe")
@@ -189,8 +274,20 @@ def test_game(world, tmp_path, form):
 def test_what_one_flag_changes(world, tmp_path):
     """The same rollouts, scored by the same discriminator: only the advantage may differ."""
     found = {}
-    for name, flags in {"span": {}, "sum": dict(normalize="sum"), "drop": dict(malformed="drop"), "v": dict(alpha=1.0)}.items():
-        align.main(align.Args(policy=world.sft, data=world.align, out=str(tmp_path / name), **GAME | flags | dict(steps=1)))
+    for name, flags in {
+        "span": {},
+        "sum": dict(normalize="sum"),
+        "drop": dict(malformed="drop"),
+        "v": dict(alpha=1.0),
+    }.items():
+        align.main(
+            align.Args(
+                policy=world.sft,
+                data=world.align,
+                out=str(tmp_path / name),
+                **GAME | flags | dict(steps=1),
+            )
+        )
         found[name] = records(tmp_path / name)[0]
     for key in ("disc_loss", "format", "length", "perception/margin"):
         assert len({r[key] for r in found.values()}) == 1, key
@@ -206,15 +303,27 @@ def test_a_blind_discriminator_reads_no_image(world, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for blind in (False, True):
         out = tmp_path / str(blind)
-        align.main(align.Args(policy=world.sft, data=str(path), out=str(out), disc_blind=blind, **GAME | dict(steps=1)))
+        align.main(
+            align.Args(
+                policy=world.sft,
+                data=str(path),
+                out=str(out),
+                disc_blind=blind,
+                **GAME | dict(steps=1),
+            )
+        )
         (found,) = records(out)
         assert (found["perception/reference_std"] < 1e-6) == blind
 
 
 def test_discriminator_learns_what_it_is_told(world, tmp_path):
     """Warm-up on pairs whose sides differ in manner: it tells them apart, stops by itself, and is saved as it is."""
-    flags = dict(pairs=world.pairs, warmup_steps=80, warmup_pairs=16, warmup_lr=1e-2, upcycle_noise=0.0)
-    args = align.Args(policy=world.sft, data=world.align, out=str(tmp_path), warmup_only=True, **GAME | flags)
+    flags = dict(
+        pairs=world.pairs, warmup_steps=80, warmup_pairs=16, warmup_lr=1e-2, upcycle_noise=0.0
+    )
+    args = align.Args(
+        policy=world.sft, data=world.align, out=str(tmp_path), warmup_only=True, **GAME | flags
+    )
     align.main(args)
     found = records(tmp_path / "warmup")
     assert found[0]["loss"] == pytest.approx(2 * math.log(2), abs=0.1)
@@ -223,13 +332,21 @@ def test_discriminator_learns_what_it_is_told(world, tmp_path):
     assert not (tmp_path / "last").exists() and not (tmp_path / "log.jsonl").exists()
 
     warmed = tmp_path / "warmup/last"
-    start_from = align.Args(policy=world.sft, data=world.align, out=str(tmp_path / "game"), disc_path=str(warmed), **GAME)
+    start_from = align.Args(
+        policy=world.sft,
+        data=world.align,
+        out=str(tmp_path / "game"),
+        disc_path=str(warmed),
+        **GAME,
+    )
     policy = model.load(world.sft)
     before = scores(align.load_discriminator(start_from), world, policy)
     align.main(start_from)
     check_game(tmp_path / "game")
     assert not (tmp_path / "game/warmup").exists()
-    after = align.load_discriminator(replace(start_from, disc_path=f"{tmp_path}/game/last/discriminator"))
+    after = align.load_discriminator(
+        replace(start_from, disc_path=f"{tmp_path}/game/last/discriminator")
+    )
     assert not torch.equal(scores(after, world, policy), before)
     # What is written is what was in memory: saved again, it gives the same tensors and the same scores.
     align.save_discriminator(after, world.sft, tmp_path / "again")
@@ -246,7 +363,9 @@ def test_warm_up_from_rollouts_precedes_the_game(world, tmp_path):
     warm = records(tmp_path / "warmup")
     assert [r["step"] for r in warm] == [1, 2]
     for r in warm:
-        finite(r, ["loss", "grad_norm", *(f"{s}/{k}" for s in align.NAMES for k in ("acc", "margin"))])
+        finite(
+            r, ["loss", "grad_norm", *(f"{s}/{k}" for s in align.NAMES for k in ("acc", "margin"))]
+        )
     finite(warm[-1], ["perception/held_out", "reasoning/held_out"])
     check_game(tmp_path, steps=1)
     assert moved(weights(tmp_path / "warmup/last"), weights(tmp_path / "last/discriminator"))
@@ -258,18 +377,44 @@ def test_groups_are_kept_to_be_looked_at(world, tmp_path):
     for stage, data in ((align, world.align), (rlvr, world.rl)):
         flags = GAME if stage is align else ROLLOUTS | COMMON
         out = str(tmp_path / stage.__name__)
-        stage.main(stage.Args(policy=world.sft, data=data, out=out, **flags | dict(steps=1, sample_every=1)))
+        stage.main(
+            stage.Args(
+                policy=world.sft, data=data, out=out, **flags | dict(steps=1, sample_every=1)
+            )
+        )
         found = [json.loads(line) for line in Path(out, "rollouts.jsonl").read_text().splitlines()]
-        assert [(r["step"], r["stage"], len(r["rollouts"])) for r in found] == [(1, stage.__name__, 4)]
-        assert all(r["images"][0].startswith("data:image/png") and r["answer"] and r["question"] for r in found)
+        assert [(r["step"], r["stage"], len(r["rollouts"])) for r in found] == [
+            (1, stage.__name__, 4)
+        ]
+        assert all(
+            r["images"][0].startswith("data:image/png") and r["answer"] and r["question"]
+            for r in found
+        )
         kept[stage] = [rollout for r in found for rollout in r["rollouts"]]
         assert all(math.isfinite(rollout["advantage"]) for rollout in kept[stage])
         if stage is align:
-            assert all("<caption>" in r["reference"] and r["reference_scores"].keys() == {*align.NAMES} for r in found)
-            theirs, ours = found[0]["reference_scores"], [r["scores"] for r in found[0]["rollouts"] if r["scores"]["format"]]
-            assert all(abs(theirs[name] - scores[name]) > 2e-4 for name in align.NAMES for scores in ours) and ours
-    assert {tuple(r["scores"]) for r in kept[align]} == {(*align.NAMES, "accuracy", "format", "reward")}
-    assert all((r["scores"]["perception"] is None) == (r["scores"]["format"] == 0) for r in kept[align])
+            assert all(
+                "<caption>" in r["reference"] and r["reference_scores"].keys() == {*align.NAMES}
+                for r in found
+            )
+            theirs, ours = (
+                found[0]["reference_scores"],
+                [r["scores"] for r in found[0]["rollouts"] if r["scores"]["format"]],
+            )
+            assert (
+                all(
+                    abs(theirs[name] - scores[name]) > 2e-4
+                    for name in align.NAMES
+                    for scores in ours
+                )
+                and ours
+            )
+    assert {tuple(r["scores"]) for r in kept[align]} == {
+        (*align.NAMES, "accuracy", "format", "reward")
+    }
+    assert all(
+        (r["scores"]["perception"] is None) == (r["scores"]["format"] == 0) for r in kept[align]
+    )
     assert {tuple(r["scores"]) for r in kept[rlvr]} == {("accuracy", "format", "reward")}
 
 
@@ -295,7 +440,11 @@ def test_rlvr(world, tmp_path, algo):
 
 
 def test_minibatches_leave_the_policy_that_sampled(world, tmp_path):
-    flags = dict(minibatches=2, kl=0.1, lr=3e-3, clip_low=1e-4, clip_high=1e-4, steps=1) | ROLLOUTS | COMMON
+    flags = (
+        dict(minibatches=2, kl=0.1, lr=3e-3, clip_low=1e-4, clip_high=1e-4, steps=1)
+        | ROLLOUTS
+        | COMMON
+    )
     rlvr.main(rlvr.Args(policy=world.sft, data=world.rl, out=str(tmp_path), **flags))
     (first,) = records(tmp_path)
     finite(first, [*EVERY_STEP, "kl"])
@@ -305,7 +454,11 @@ def test_minibatches_leave_the_policy_that_sampled(world, tmp_path):
 
 
 def test_kl_is_nothing_at_the_start(world, tmp_path):
-    rlvr.main(rlvr.Args(policy=world.sft, data=world.rl, out=str(tmp_path), kl=0.1, steps=1, **ROLLOUTS | COMMON))
+    rlvr.main(
+        rlvr.Args(
+            policy=world.sft, data=world.rl, out=str(tmp_path), kl=0.1, steps=1, **ROLLOUTS | COMMON
+        )
+    )
     assert records(tmp_path)[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -315,10 +468,14 @@ def test_no_group_to_learn_from_is_counted_and_changes_nothing(world, tmp_path):
         row["reward_model"]["ground_truth"] = "never"
     path = world.folder / "never.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = dict(algo="dapo", overlong=0, prompts_per_draw=4, max_draws=2, steps=1) | ROLLOUTS | COMMON
+    flags = (
+        dict(algo="dapo", overlong=0, prompts_per_draw=4, max_draws=2, steps=1) | ROLLOUTS | COMMON
+    )
     rlvr.main(rlvr.Args(policy=world.sft, data=str(path), out=str(tmp_path), **flags))
     (found,) = records(tmp_path)
-    assert (found["draws"], found["groups"], found["skipped"]) == (2, 0, 1) and math.isnan(found["loss"])
+    assert (found["draws"], found["groups"], found["skipped"]) == (2, 0, 1) and math.isnan(
+        found["loss"]
+    )
     same(weights(world.sft), weights(tmp_path / "last"))
 
 
@@ -339,10 +496,16 @@ def test_rows_that_cannot_be_used_are_counted_and_stop_the_run_past_max_bad(worl
 
 
 def test_image_root(world, tmp_path):
-    for name, stage, flags in (("curated", sft, dict(batch=2)), ("align", align, GAME), ("rl", rlvr, ROLLOUTS)):
+    for name, stage, flags in (
+        ("curated", sft, dict(batch=2)),
+        ("align", align, GAME),
+        ("rl", rlvr, ROLLOUTS),
+    ):
         moved_file = tmp_path / f"{name}.jsonl"
         moved_file.write_text(Path(getattr(world, name)).read_text())
-        flags = COMMON | flags | dict(steps=1, image_root=str(world.folder), out=str(tmp_path / name))
+        flags = (
+            COMMON | flags | dict(steps=1, image_root=str(world.folder), out=str(tmp_path / name))
+        )
         stage.main(stage.Args(policy=world.sft, data=str(moved_file), **flags))
         assert records(tmp_path / name)[0]["left_out"] == 0
 
@@ -381,24 +544,49 @@ def tensors(folder):
 
 STAGES = {
     "sft": (sft, "curated", dict(batch=8, steps=4, lr=1e-2, warmup=0.5), [1]),
-    "align": (align, "align", GAME | dict(steps=4, warmup_steps=3, warmup_pairs=16, probe_every=0), [1, 2]),
-    "rlvr": (rlvr, "rl", ROLLOUTS | dict(algo="dapo", prompts_per_step=2, prompts_per_draw=12, overlong=8, minibatches=2,
-                                         steps=4, lr=1e-3), [0]),
-}  # fmt: skip
+    "align": (
+        align,
+        "align",
+        GAME | dict(steps=4, warmup_steps=3, warmup_pairs=16, probe_every=0),
+        [1, 2],
+    ),
+    "rlvr": (
+        rlvr,
+        "rl",
+        ROLLOUTS
+        | dict(
+            algo="dapo",
+            prompts_per_step=2,
+            prompts_per_draw=12,
+            overlong=8,
+            minibatches=2,
+            steps=4,
+            lr=1e-3,
+        ),
+        [0],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_resume_is_bitwise(world, tmp_path, monkeypatch, name):
     stage, data, flags, at = STAGES[name]
-    args = stage.Args(policy=world.sft, data=getattr(world, data), out=str(tmp_path / "whole"), **COMMON | flags)
+    args = stage.Args(
+        policy=world.sft, data=getattr(world, data), out=str(tmp_path / "whole"), **COMMON | flags
+    )
     stage.main(args)
     interrupted(stage, replace(args, out=str(tmp_path / "parts")), monkeypatch, at)
     whole, parts = tmp_path / "whole/last", tmp_path / "parts/last"
     same(weights(whole), weights(parts))
     same(tensors(whole), tensors(parts))
     one, two = records(tmp_path / "whole"), records(tmp_path / "parts")
-    starts = [json.loads(line).get("done") for line in Path(tmp_path, "parts/log.jsonl").read_text().splitlines()]
-    assert [n for n in starts if n is not None] == {"sft": [0, 2], "align": [0, 2], "rlvr": [0, 1]}[name]
+    starts = [
+        json.loads(line).get("done")
+        for line in Path(tmp_path, "parts/log.jsonl").read_text().splitlines()
+    ]
+    assert [n for n in starts if n is not None] == {"sft": [0, 2], "align": [0, 2], "rlvr": [0, 1]}[
+        name
+    ]
     for a, b in zip(one, two, strict=True):
         assert {k for k in a if a[k] != b[k] and a[k] == a[k]} <= {"seconds"}
     if name == "align":
@@ -406,16 +594,30 @@ def test_resume_is_bitwise(world, tmp_path, monkeypatch, name):
         same(tensors(tmp_path / "whole/warmup/last"), tensors(tmp_path / "parts/warmup/last"))
     if name == "rlvr":
         assert one[0]["surplus"] > 0  # the surplus groups went through the checkpoint
-        assert max(r["logp_diff_max"] for r in one) < 1e-4  # their old log-probs are of the policy that sampled them
+        assert (
+            max(r["logp_diff_max"] for r in one) < 1e-4
+        )  # their old log-probs are of the policy that sampled them
 
 
 def test_resume_without_a_checkpoint_starts_afresh(world, tmp_path):
-    sft.main(sft.Args(init=world.config, data=world.curated, out=str(tmp_path), steps=1, batch=8, resume=True, **COMMON))
+    sft.main(
+        sft.Args(
+            init=world.config,
+            data=world.curated,
+            out=str(tmp_path),
+            steps=1,
+            batch=8,
+            resume=True,
+            **COMMON,
+        )
+    )
     assert [r["step"] for r in records(tmp_path)] == [1]
 
 
 def test_a_run_is_not_overwritten(world, tmp_path):
-    args = sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path), steps=1, batch=8, **COMMON)
+    args = sft.Args(
+        policy=world.sft, data=world.curated, out=str(tmp_path), steps=1, batch=8, **COMMON
+    )
     Log(tmp_path, args)
     with pytest.raises(SystemExit, match="--resume"):
         sft.main(args)

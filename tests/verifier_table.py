@@ -3,8 +3,17 @@ comparison of two answers. Our answers stand between tags, so for these rows the
 share or not, decided here one by one. `AS_SOURCE`: rows with a `policy` where we do as the source does. `OTHERWISE`: all
 rows, with a policy or not, where we do not, and our verdict. Those that are not comparable and in neither: as the source."""
 
-FREE_TEXT = ("raw_response", "boxed", "extraction", "reasoning_then", "answer_tag", "latex_delimiters", "mixed",
-             "puzzle_text", "choice_letter")  # fmt: skip
+FREE_TEXT = (
+    "raw_response",
+    "boxed",
+    "extraction",
+    "reasoning_then",
+    "answer_tag",
+    "latex_delimiters",
+    "mixed",
+    "puzzle_text",
+    "choice_letter",
+)
 
 
 def comparable(row):
@@ -15,7 +24,13 @@ AS_SOURCE = {
     "10% is 10 (and 0.1)": ["vc00334", "vc00311"],
     "percent in words": ["vc00048", "vc00049", "vc00050", "vc00051", "vc00052", "vc00053"],
     "what stands before an approximation counts": ["vc00096", "vc00099"],
-    "articles, punctuation and case do not count in words": ["vc00351", "vc00363", "vc00365", "vc00367", "vc00368"],
+    "articles, punctuation and case do not count in words": [
+        "vc00351",
+        "vc00363",
+        "vc00365",
+        "vc00367",
+        "vc00368",
+    ],
     "nothing equals nothing": ["vc00413"],
     "an inequality is its interval": ["vc00179"],
     "other items make another list": ["vc00303"],
@@ -25,20 +40,43 @@ AS_SOURCE = {
 OTHERWISE = {
     # reason: {id: our verdict}
     "tags inside an answer stay: only the response's own tags count": {
-        "vc00346": False, "vc00347": False, "vc00357": False, "vc00359": False, "vc00369": False, "vc00370": False,
-        "vc00409": False, "vc00411": False, "vc00416": False,
+        "vc00346": False,
+        "vc00347": False,
+        "vc00357": False,
+        "vc00359": False,
+        "vc00369": False,
+        "vc00370": False,
+        "vc00409": False,
+        "vc00411": False,
+        "vc00416": False,
     },
     "a letter must stand alone or be marked as a label, not be found in a sentence": {
-        "vc00262": False, "vc00263": False, "vc00267": False, "vc00270": False, "vc00271": False, "vc01392": False,
+        "vc00262": False,
+        "vc00263": False,
+        "vc00267": False,
+        "vc00270": False,
+        "vc00271": False,
+        "vc01392": False,
     },
-    "a right value with words around it is right; missing reasoning is the format's affair": {"vc00397": True},
+    "a right value with words around it is right; missing reasoning is the format's affair": {
+        "vc00397": True
+    },
     "white space in a formula is free, line ends too": {"vc00029": True},
     "f(x) and f(y) are different answers": {"vc00245": False},
     "a reference is an answer, not a solution with second thoughts": {"vc00186": False},
-    "values are compared, all of them, whatever words join them": {"vc00299": False, "vc00300": True},
-    "no search for values in sentences that are not in English": {
-        "vc00278": False, "vc00280": False, "vc00286": False, "vc00290": False, "vc00291": False,
+    "values are compared, all of them, whatever words join them": {
+        "vc00299": False,
+        "vc00300": True,
     },
-}  # fmt: skip
+    "no search for values in sentences that are not in English": {
+        "vc00278": False,
+        "vc00280": False,
+        "vc00286": False,
+        "vc00290": False,
+        "vc00291": False,
+    },
+}
 
-SLOW = {"vc00251"}  # a recurrence that takes SymPy a second: equal, or out of time on a busy machine
+SLOW = {
+    "vc00251"
+}  # a recurrence that takes SymPy a second: equal, or out of time on a busy machine

@@ -19,18 +19,31 @@ from pathlib import Path
 
 POINTS, GROUPS, LATE = 240, 40, 10  # LATE: steps that a light's figure is the mean of
 CHARTS = {  # of each stage; */ stands for perception/ and reasoning/
-    "sft": "loss grad_norm lr", "warm-up": "*/acc */held_out */margin loss",
+    "sft": "loss grad_norm lr",
+    "warm-up": "*/acc */held_out */margin loss",
     "align": "*/acc */margin */saturated */group_std */length_corr */leak accuracy format length entropy disc_loss grad_norm",
     "rlvr": "reward accuracy format length entropy informative truncated grad_norm",
-}  # fmt: skip
+}
 GLOSS = {
-    "loss": "of the stage", "grad_norm": "before clipping", "lr": "learning rate", "acc": "pairs ordered rightly",
-    "held_out": "pairs never trained on", "margin": "reference − rollout", "saturated": "pairs with σ(margin) > 0.99",
-    "group_std": "of scores in a group", "length_corr": "score against length", "leak": "probe of the last token",
-    "accuracy": "the verifier's", "format": "well-formed", "length": "tokens per rollout", "entropy": "nats per token",
-    "disc_loss": "Bradley-Terry", "reward": "0.8 accuracy + 0.2 format", "informative": "groups with mixed rewards",
+    "loss": "of the stage",
+    "grad_norm": "before clipping",
+    "lr": "learning rate",
+    "acc": "pairs ordered rightly",
+    "held_out": "pairs never trained on",
+    "margin": "reference − rollout",
+    "saturated": "pairs with σ(margin) > 0.99",
+    "group_std": "of scores in a group",
+    "length_corr": "score against length",
+    "leak": "probe of the last token",
+    "accuracy": "the verifier's",
+    "format": "well-formed",
+    "length": "tokens per rollout",
+    "entropy": "nats per token",
+    "disc_loss": "Bradley-Terry",
+    "reward": "0.8 accuracy + 0.2 format",
+    "informative": "groups with mixed rewards",
     "truncated": "cut at --max_response",
-}  # fmt: skip
+}
 
 
 def late(values):
@@ -43,27 +56,117 @@ def change(values):  # from the first steps to the last
 
 
 LIGHTS = [  # stages, name, metrics, figure, what is bad about it (small is good), green up to, amber up to, meaning, mend
-    ("warm-up", "Warmed up", "*/held_out", late, lambda v: 0.9 - v, 0, 0.2, "The discriminator must tell pairs it never saw "
-     "apart before its scores mean anything.", "Raise --warmup_steps or --warmup_lr, or look at the references."),
-    ("warm-up align", "Leak probe", "*/leak", late, lambda v: abs(v - 0.5), 0.05, 0.1, "A probe that sees only the token where "
-     "the score is read should guess, 0.5.", "The two sides' spans end differently: make both by encode_spans."),
-    ("align", "Saturated pairs", "*/saturated", late, abs, 0.5, 0.9, "Where σ(margin) > 0.99 the discriminator has won and "
-     "learns no more.", "Lower --disc_lr, shorten its warm-up, or raise --score_l2 and --lr."),
-    ("align", "Flat groups", "*/flat_groups", late, abs, 0.05, 0.2, "Groups with almost equal scores: divided by their std, "
-     "noise becomes advantage.", "Set --std_floor near the usual group_std, or raise --group_size."),
-    ("align", "Score and length", "*/length_corr", late, abs, 0.5, 0.8, "Within groups, scores should follow content, not "
-     "length.", "Compare references' and rollouts' lengths; read rollouts of both ends below."),
-    ("align rlvr", "Canary: format", "format", late, lambda v: 1 - v, 0.1, 0.3, "Share of rollouts with the three parts.",
-     "Lower --lr, in alignment raise --malformed_penalty; read the malformed ones below."),
-    ("align", "Canary: accuracy", "accuracy", change, lambda v: -v, 0.05, 0.15, "Change since the first steps; the verifier is "
-     "not trained on in this stage.", "Some cost is usual before stage 3; a collapse is not: fewer --steps or a lower --lr."),
-    ("align rlvr", "Cut rollouts", "truncated", late, abs, 0.05, 0.2, "Rollouts that hit the limit of tokens.",
-     "Raise --max_response, or see below whether they repeat themselves."),
-    ("rlvr", "Informative groups", "informative", late, lambda v: 0.3 - v, 0, 0.2, "Groups whose rewards differ: only they "
-     "teach.", "Filter the prompts by pass rate (eval.py --filter), or use --algo dapo."),
-    ("sft align rlvr", "Skipped updates", "skipped disc_skipped", sum, abs, 0, 2, "Updates left out for a loss or gradient "
-     "that was not finite.", "Lower --lr (--disc_lr); three in a row stop the run."),
-]  # fmt: skip
+    (
+        "warm-up",
+        "Warmed up",
+        "*/held_out",
+        late,
+        lambda v: 0.9 - v,
+        0,
+        0.2,
+        "The discriminator must tell pairs it never saw apart before its scores mean anything.",
+        "Raise --warmup_steps or --warmup_lr, or look at the references.",
+    ),
+    (
+        "warm-up align",
+        "Leak probe",
+        "*/leak",
+        late,
+        lambda v: abs(v - 0.5),
+        0.05,
+        0.1,
+        "A probe that sees only the token where the score is read should guess, 0.5.",
+        "The two sides' spans end differently: make both by encode_spans.",
+    ),
+    (
+        "align",
+        "Saturated pairs",
+        "*/saturated",
+        late,
+        abs,
+        0.5,
+        0.9,
+        "Where σ(margin) > 0.99 the discriminator has won and learns no more.",
+        "Lower --disc_lr, shorten its warm-up, or raise --score_l2 and --lr.",
+    ),
+    (
+        "align",
+        "Flat groups",
+        "*/flat_groups",
+        late,
+        abs,
+        0.05,
+        0.2,
+        "Groups with almost equal scores: divided by their std, noise becomes advantage.",
+        "Set --std_floor near the usual group_std, or raise --group_size.",
+    ),
+    (
+        "align",
+        "Score and length",
+        "*/length_corr",
+        late,
+        abs,
+        0.5,
+        0.8,
+        "Within groups, scores should follow content, not length.",
+        "Compare references' and rollouts' lengths; read rollouts of both ends below.",
+    ),
+    (
+        "align rlvr",
+        "Canary: format",
+        "format",
+        late,
+        lambda v: 1 - v,
+        0.1,
+        0.3,
+        "Share of rollouts with the three parts.",
+        "Lower --lr, in alignment raise --malformed_penalty; read the malformed ones below.",
+    ),
+    (
+        "align",
+        "Canary: accuracy",
+        "accuracy",
+        change,
+        lambda v: -v,
+        0.05,
+        0.15,
+        "Change since the first steps; the verifier is not trained on in this stage.",
+        "Some cost is usual before stage 3; a collapse is not: fewer --steps or a lower --lr.",
+    ),
+    (
+        "align rlvr",
+        "Cut rollouts",
+        "truncated",
+        late,
+        abs,
+        0.05,
+        0.2,
+        "Rollouts that hit the limit of tokens.",
+        "Raise --max_response, or see below whether they repeat themselves.",
+    ),
+    (
+        "rlvr",
+        "Informative groups",
+        "informative",
+        late,
+        lambda v: 0.3 - v,
+        0,
+        0.2,
+        "Groups whose rewards differ: only they teach.",
+        "Filter the prompts by pass rate (eval.py --filter), or use --algo dapo.",
+    ),
+    (
+        "sft align rlvr",
+        "Skipped updates",
+        "skipped disc_skipped",
+        sum,
+        abs,
+        0,
+        2,
+        "Updates left out for a loss or gradient that was not finite.",
+        "Lower --lr (--disc_lr); three in a row stop the run.",
+    ),
+]
 
 
 # ----------------------------------------------------------------------------- what the runs left
@@ -75,7 +178,9 @@ def read_lines(path):
             records += [dict(json.loads(line))] if line.strip() else []
         except (ValueError, TypeError) as error:
             if n < len(lines):
-                raise SystemExit(f"{path}:{n}: not a JSON object ({error}). Mend the line or take it out.") from None
+                raise SystemExit(
+                    f"{path}:{n}: not a JSON object ({error}). Mend the line or take it out."
+                ) from None
             print(f"{path}:{n}: left out, cut short while it was written")
     return records
 
@@ -87,28 +192,55 @@ def read_run(folder, name):
         if path.is_file():
             records = read_lines(path)
             header = next((r for r in records if "args" in r), {"args": {}})
-            kind = "rlvr" if "algo" in header["args"] else "align" if "disc" in header["args"] else "sft"
+            kind = (
+                "rlvr"
+                if "algo" in header["args"]
+                else "align"
+                if "disc" in header["args"]
+                else "sft"
+            )
             rollouts = path.with_name("rollouts.jsonl")
             groups = read_lines(rollouts) if rollouts.is_file() else []
-            found.append({"name": name + more, "stage": "warm-up" if more else kind, "header": header,
-                          "groups": groups, "steps": [r for r in records if "step" in r]})  # fmt: skip
+            found.append(
+                {
+                    "name": name + more,
+                    "stage": "warm-up" if more else kind,
+                    "header": header,
+                    "groups": groups,
+                    "steps": [r for r in records if "step" in r],
+                }
+            )
     if not found:
-        raise SystemExit(f"{folder}: no log.jsonl there: name run folders, the --out of sft.py, align.py or rlvr.py")
+        raise SystemExit(
+            f"{folder}: no log.jsonl there: name run folders, the --out of sft.py, align.py or rlvr.py"
+        )
     return found
 
 
 def names(paths):
     """Short names: the last part of each path, the whole path where that names two."""
-    short = [Path(p).parent.name if Path(p).name == "last" else Path(p).name for p in map(str, paths)]
-    return [s if s and Counter(short)[s] == 1 else str(p) for s, p in zip(short, paths, strict=True)]
+    short = [
+        Path(p).parent.name if Path(p).name == "last" else Path(p).name for p in map(str, paths)
+    ]
+    return [
+        s if s and Counter(short)[s] == 1 else str(p) for s, p in zip(short, paths, strict=True)
+    ]
 
 
 def metrics(keys):
-    return [k.replace("*", kind) for k in keys.split() for kind in ("perception", "reasoning")[: 1 + ("*" in k)]]
+    return [
+        k.replace("*", kind)
+        for k in keys.split()
+        for kind in ("perception", "reasoning")[: 1 + ("*" in k)]
+    ]
 
 
 def measured(run, key):
-    return [r[key] for r in run["steps"] if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+    return [
+        r[key]
+        for r in run["steps"]
+        if isinstance(r.get(key), int | float) and math.isfinite(r[key])
+    ]
 
 
 def points(run, key, most=POINTS):
@@ -130,12 +262,19 @@ def charts(runs):
             series = []
             for run in mine:
                 for key in metrics(title):
-                    label = " ".join([run["name"]] * (len(mine) > 1) + [key.split("/")[0]] * (len(mine) == 1 or "/" in key))
-                    series.append({"label": label, "colour": len(series), "points": points(run, key)})
+                    label = " ".join(
+                        [run["name"]] * (len(mine) > 1)
+                        + [key.split("/")[0]] * (len(mine) == 1 or "/" in key)
+                    )
+                    series.append(
+                        {"label": label, "colour": len(series), "points": points(run, key)}
+                    )
             series = [s for s in series if any(v is not None for _, v in s["points"])]
             title = title.removeprefix("*/")
             if series:
-                found.append({"stage": stage, "title": title, "gloss": GLOSS[title], "series": series})
+                found.append(
+                    {"stage": stage, "title": title, "gloss": GLOSS[title], "series": series}
+                )
     return found
 
 
@@ -146,8 +285,19 @@ def lights(run):
         if run["stage"] in stages.split():
             values = {key: figure(v) for key in metrics(keys) if (v := measured(run, key))}
             worst = max((bad(v) + 0.0 for v in values.values()), default=math.nan)
-            colour = "grey" if not values else "green" if worst <= green else "amber" if worst <= amber else "red"
-            shown = [(f"{k.split('/')[0]} " if "/" in k or len(values) > 1 else "") + f"{v:.3g}" for k, v in values.items()]
+            colour = (
+                "grey"
+                if not values
+                else "green"
+                if worst <= green
+                else "amber"
+                if worst <= amber
+                else "red"
+            )
+            shown = [
+                (f"{k.split('/')[0]} " if "/" in k or len(values) > 1 else "") + f"{v:.3g}"
+                for k, v in values.items()
+            ]
             found.append((colour, name, ", ".join(shown) or "not measured", meaning, mend))
     return found
 
@@ -160,11 +310,19 @@ def read_results(paths):
             results = json.loads(path.read_text(encoding="utf-8"))["results"]
             found += [{k: r[k] for k in needed} | r | {"file": str(path)} for r in results]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"{path}: not a file of results, as eval.py --out writes it ({error!r})") from None
+            raise SystemExit(
+                f"{path}: not a file of results, as eval.py --out writes it ({error!r})"
+            ) from None
     policies = list(dict.fromkeys(r["policy"] for r in found))
-    label, files = dict(zip(policies, names(policies), strict=True)), {(r["policy"], r["file"]) for r in found}
+    label, files = (
+        dict(zip(policies, names(policies), strict=True)),
+        {(r["policy"], r["file"]) for r in found},
+    )
     several = {p for p, n in Counter(p for p, _ in files).items() if n > 1}
-    return [r | {"label": label[r["policy"]] + (f" ({r['file']})" if r["policy"] in several else "")} for r in found]
+    return [
+        r | {"label": label[r["policy"]] + (f" ({r['file']})" if r["policy"] in several else "")}
+        for r in found
+    ]
 
 
 # ----------------------------------------------------------------------------- the page
@@ -177,9 +335,14 @@ def table(caption, head, rows):
         return escape(f"{x:.3f}" if isinstance(x, float) else str(x))
 
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    rows = (f'<tr><th scope="row">{cell(x)}</th>{"".join(f"<td>{cell(y)}</td>" for y in more)}</tr>' for x, *more in rows)
-    return (f'<p class="dim">{escape(caption)}</p><div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'
-            f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')  # fmt: skip
+    rows = (
+        f'<tr><th scope="row">{cell(x)}</th>{"".join(f"<td>{cell(y)}</td>" for y in more)}</tr>'
+        for x, *more in rows
+    )
+    return (
+        f'<p class="dim">{escape(caption)}</p><div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def results_section(results):
@@ -191,11 +354,25 @@ def results_section(results):
     for r in results:  # samples of one prompt are not independent: the error counts prompts
         p, n = r["accuracy"], r["prompts"]
         known = isinstance(p, float | int) and math.isfinite(p) and n
-        rows[r["label"]][Path(r["data"]).stem, r["mode"]] = (100 * p, 100 * math.sqrt(p * (1 - p) / n)) if known else "no data"
+        rows[r["label"]][Path(r["data"]).stem, r["mode"]] = (
+            (100 * p, 100 * math.sqrt(p * (1 - p) / n)) if known else "no data"
+        )
     title = "Accuracy in %, with its binomial standard error over the prompts"
-    main = table(title, ["policy", *map(", ".join, columns)], [[k, *(v.get(c, "–") for c in columns)] for k, v in rows.items()])
-    keys = [k for k in dict.fromkeys(k for r in results for k in r) if k not in ("label", "policy", "file", "left_out")]
-    more = table("All figures", ["policy", *keys], [[r["label"], *(r.get(k, "–") for k in keys)] for r in results])
+    main = table(
+        title,
+        ["policy", *map(", ".join, columns)],
+        [[k, *(v.get(c, "–") for c in columns)] for k, v in rows.items()],
+    )
+    keys = [
+        k
+        for k in dict.fromkeys(k for r in results for k in r)
+        if k not in ("label", "policy", "file", "left_out")
+    ]
+    more = table(
+        "All figures",
+        ["policy", *keys],
+        [[r["label"], *(r.get(k, "–") for k in keys)] for r in results],
+    )
     return f'<section id="results"><h2>Results</h2>{main}<details><summary>All figures</summary>{more}</details></section>'
 
 
@@ -206,8 +383,10 @@ def health_section(runs):
         blocks.append(f'<h3>{escape(run["name"])}</h3><ul class="lights">')
         for colour, name, shown, means, mend in lights(run):
             mend = re.sub(r"(--\w+)", r'<span class="flag">\1</span>', escape(mend))
-            blocks.append(f'<li class="{colour}"><b>{name} <i>● {word[colour]}</i></b><br><small>{escape(shown)}</small>'
-                          f'<p>{escape(means)} <span class="mend">{mend}</span></p></li>')  # fmt: skip
+            blocks.append(
+                f'<li class="{colour}"><b>{name} <i>● {word[colour]}</i></b><br><small>{escape(shown)}</small>'
+                f'<p>{escape(means)} <span class="mend">{mend}</span></p></li>'
+            )
         blocks.append("</ul>")
     figures = f'<p class="dim">Means of the last {LATE} steps that have the figure; skipped updates: all.</p>'
     return f'<section id="health"><h2>Health</h2>{figures}{"".join(blocks)}</section>'
@@ -219,23 +398,41 @@ def page(runs, results):
     for run in runs:
         hardware, seconds = run["header"].get("hardware", {}), sum(measured(run, "seconds"))
         device = hardware.get("gpu") or f"{hardware.get('cores', '?')} CPU cores"
-        rows.append([run["name"], run["stage"], len(run["steps"]), f"{seconds / 60:.1f}",
-                     f"{hardware.get('ranks', '?')} × {device}", run["header"].get("commit", "?")[:10]])  # fmt: skip
+        rows.append(
+            [
+                run["name"],
+                run["stage"],
+                len(run["steps"]),
+                f"{seconds / 60:.1f}",
+                f"{hardware.get('ranks', '?')} × {device}",
+                run["header"].get("commit", "?")[:10],
+            ]
+        )
     groups = []
     for run in runs:
         have = run["groups"]
-        kept = [have[i * len(have) // min(GROUPS, len(have))] for i in range(min(GROUPS, len(have)))]
+        kept = [
+            have[i * len(have) // min(GROUPS, len(have))] for i in range(min(GROUPS, len(have)))
+        ]
         groups += [{**group, "run": run["name"]} for group in kept]
-    data = json.dumps({"charts": charts(runs), "groups": groups}, separators=(",", ":"), allow_nan=False)
+    data = json.dumps(
+        {"charts": charts(runs), "groups": groups}, separators=(",", ":"), allow_nan=False
+    )
     longest = max(len(run["steps"]) for run in runs)
-    thinned = f"Each point is the mean of up to {math.ceil(longest / POINTS)} steps." if longest > POINTS else ""
+    thinned = (
+        f"Each point is the mean of up to {math.ceil(longest / POINTS)} steps."
+        if longest > POINTS
+        else ""
+    )
     left = sum(len(run["groups"]) for run in runs) - len(groups)
     pieces = {
-        "results": results_section(results), "health": health_section(runs), "thinned": thinned,
+        "results": results_section(results),
+        "health": health_section(runs),
+        "thinned": thinned,
         "left": f"{left} more groups are in the runs' rollouts.jsonl." if left else "",
         "runs": table("What ran", ["run", "stage", "steps", "minutes", "on", "commit"], rows),
         "data": data.replace("<", "\\u003c"),  # no text of a rollout can end the script element
-    }  # fmt: skip
+    }
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda slot: pieces[slot[1]], template)
 
@@ -243,11 +440,26 @@ def page(runs, results):
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="the --out of a stage")
-    parser.add_argument("--eval", nargs="+", type=Path, default=[], metavar="FILE", help="results that eval.py --out wrote")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="the --out of a stage"
+    )
+    parser.add_argument(
+        "--eval",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="results that eval.py --out wrote",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
     args = parser.parse_args()
-    runs = [run for folder, name in zip(args.runs, names(args.runs), strict=True) for run in read_run(folder, name)]
+    runs = [
+        run
+        for folder, name in zip(args.runs, names(args.runs), strict=True)
+        for run in read_run(folder, name)
+    ]
     text = page(runs, read_results(args.eval))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8", errors="replace")

@@ -30,7 +30,12 @@ from PIL import Image, ImageChops, ImageDraw
 
 CELL = 8  # pixels
 POSITIONS = ("tl", "tc", "tr", "ml", "mc", "mr", "bl", "bc", "br")  # raster order
-COLOURS = {"red": (215, 60, 55), "green": (60, 180, 75), "blue": (65, 90, 215), "yellow": (225, 205, 60)}
+COLOURS = {
+    "red": (215, 60, 55),
+    "green": (60, 180, 75),
+    "blue": (65, 90, 215),
+    "yellow": (225, 205, 60),
+}
 SIDES = {"circle": 0, "square": 4, "triangle": 3}
 REGIONS = {"left": "tl ml bl", "right": "tr mr br", "top": "tl tc tr", "bottom": "bl bc br"}
 
@@ -50,7 +55,12 @@ class File:
     share: int  # of all scenes, in parts of the sum: those that this file may hold
     matches: int = 1  # fewest objects that an answer rests on
     per_scene: int = 1  # questions about one picture
-    kinds: tuple = (0, 0, 0, 1)  # weights of rows that ask for a description, places, the bare answer, the three parts
+    kinds: tuple = (
+        0,
+        0,
+        0,
+        1,
+    )  # weights of rows that ask for a description, places, the bare answer, the three parts
 
 
 FILES = {
@@ -108,18 +118,27 @@ def solve(scene: tuple, question: str) -> tuple[list[tuple[int, int]], int]:
 
 
 def ask(rng: random.Random, scene: tuple, file: File) -> str:
-    for _ in range(50):  # a scene may allow no question with enough matches: then the last one stays
+    for _ in range(
+        50
+    ):  # a scene may allow no question with enough matches: then the last one stays
         first, second = rng.sample(tuple(COLOURS), 2)
         count, region = f"count {first}", rng.choice(tuple(REGIONS))
-        question = {"c": count, "r": f"{count} in {region}", "o": f"{count} or {second}",
-                    "s": f"sides {first}", "t": f"sides {first} or {second}"}[rng.choice(file.families)]  # fmt: skip
+        question = {
+            "c": count,
+            "r": f"{count} in {region}",
+            "o": f"{count} or {second}",
+            "s": f"sides {first}",
+            "t": f"sides {first} or {second}",
+        }[rng.choice(file.families)]
         if len(solve(scene, question)[0]) >= file.matches:
             break
     return question
 
 
 def describe(scene: tuple) -> str:
-    return " ; ".join(f"{POSITIONS[place]} {' '.join(thing)}" for place, thing in enumerate(scene) if thing)
+    return " ; ".join(
+        f"{POSITIONS[place]} {' '.join(thing)}" for place, thing in enumerate(scene) if thing
+    )
 
 
 def three_parts(caption: str, steps: list[str], answer: int) -> str:
@@ -130,7 +149,11 @@ def three_parts(caption: str, steps: list[str], answer: int) -> str:
 def good(scene: tuple, question: str) -> str:
     """The references' manner: every object with its place, every step with the running total, always right."""
     steps, answer = solve(scene, question)
-    return three_parts(describe(scene), [f"{POSITIONS[at]} {' '.join(scene[at])} {total}" for at, total in steps], answer)
+    return three_parts(
+        describe(scene),
+        [f"{POSITIONS[at]} {' '.join(scene[at])} {total}" for at, total in steps],
+        answer,
+    )
 
 
 def terse(scene: tuple, question: str, rng: random.Random) -> str:
@@ -138,13 +161,20 @@ def terse(scene: tuple, question: str, rng: random.Random) -> str:
     things = [thing for thing in scene if thing]
     named = [thing for thing in things if rng.random() >= DROPPED] or [rng.choice(things)]
     for i, (colour, shape) in enumerate(named):
-        others = [(c, shape) for c in COLOURS if c != colour], [(colour, s) for s in SIDES if s != shape]
+        others = (
+            [(c, shape) for c in COLOURS if c != colour],
+            [(colour, s) for s in SIDES if s != shape],
+        )
         if rng.random() < WRONG:
             named[i] = rng.choice(rng.choice(others))
     steps, answer = solve(scene, question)
     if rng.random() < MISTAKEN:
         answer += 1 if answer == 0 else rng.choice((-1, 1))
-    kept = [] if rng.random() < BARE else [" ".join(scene[place]) for place, _ in steps if rng.random() >= SKIPPED]
+    kept = (
+        []
+        if rng.random() < BARE
+        else [" ".join(scene[place]) for place, _ in steps if rng.random() >= SKIPPED]
+    )
     return three_parts(" ; ".join(map(" ".join, named)), kept, answer)
 
 
@@ -152,9 +182,12 @@ def demonstrate(name: str, scene: tuple, question: str, rng: random.Random) -> t
     """(prompt, response) of a row of one of the SFT files."""
     steps, answer = solve(scene, question)
     places = " ".join(POSITIONS[place] for place, _ in steps)
-    kinds = [("describe", describe(scene)), (f"where {question.split(' ', 1)[1]}", places or "none"),
-             (f"short {question}", str(answer)),
-             (question, terse(scene, question, rng) if name == "public" else good(scene, question))]  # fmt: skip
+    kinds = [
+        ("describe", describe(scene)),
+        (f"where {question.split(' ', 1)[1]}", places or "none"),
+        (f"short {question}", str(answer)),
+        (question, terse(scene, question, rng) if name == "public" else good(scene, question)),
+    ]
     return rng.choices(kinds, FILES[name].kinds)[0]
 
 
@@ -181,12 +214,20 @@ def make(out: Path, name: str, rows: int, seed: int) -> list[dict]:
         if index % FILES[name].per_scene == 0:
             paint(scene, rng).save(out / path, compress_level=1)
         prompt, response = demonstrate(name, scene, question, rng)
-        turn, truth = {"role": "user", "content": f"<image>{prompt}"}, {"index": index, "scene": describe(scene)}
+        turn, truth = (
+            {"role": "user", "content": f"<image>{prompt}"},
+            {"index": index, "scene": describe(scene)},
+        )
         if name in SFT_FILES:
             row = {"messages": [turn, {"role": "assistant", "content": response}], "images": [path]}
         elif name == "pairs":
             student = terse(scene, question, rng)
-            row = {"image": path, "prompt": [turn], "teacher_response": response, "student_response": student}
+            row = {
+                "image": path,
+                "prompt": [turn],
+                "teacher_response": response,
+                "student_response": student,
+            }
         else:
             row = {"data_source": name, "prompt": [turn], "images": [{"path": path}]}
             row["reward_model"] = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
@@ -200,19 +241,35 @@ def write(path: Path, rows: list[dict]) -> None:
     if path.suffix == ".parquet":
         import pyarrow.parquet  # an optional extra
 
-        rows = [{**r, "images": [{**i, "bytes": (path.parent / i["path"]).read_bytes()} for i in r["images"]]} for r in rows]
+        rows = [
+            {
+                **r,
+                "images": [
+                    {**i, "bytes": (path.parent / i["path"]).read_bytes()} for i in r["images"]
+                ],
+            }
+            for r in rows
+        ]
         return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     lines = [json.dumps(row) for row in rows]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""]))
+    path.write_text(
+        "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""])
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="folder for the files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of rows")
-    parser.add_argument("--quick", action="store_true", help="a smoke test's sizes: 1/20 of the rows, at least 40")
-    parser.add_argument("--parquet", action="store_true", help="verl rows also as parquet (needs pyarrow)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test's sizes: 1/20 of the rows, at least 40"
+    )
+    parser.add_argument(
+        "--parquet", action="store_true", help="verl rows also as parquet (needs pyarrow)"
+    )
     args = parser.parse_args()
 
     files, scenes = {}, {}
@@ -223,17 +280,32 @@ def main() -> None:
         if args.parquet and name not in (*SFT_FILES, "pairs"):
             write(args.out / f"{name}.parquet", files[name])
         scenes[name] = {row["extra_info"]["scene"] for row in files[name]}
-        print(f"{name:10s} {len(files[name]):7,d} rows on {len(scenes[name]):7,d} scenes", flush=True)
-    assert len(set().union(*scenes.values())) == sum(map(len, scenes.values())), "a scene is in two files"
+        print(
+            f"{name:10s} {len(files[name]):7,d} rows on {len(scenes[name]):7,d} scenes", flush=True
+        )
+    assert len(set().union(*scenes.values())) == sum(map(len, scenes.values())), (
+        "a scene is in two files"
+    )
 
     mixed = files["public"] + files["curated"]
     random.Random(f"{args.seed} sft").shuffle(mixed)
     for row in mixed:
         user, assistant = (turn["content"] for turn in row.pop("messages"))
-        row["conversations"] = [{"from": "human", "value": user}, {"from": "gpt", "value": assistant}]
+        row["conversations"] = [
+            {"from": "human", "value": user},
+            {"from": "gpt", "value": assistant},
+        ]
     write(args.out / "sft.json", mixed)
-    words = [*three_parts("; describe where none short count sides or in", [], 0).split(), *POSITIONS, *COLOURS, *SIDES]
-    write(args.out / "words.json", [{"text": " ".join([*words, *REGIONS, *map(str, range(4 * 9 + 1))])}])
+    words = [
+        *three_parts("; describe where none short count sides or in", [], 0).split(),
+        *POSITIONS,
+        *COLOURS,
+        *SIDES,
+    ]
+    write(
+        args.out / "words.json",
+        [{"text": " ".join([*words, *REGIONS, *map(str, range(4 * 9 + 1))])}],
+    )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,20 @@ from collections import Counter
 import numpy as np
 from PIL import Image, ImageOps
 
-from ranks import gather
+from engine.ranks import gather
 
 CHUNK, MAX_ROW = 1 << 20, 1 << 28  # bytes: read at a time, and at most for one row of a JSON array
 MAX_IMAGE = 50_000_000  # pixels of one file: more is taken for a bomb
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # others (EPS) start programs
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+)  # others (EPS) start programs
 
 
 class BadRow(ValueError):
@@ -51,9 +60,13 @@ class Rows:
             else:
                 text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
                 if text and (b"\0" in text[:16] or not b" " < text[:1] < b"\x7f"):
-                    raise ValueError(f"{path}: neither text in UTF-8 nor parquet. Unpack it, or save it again in UTF-8")
+                    raise ValueError(
+                        f"{path}: neither text in UTF-8 nor parquet. Unpack it, or save it again in UTF-8"
+                    )
                 file.seek(len(head) - len(text))
-                for start, end in self._elements(file) if text.startswith(b"[") else self._lines(file):
+                for start, end in (
+                    self._elements(file) if text.startswith(b"[") else self._lines(file)
+                ):
                     self.starts.append(start)
                     self.ends.append(end)
         if not len(self):
@@ -76,24 +89,34 @@ class Rows:
                 if text[at] == "]":
                     break
                 end = scan(text, at)[1]
-            except (ValueError, IndexError, RecursionError) as error:  # broken, or it goes on behind this chunk
+            except (
+                ValueError,
+                IndexError,
+                RecursionError,
+            ) as error:  # broken, or it goes on behind this chunk
                 more = file.read(max(CHUNK, len(text) - at)) if len(text) - at < MAX_ROW else b""
                 if not more:
                     what = f"{self.path}:{len(self.starts) + 1}: the JSON array breaks in this row, at byte {base + at}"
-                    raise ValueError(f"{what} ({error}). Mend it; in JSONL only the row would be lost.") from None
+                    raise ValueError(
+                        f"{what} ({error}). Mend it; in JSONL only the row would be lost."
+                    ) from None
                 text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
             else:
                 yield base + at, base + end
                 at = end
         if (text[at + 1 :] + file.read(CHUNK).decode("latin-1")).strip():
-            raise ValueError(f"{self.path}: more follows the JSON array, at byte {base + at + 1}. Make it one array, or JSONL")
+            raise ValueError(
+                f"{self.path}: more follows the JSON array, at byte {base + at + 1}. Make it one array, or JSONL"
+            )
 
     def _unpack_parquet(self):
         try:
             import pyarrow as pa
             from pyarrow.parquet import ParquetFile
         except ImportError:
-            raise ImportError(f"{self.path} is a parquet file: `pip install pyarrow` (the extra `parquet`)") from None
+            raise ImportError(
+                f"{self.path} is a parquet file: `pip install pyarrow` (the extra `parquet`)"
+            ) from None
         # A row group can be the whole file, too much to unpack for one row: unpacked once, to an unnamed memory-mapped
         # file. simple: by each process.
         with tempfile.NamedTemporaryFile(suffix=".arrow") as spill:
@@ -117,7 +140,9 @@ class Rows:
             raise IndexError(i)
         if self.table:
             k = bisect.bisect_right(self.ends, i)
-            return self.table.get_batch(k).slice(i - (self.ends[k - 1] if k else 0), 1).to_pylist()[0]
+            return (
+                self.table.get_batch(k).slice(i - (self.ends[k - 1] if k else 0), 1).to_pylist()[0]
+            )
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
             return json.loads(file.read(self.ends[i] - self.starts[i]), object_pairs_hook=_unique)
@@ -137,12 +162,24 @@ def find_image(image, root, where, links=True):
     if isinstance(image, bytes | Image.Image):
         return image
     if not isinstance(image, str) or not image:
-        raise BadRow(where, "an image is neither path nor bytes", 'Write a path; {"bytes": ..} is for parquet.')
+        raise BadRow(
+            where,
+            "an image is neither path nor bytes",
+            'Write a path; {"bytes": ..} is for parquet.',
+        )
     path = os.path.normpath(os.path.join(root, image))
     if os.path.commonpath([root, path]) == root:
         if not os.path.isfile(path):
-            raise BadRow(where, "an image is missing", "Put it there, or name its folder with --image_root.", repr(path))
-        if links or os.path.commonpath([home := os.path.realpath(root), os.path.realpath(path)]) == home:
+            raise BadRow(
+                where,
+                "an image is missing",
+                "Put it there, or name its folder with --image_root.",
+                repr(path),
+            )
+        if (
+            links
+            or os.path.commonpath([home := os.path.realpath(root), os.path.realpath(path)]) == home
+        ):
             return path
     mend = "Name its folder with --image_root, in which links are followed."
     raise BadRow(where, "an image path leads out of the data's folder", mend, repr(path))
@@ -155,11 +192,17 @@ def open_image(source, where=""):
         image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
         if image.width * image.height > MAX_IMAGE:
             raise ValueError(f"{image.width} x {image.height} pixels, allowed are {MAX_IMAGE}")
-        if image.mode == "F" or (getattr(image, "is_animated", False) and image.format != "MPO"):  # a photo, its preview
-            raise ValueError("pixels that are no integers" if image.mode == "F" else "several frames or pages")
+        if image.mode == "F" or (
+            getattr(image, "is_animated", False) and image.format != "MPO"
+        ):  # a photo, its preview
+            raise ValueError(
+                "pixels that are no integers" if image.mode == "F" else "several frames or pages"
+            )
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would cut at 255
-            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+            image = Image.fromarray(
+                (np.asarray(image).astype(np.float32) / 257).clip(0, 255).round().astype(np.uint8)
+            )
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -191,8 +234,13 @@ class Order:
 
     def load(self, state):
         if (state["n"], state["seed"]) != (self.n, self.seed):
-            was, now = (f"{n} rows and seed {seed}" for n, seed in ((state["n"], state["seed"]), (self.n, self.seed)))
-            raise ValueError(f"the run was saved with {was}, here are {now}: resume with the same data and seed")
+            was, now = (
+                f"{n} rows and seed {seed}"
+                for n, seed in ((state["n"], state["seed"]), (self.n, self.seed))
+            )
+            raise ValueError(
+                f"the run was saved with {was}, here are {now}: resume with the same data and seed"
+            )
         self.taken = state["taken"]
 
 

@@ -16,7 +16,7 @@ The forms in which benchmarks are published, as one table of field names; a row 
 import ast
 import re
 
-from rows import BadRow
+from engine.rows import BadRow
 
 FIELDS = {  # ours: theirs, of which the first that is not empty counts
     "images": ("decoded_image", "image", "image_path", "filename"),
@@ -28,16 +28,27 @@ FIELDS = {  # ours: theirs, of which the first that is not empty counts
 
 def standard(row, where=""):
     """A benchmark's row under our names; one with turns, a prompt or `images` as it is. Raises BadRow."""
-    if any(row.get(field) is not None for field in ("messages", "conversations", "prompt", "images")):
+    if any(
+        row.get(field) is not None for field in ("messages", "conversations", "prompt", "images")
+    ):
         return row
-    found = {k: next((row[f] for f in names if row.get(f) not in (None, "", [])), None) for k, names in FIELDS.items()}
+    found = {
+        k: next((row[f] for f in names if row.get(f) not in (None, "", [])), None)
+        for k, names in FIELDS.items()
+    }
     image, choices, answer = found["images"], found["choices"], found["answer"]
-    found["images"] = [row[k] for k in (f"image_{n}" for n in range(1, 8)) if row.get(k)] if image is None else [image]
+    found["images"] = (
+        [row[k] for k in (f"image_{n}" for n in range(1, 8)) if row.get(k)]
+        if image is None
+        else [image]
+    )
     if isinstance(choices, str):
         lettered = re.split(r"(?:^|[;\n])\s*\(?[A-J][.:)]\s*", choices.strip("; \n"))[1:]
         choices = spelt(choices) if choices.startswith("[") else lettered or None
         if choices is None:
-            raise BadRow(where, "the options are in no known form", "Write `choices` as a list of texts.")
+            raise BadRow(
+                where, "the options are in no known form", "Write `choices` as a list of texts."
+            )
     if isinstance(choices, dict):
         choices = [choices[letter] for letter in sorted(choices) if choices[letter] is not None]
     if choices and found["images"] and found["question"] is None:

@@ -22,10 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from logprob import logits, product
-from packs import Tree, make, plan, run
+from engine.logprob import logits, product
+from engine.packs import Tree, make, plan, run
 
-BLOCK = {"cpu": 16, "cuda": 256}  # positions by which the store grows: on CUDA each time captures the step anew
+BLOCK = {
+    "cpu": 16,
+    "cuda": 256,
+}  # positions by which the store grows: on CUDA each time captures the step anew
 
 
 @dataclass
@@ -37,7 +40,9 @@ class Rollout:
 
 def uniforms(seed, prompt, k, length) -> np.ndarray:
     """The random numbers of one rollout, (length,) float64 in [0, 1)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, prompt, k]))).random(length)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, prompt, k]))).random(
+        length
+    )
 
 
 def pick(logits, u, block=256):
@@ -90,15 +95,31 @@ class _Slots:
     """
 
     def __init__(self, hf, slots, max_tokens, ends, banned, temperature):
-        self.text, self.head, self.rows = hf.model.language_model, hf.lm_head.weight, [None] * slots  # a row: (prompt, k)
-        self.max_tokens, self.ends, self.banned, self.temperature = max_tokens, ends, banned, temperature
+        self.text, self.head, self.rows = (
+            hf.model.language_model,
+            hf.lm_head.weight,
+            [None] * slots,
+        )  # a row: (prompt, k)
+        self.max_tokens, self.ends, self.banned, self.temperature = (
+            max_tokens,
+            ends,
+            banned,
+            temperature,
+        )
         cfg, like, self.graph = self.text.config, dict(device=hf.device), None
         self.heads, width = cfg.num_key_value_heads, self.text.layers[0].self_attn.head_dim
         empty = torch.zeros(slots * self.heads, 0, width, dtype=hf.dtype, **like)
         self.store = [[empty, empty] for _ in range(cfg.num_hidden_layers)]
-        self.token, self.position, self.filled, self.count = torch.zeros(4, slots, dtype=torch.long, **like)
-        self.live, self.all = torch.zeros(slots, dtype=torch.bool, **like), torch.arange(slots, **like)
-        self.u = torch.zeros(slots, max_tokens + 1, dtype=torch.float64, **like)  # the last column is the idle slots'
+        self.token, self.position, self.filled, self.count = torch.zeros(
+            4, slots, dtype=torch.long, **like
+        )
+        self.live, self.all = (
+            torch.zeros(slots, dtype=torch.bool, **like),
+            torch.arange(slots, **like),
+        )
+        self.u = torch.zeros(
+            slots, max_tokens + 1, dtype=torch.float64, **like
+        )  # the last column is the idle slots'
         self.ids = torch.zeros(slots, max_tokens + 1, dtype=torch.long, **like)
         self.logps = torch.zeros(slots, max_tokens + 1, **like)
 
@@ -109,7 +130,9 @@ class _Slots:
         self.reserve(length + 1)
         for layer, pair in prefill.layers.items():
             for store, new in zip(self.store[layer], pair, strict=True):
-                store.unflatten(0, (-1, self.heads))[slots, :, :length] = new[:, start : start + length]
+                store.unflatten(0, (-1, self.heads))[slots, :, :length] = new[
+                    :, start : start + length
+                ]
         self.u[slots, : self.max_tokens] = torch.from_numpy(np.stack(u)).to(self.u.device)
         self.token[slots], self.position[slots] = prompt.ids[-1].item(), prompt.next_position - 1
         self.filled[slots], self.count[slots], self.live[slots] = length, 0, True
@@ -123,9 +146,15 @@ class _Slots:
                 pair[:] = [F.pad(pair.pop(0), (0, 0, 0, -(-more // block) * block)) for _ in "kv"]
 
     def keep(self, slots):  # drop all others
-        self.rows, self.all, self.graph = [self.rows[s] for s in slots], self.all[: len(slots)], None
+        self.rows, self.all, self.graph = (
+            [self.rows[s] for s in slots],
+            self.all[: len(slots)],
+            None,
+        )
         for pair in self.store:
-            pair[:] = [pair.pop(0).unflatten(0, (-1, self.heads))[slots].flatten(0, 1) for _ in "kv"]
+            pair[:] = [
+                pair.pop(0).unflatten(0, (-1, self.heads))[slots].flatten(0, 1) for _ in "kv"
+            ]
         for name in ("token", "position", "filled", "count", "live", "u", "ids", "logps"):
             setattr(self, name, getattr(self, name)[slots])
 
@@ -145,7 +174,9 @@ class _Slots:
         """Run a step, then capture it: shapes stay until the store grows or shrinks."""
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up in it, which a graph must not hold
+        with torch.cuda.stream(
+            stream
+        ):  # libraries set themselves up in it, which a graph must not hold
             self.step()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self.graph):
@@ -153,13 +184,19 @@ class _Slots:
 
     def step(self):
         size = self.store[0][0].shape[1]
-        self.hidden = torch.arange(size, device=self.u.device) > self.filled[:, None, None]  # (B, 1, S)
+        self.hidden = (
+            torch.arange(size, device=self.u.device) > self.filled[:, None, None]
+        )  # (B, 1, S)
         rows = self.all[:, None] * self.heads + torch.arange(self.heads, device=self.u.device)
-        self.where = (rows * size + self.filled[:, None]).flatten()  # this token's, in the store's (B * H * S, d)
+        self.where = (
+            rows * size + self.filled[:, None]
+        ).flatten()  # this token's, in the store's (B * H * S, d)
         hidden = self.text(
-            inputs_embeds=self.text.embed_tokens(self.token).unsqueeze(1), past_key_values=self, layout=self,
+            inputs_embeds=self.text.embed_tokens(self.token).unsqueeze(1),
+            past_key_values=self,
+            layout=self,
             position_ids=self.position.expand(3, -1).unsqueeze(2),
-        ).last_hidden_state[:, 0]  # fmt: skip
+        ).last_hidden_state[:, 0]
         at = torch.where(self.live, self.count, self.max_tokens)
         scores = logits(hidden, self.head, self.temperature or 1.0, self.banned)
         token, logp = pick(scores, self.u[self.all, at] if self.temperature else None)
@@ -177,7 +214,9 @@ class _Slots:
     def attend(self, query, key, value, scaling):
         # One query a row: two thin products that read each key and value once. SDPA would repeat them for each query head.
         b, heads, _, d = query.shape
-        scores = product((query * scaling).view(len(key), -1, d), key.transpose(1, 2)).view(b, heads, -1)
+        scores = product((query * scaling).view(len(key), -1, d), key.transpose(1, 2)).view(
+            b, heads, -1
+        )
         p = scores.masked_fill_(self.hidden, -torch.inf).softmax(-1).to(value.dtype)
         return (p.view(len(value), -1, key.shape[1]) @ value).view(b, 1, heads, d)
 
@@ -185,12 +224,27 @@ class _Slots:
         """Free `slot`: its row and rollout."""
         row, n, self.rows[slot] = self.rows[slot], int(self.count[slot]), None
         ids = self.ids[slot, :n].tolist()
-        return row, Rollout(ids, self.logps[slot, :n].tolist(), "end" if ids[-1] in self.ends.tolist() else "length")
+        return row, Rollout(
+            ids, self.logps[slot, :n].tolist(), "end" if ids[-1] in self.ends.tolist() else "length"
+        )
 
 
 @torch.no_grad()
-def generate(hf, prompts, n, max_tokens, *, eos, banned=(), temperature=1.0, seed=(0,), numbers=None, slots=256,
-             pack_tokens=16384, look_every=None):  # fmt: skip
+def generate(
+    hf,
+    prompts,
+    n,
+    max_tokens,
+    *,
+    eos,
+    banned=(),
+    temperature=1.0,
+    seed=(0,),
+    numbers=None,
+    slots=256,
+    pack_tokens=16384,
+    look_every=None,
+):
     """Sample `n` rollouts of each prompt from the transformers model `hf` (loaded by model.load, not sharded).
 
     prompts: list of data.Prompt.  eos: ids that end a rollout.  banned: ids that are never sampled.
@@ -207,15 +261,23 @@ def generate(hf, prompts, n, max_tokens, *, eos, banned=(), temperature=1.0, see
     if not waiting:
         return [[] for _ in prompts]
     hf.eval()
-    out, read = [[None] * n for _ in prompts], {}  # read: prompt -> its keys and values, as long as rows of it wait
+    out, read = (
+        [[None] * n for _ in prompts],
+        {},
+    )  # read: prompt -> its keys and values, as long as rows of it wait
     state = _Slots(hf, min(slots, len(waiting)), max_tokens, ends, banned, temperature)
     while waiting or any(state.rows):
-        free, taken = [s for s, row in enumerate(state.rows) if row is None], {}  # taken: prompt -> [(slot, k)]
+        free, taken = (
+            [s for s, row in enumerate(state.rows) if row is None],
+            {},
+        )  # taken: prompt -> [(slot, k)]
         for slot in free[: len(waiting)]:
             p, k = state.rows[slot] = waiting.popleft()
             taken.setdefault(p, []).append((slot, k))
         if new := [p for p in taken if p not in read]:
-            _read(hf, prompts, [*new, *range(new[-1] + 1, len(prompts))], len(new), pack_tokens, read)
+            _read(
+                hf, prompts, [*new, *range(new[-1] + 1, len(prompts))], len(new), pack_tokens, read
+            )
         for p, rows in taken.items():
             u = [uniforms(seed, numbers[p], k, max_tokens) for _, k in rows]
             state.fill([slot for slot, _ in rows], prompts[p], *read[p], u)
@@ -242,4 +304,6 @@ def _read(hf, prompts, order, needed, pack_tokens, read):
     for part in plan(trees, pack_tokens):
         pack, prefill = make(trees, part, hf.device), _Prefill()
         run(hf.model, pack, past_key_values=prefill)
-        read |= {order[t]: (prefill, start) for (t, _), (start, _) in zip(part, pack.spans, strict=False)}
+        read |= {
+            order[t]: (prefill, start) for (t, _), (start, _) in zip(part, pack.spans, strict=False)
+        }

@@ -30,7 +30,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ranks import all_max
+from engine.ranks import all_max
 
 if TYPE_CHECKING:
     from data import Prompt
@@ -43,8 +43,12 @@ class Tree:
     prompt: Prompt
     children: list[list[int]] = field(default_factory=list)
     kinds: list[int] | None = None  # span kind of each child (discriminator)
-    shared: int = 0  # so many first children (the references) are in each part of a tree that is split
-    mask: torch.Tensor | None = None  # (T,) bool, trained tokens of the root itself (SFT: the whole conversation)
+    shared: int = (
+        0  # so many first children (the references) are in each part of a tree that is split
+    )
+    mask: torch.Tensor | None = (
+        None  # (T,) bool, trained tokens of the root itself (SFT: the whole conversation)
+    )
 
 
 @dataclass
@@ -52,15 +56,21 @@ class Pack:
     ids: torch.Tensor  # (T,)
     positions: torch.Tensor  # (3, T) multimodal rotary: time, height, width
     segment: torch.Tensor  # (T,) number of the token's segment
-    tree: torch.Tensor  # (T,) number of the token's tree, counted within the pack; a padded tail's is one more
+    tree: (
+        torch.Tensor
+    )  # (T,) number of the token's tree, counted within the pack; a padded tail's is one more
     kind: torch.Tensor  # (T,) span kind of the token; -1 in roots
     parent: list[int]  # of each segment, -1 for a root
     spans: list[tuple[int, int]]  # of each segment: first token, length
-    children: list[tuple[int, int]]  # of each child: (index of its tree in `trees`, index in tree.children)
+    children: list[
+        tuple[int, int]
+    ]  # of each child: (index of its tree in `trees`, index in tree.children)
     ends: torch.Tensor  # (K,) last token of each child
     source: torch.Tensor  # (S,) the token whose hidden state predicts ...
     target: torch.Tensor  # (S,) ... this token id,
-    sequence: torch.Tensor  # (S,) of this child (or tree, where the root is scored), counted within the pack
+    sequence: (
+        torch.Tensor
+    )  # (S,) of this child (or tree, where the root is scored), counted within the pack
     pixel_values: torch.Tensor | None  # (P, C) patches of all images
     grid_thw: torch.Tensor | None  # (images, 3)
     weight: float = 1.0  # 0 for a pack that runs only so that all ranks run equally many
@@ -81,7 +91,10 @@ class Pack:
     def rows(self, values):
         """Values (S,) of the scored tokens as one row per sequence: (K, longest), 0 behind each row's end."""
         lengths = self.sequence.bincount()
-        at = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[self.sequence]
+        at = (
+            torch.arange(len(values), device=values.device)
+            - (lengths.cumsum(0) - lengths)[self.sequence]
+        )
         out = values.new_zeros(len(lengths), int(lengths.max()))
         return out.index_put((self.sequence, at), values)
 
@@ -121,7 +134,11 @@ def make(trees: list[Tree], part: list[tuple[int, list[int]]], device="cpu", pad
 
     def add(tokens, where, kind, tree, above):
         nonlocal length
-        for known, new in zip((ids, positions, kinds, tree_of, parent), (tokens, where, kind, tree, above), strict=True):
+        for known, new in zip(
+            (ids, positions, kinds, tree_of, parent),
+            (tokens, where, kind, tree, above),
+            strict=True,
+        ):
             known.append(new)
         spans.append((length, len(tokens)))
         length += len(tokens)
@@ -138,25 +155,41 @@ def make(trees: list[Tree], part: list[tuple[int, list[int]]], device="cpu", pad
         for c in chosen:
             child = torch.tensor(tree.children[c], dtype=torch.long)
             at = torch.arange(len(child))
-            source.append(torch.where(at == 0, start + len(prompt.ids), length + at) - 1)  # the root predicts the first
+            source.append(
+                torch.where(at == 0, start + len(prompt.ids), length + at) - 1
+            )  # the root predicts the first
             target.append(child)
             sequence.append(torch.full((len(child),), len(children)))
-            add(child, (prompt.next_position + at).expand(3, -1), tree.kinds[c] if tree.kinds else 0, n, root)
+            add(
+                child,
+                (prompt.next_position + at).expand(3, -1),
+                tree.kinds[c] if tree.kinds else 0,
+                n,
+                root,
+            )
             ends.append(length - 1)
             children.append((t, c))
     device = torch.device(device)
     if tail := -length % (pad_to or (128 if device.type == "cuda" else 1)):
-        add(torch.zeros(tail, dtype=torch.long), torch.arange(tail).expand(3, -1), -1, len(part), -1)
+        add(
+            torch.zeros(tail, dtype=torch.long), torch.arange(tail).expand(3, -1), -1, len(part), -1
+        )
     segment = torch.repeat_interleave(torch.tensor([n for _, n in spans]))
     images = [p for p in (trees[t].prompt for t, _ in part) if p.pixel_values is not None]
     none = torch.zeros(0, dtype=torch.long)  # where nothing is scored
     tensors = dict(
-        ids=torch.cat(ids), positions=torch.cat(positions, 1), segment=segment, tree=torch.tensor(tree_of)[segment],
-        kind=torch.tensor(kinds)[segment], ends=torch.tensor(ends, dtype=torch.long), source=torch.cat([*source, none]),
-        target=torch.cat([*target, none]), sequence=torch.cat([*sequence, none]),
+        ids=torch.cat(ids),
+        positions=torch.cat(positions, 1),
+        segment=segment,
+        tree=torch.tensor(tree_of)[segment],
+        kind=torch.tensor(kinds)[segment],
+        ends=torch.tensor(ends, dtype=torch.long),
+        source=torch.cat([*source, none]),
+        target=torch.cat([*target, none]),
+        sequence=torch.cat([*sequence, none]),
         pixel_values=torch.cat([p.pixel_values for p in images]) if images else None,
         grid_thw=torch.cat([p.grid_thw for p in images]) if images else None,
-    )  # fmt: skip
+    )
     tensors = {name: x if x is None else x.to(device) for name, x in tensors.items()}
     pack = Pack(parent=parent, spans=spans, children=children, **tensors)
     pack.layout = (FlexLayout if device.type == "cuda" else SegmentLayout)(pack)
@@ -169,7 +202,11 @@ def each(trees, budget, device, spare: Tree):
     parts = plan(trees, budget)
     for i in range(int(all_max(len(parts)))):
         mine = i < len(parts)
-        pack = make(trees, parts[i], device) if mine else make([spare], [(0, list(range(len(spare.children))))], device)
+        pack = (
+            make(trees, parts[i], device)
+            if mine
+            else make([spare], [(0, list(range(len(spare.children))))], device)
+        )
         pack.weight = float(mine)
         yield pack
 
@@ -181,9 +218,13 @@ class SegmentLayout:
     def __init__(self, pack):
         device, batches = pack.ids.device, {}
         for s in sorted(range(len(pack.parent)), key=lambda s: pack.spans[s][1]):
-            prefix = [i for a in pack.ancestors(s) for i in range(pack.spans[a][0], sum(pack.spans[a]))]
+            prefix = [
+                i for a in pack.ancestors(s) for i in range(pack.spans[a][0], sum(pack.spans[a]))
+            ]
             alike = batches.setdefault(len(prefix), [])
-            if not alike or pack.spans[s][1] > 1.25 * alike[-1][0][2] + 8:  # than the batch's shortest: bounds padding
+            if (
+                not alike or pack.spans[s][1] > 1.25 * alike[-1][0][2] + 8
+            ):  # than the batch's shortest: bounds padding
                 alike.append([])
             alike[-1].append((prefix, *pack.spans[s]))
         self.groups, rows, offset = [], torch.empty(len(pack.ids), dtype=torch.long), 0
@@ -191,13 +232,21 @@ class SegmentLayout:
             before, longest = len(batch[0][0]), batch[-1][2]
             # Queries beyond a segment's end are its first token again: computed, never read. As keys they come after
             # every real query of the row, so that the causal mask alone hides them.
-            own = torch.tensor([[s + i if i < n else s for i in range(longest)] for _, s, n in batch])
+            own = torch.tensor(
+                [[s + i if i < n else s for i in range(longest)] for _, s, n in batch]
+            )
             keys = torch.cat([torch.tensor([p for p, _, _ in batch], dtype=torch.long), own], 1)
             for b, (_, s, n) in enumerate(batch):
                 rows[s : s + n] = offset + b * longest + torch.arange(n)
             offset += len(batch) * longest
-            mask = torch.ones(longest, before + longest, dtype=torch.bool).tril(before).to(device) if before else None
-            self.groups.append((own.flatten().to(device), keys.flatten().to(device), len(batch), mask))
+            mask = (
+                torch.ones(longest, before + longest, dtype=torch.bool).tril(before).to(device)
+                if before
+                else None
+            )
+            self.groups.append(
+                (own.flatten().to(device), keys.flatten().to(device), len(batch), mask)
+            )
         self.rows = rows.to(device)
 
     def attend(self, query, key, value, scaling):
@@ -209,7 +258,13 @@ class SegmentLayout:
                 for x, at in ((q, own), (k, keys), (v, keys))
             )
             o = F.scaled_dot_product_attention(
-                qs, ks, vs, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                qs,
+                ks,
+                vs,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             out.append(o.transpose(1, 2).reshape(-1, *q.shape[1:]))
         return torch.cat(out).index_select(0, self.rows).unsqueeze(0)
@@ -226,30 +281,54 @@ class FlexLayout:
         self.mask = create_block_mask(rule, None, None, size, size, device=pack.ids.device)
 
     def attend(self, query, key, value, scaling):
-        FlexLayout.kernel = FlexLayout.kernel or torch.compile(flex_attention)  # shapes become dynamic by themselves
+        FlexLayout.kernel = FlexLayout.kernel or torch.compile(
+            flex_attention
+        )  # shapes become dynamic by themselves
         gqa = query.shape[1] != key.shape[1]
-        return FlexLayout.kernel(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
+        return FlexLayout.kernel(
+            query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=gqa
+        ).transpose(1, 2)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """What transformers calls in the text layers, (1, H, T, d) -> (1, T, H, d); `layout` is handed through `run`."""
     if layout is None or not module.is_causal:
         if layout is None and module.is_causal:
-            raise RuntimeError("this model was loaded for packs: call it through packs.run or sampler.generate")
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+            raise RuntimeError(
+                "this model was loaded for packs: call it through packs.run or sampler.generate"
+            )
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     return layout.attend(query, key, value, scaling), None
 
 
-def image_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+def image_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
+):
     """What transformers calls in the vision tower, (1, H, P, d) -> (1, P, H, d): neighbouring images (or windows) of one
     size at once. It hands over the whole row only to what is named like flash attention, and loops over images otherwise.
     """
-    if not hasattr(cu_seq_lens_q, "runs"):  # [(size, images)], once per forward: all layers get the same tensor
-        cu_seq_lens_q.runs = [(n, len(list(same))) for n, same in groupby(cu_seq_lens_q.diff().tolist())]
-    out, parts = [], [x[0].split([n * images for n, images in cu_seq_lens_q.runs], 1) for x in (query, key, value)]
+    if not hasattr(
+        cu_seq_lens_q, "runs"
+    ):  # [(size, images)], once per forward: all layers get the same tensor
+        cu_seq_lens_q.runs = [
+            (n, len(list(same))) for n, same in groupby(cu_seq_lens_q.diff().tolist())
+        ]
+    out, parts = (
+        [],
+        [
+            x[0].split([n * images for n, images in cu_seq_lens_q.runs], 1)
+            for x in (query, key, value)
+        ],
+    )
     for (size, images), *qkv in zip(cu_seq_lens_q.runs, *parts, strict=True):
-        q, k, v = (x.unflatten(1, (images, size)).transpose(0, 1) for x in qkv)  # (images, H, size, d)
-        out.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+        q, k, v = (
+            x.unflatten(1, (images, size)).transpose(0, 1) for x in qkv
+        )  # (images, H, size, d)
+        out.append(
+            F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1)
+        )
     return torch.cat(out).unsqueeze(0), None
 
 
@@ -281,11 +360,21 @@ def run(model, pack: Pack, **kwargs) -> torch.Tensor:
         # All ranks run the vision tower in every forward, and first, or the collectives of a sharded one never meet. So does
         # one alone: it then has a zero gradient, which AdamW treats otherwise than none, on any number of ranks.
         cfg, side = model.config.vision_config, model.config.vision_config.spatial_merge_size
-        pixels = torch.zeros(side**2, cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2, device=pack.ids.device)
+        pixels = torch.zeros(
+            side**2,
+            cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2,
+            device=pack.ids.device,
+        )
         blank = model.visual(pixels, grid_thw=torch.tensor([[1, side, side]], device=pixels.device))
-        nothing = 0.0 * sum(x.sum() for x in (blank.pooler_output, *getattr(blank, "deepstack_features", ())))
+        nothing = 0.0 * sum(
+            x.sum() for x in (blank.pooler_output, *getattr(blank, "deepstack_features", ()))
+        )
     out = model(
-        input_ids=pack.ids.unsqueeze(0), position_ids=pack.positions.unsqueeze(1), pixel_values=pack.pixel_values,
-        image_grid_thw=pack.grid_thw, layout=pack.layout, **kwargs,
-    ).last_hidden_state[0]  # fmt: skip
+        input_ids=pack.ids.unsqueeze(0),
+        position_ids=pack.positions.unsqueeze(1),
+        pixel_values=pack.pixel_values,
+        image_grid_thw=pack.grid_thw,
+        layout=pack.layout,
+        **kwargs,
+    ).last_hidden_state[0]
     return out + nothing

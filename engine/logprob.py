@@ -19,7 +19,9 @@ import torch
 CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits held at a time: 64 MB, 0.5 GB
 
 
-def token_logps(hidden, weight, targets, temperature=1.0, banned=(), entropy=False, coefficient=None):
+def token_logps(
+    hidden, weight, targets, temperature=1.0, banned=(), entropy=False, coefficient=None
+):
     """log softmax(hidden @ weight.T / temperature)[targets], without ever holding (T, V).
 
     hidden (T, D), weight (V, D), targets (T,) token ids -> (T,) float32, in nats; with `entropy=True` also the
@@ -30,7 +32,9 @@ def token_logps(hidden, weight, targets, temperature=1.0, banned=(), entropy=Fal
     """
     banned = torch.as_tensor(banned, dtype=torch.long, device=hidden.device)
     coefficient = coefficient if torch.is_grad_enabled() else None
-    logp, ent = _TokenLogps.apply(hidden, weight, targets, float(temperature), banned, entropy, coefficient)
+    logp, ent = _TokenLogps.apply(
+        hidden, weight, targets, float(temperature), banned, entropy, coefficient
+    )
     return (logp, ent) if entropy else logp
 
 
@@ -45,7 +49,11 @@ def logits(hidden, weight, temperature=1.0, banned=()):
 def product(a, b):
     """a @ b in float32, also of narrower matrices (or batches of them); a CPU has no such kernel and rounds them."""
     kernel = torch.mm if a.ndim == 2 else torch.bmm
-    return kernel(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else kernel(a, b).float()
+    return (
+        kernel(a, b, out_dtype=torch.float32)
+        if a.is_cuda and a.dtype != torch.float32
+        else kernel(a, b).float()
+    )
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -53,7 +61,11 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, banned, entropy, coefficient):
         logp = torch.empty(len(targets), device=hidden.device)
         lse, ent = torch.empty_like(logp), torch.empty_like(logp)
-        gradient = None if coefficient is None else _Gradient(ctx.needs_input_grad, hidden, weight, targets, temperature)
+        gradient = (
+            None
+            if coefficient is None
+            else _Gradient(ctx.needs_input_grad, hidden, weight, targets, temperature)
+        )
         for at in _chunks(weight, len(targets)):
             x = logits(hidden[at], weight, temperature, banned)  # (chunk, V)
             picked, top = x.gather(1, targets[at, None]), x.amax(1, keepdim=True)
@@ -63,11 +75,15 @@ class _TokenLogps(torch.autograd.Function):
             lse[at] = (top + total.log()).squeeze(1)
             logp[at] = picked.squeeze(1) - lse[at]
             if entropy:  # a banned id has probability 0 and adds 0, not 0 * -inf
-                ent[at] = total.log().squeeze(1) - torch.linalg.vecdot(p, x.index_fill_(1, banned, 0)) / total.squeeze(1)
+                ent[at] = total.log().squeeze(1) - torch.linalg.vecdot(
+                    p, x.index_fill_(1, banned, 0)
+                ) / total.squeeze(1)
             if gradient:
                 gradient.add(at, p.div_(total), coefficient)
         ctx.gradient, ctx.temperature = gradient, temperature
-        ctx.save_for_backward(*((coefficient,) if gradient else (hidden, weight, targets, banned, lse)))
+        ctx.save_for_backward(
+            *((coefficient,) if gradient else (hidden, weight, targets, banned, lse))
+        )
         ctx.mark_non_differentiable(ent)
         return logp, ent
 
@@ -77,8 +93,12 @@ class _TokenLogps(torch.autograd.Function):
         if gradient:
             (coefficient,) = ctx.saved_tensors
             factor = grad @ coefficient / (coefficient @ coefficient).clamp(min=1e-30)
-            if factor.isfinite() and not torch.allclose(grad, factor * coefficient, rtol=1e-3, atol=1e-9):
-                raise ValueError("token_logps: the loss has another gradient than `coefficient`; call it without")
+            if factor.isfinite() and not torch.allclose(
+                grad, factor * coefficient, rtol=1e-3, atol=1e-9
+            ):
+                raise ValueError(
+                    "token_logps: the loss has another gradient than `coefficient`; call it without"
+                )
             return *gradient.result(factor), None, None, None, None, None
         hidden, weight, targets, banned, lse = ctx.saved_tensors
         gradient = _Gradient(ctx.needs_input_grad, hidden, weight, targets, ctx.temperature)
@@ -92,7 +112,12 @@ class _Gradient:
     """d loss / d hidden and d loss / d weight, accumulated chunk by chunk, the latter in float32."""
 
     def __init__(self, needed, hidden, weight, targets, temperature):
-        self.hidden, self.weight, self.targets, self.temperature = hidden, weight, targets, temperature
+        self.hidden, self.weight, self.targets, self.temperature = (
+            hidden,
+            weight,
+            targets,
+            temperature,
+        )
         self.d_hidden = torch.empty_like(hidden) if needed[0] else None
         self.d_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
 
@@ -109,7 +134,9 @@ class _Gradient:
 
     def result(self, factor):
         pair = self.d_hidden, self.d_weight
-        hidden, weight = (x if x is None or isinstance(factor, float) else x.mul_(factor) for x in pair)
+        hidden, weight = (
+            x if x is None or isinstance(factor, float) else x.mul_(factor) for x in pair
+        )
         return hidden, weight if weight is None else weight.to(self.weight.dtype)
 
 

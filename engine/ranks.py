@@ -18,7 +18,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-SAVED_AND_STOPPED = 99  # exit code after SIGTERM: the checkpoint is whole, start again with --resume
+SAVED_AND_STOPPED = (
+    99  # exit code after SIGTERM: the checkpoint is whole, start again with --resume
+)
 
 
 @dataclass
@@ -44,22 +46,36 @@ class Ranks:
             raise error
         except kind:  # where torchrun's handler looks for it
             get_error_handler().record_exception(error)
-        print(f"rank {self.rank} of {self.world}: {kind.__name__}: {error}", file=sys.stderr, flush=True)
-        time.sleep(1.1)  # the others fail once this one is gone; torchrun blames the first, and counts whole seconds
+        print(
+            f"rank {self.rank} of {self.world}: {kind.__name__}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(
+            1.1
+        )  # the others fail once this one is gone; torchrun blames the first, and counts whole seconds
         os._exit(1)  # tidying up could wait for the others
 
 
 def setup(args):
     """Process group (torchrun's, or one of this process alone, which FSDP2 needs too), device, seeds -> Ranks."""
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)  # gloo: counts and metrics
+        alone = (
+            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", **alone
+        )  # gloo: counts and metrics
     random.seed(args.seed)
-    torch.manual_seed(args.seed)  # the same on all ranks; what differs per rollout is seeded by its number
+    torch.manual_seed(
+        args.seed
+    )  # the same on all ranks; what differs per rollout is seeded by its number
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
     signal.signal(signal.SIGTERM, lambda *_: setattr(ranks, "terminated", True))
     sys.excepthook = ranks.fail if ranks.world > 1 else sys.__excepthook__
@@ -121,7 +137,9 @@ def print0(*parts):
 def clip_grad(params, max_norm):
     """Scales the gradients so that their global norm is at most max_norm -> the norm before, a float. All ranks."""
     grads = [p.grad for p in params if p.grad is not None]
-    kinds = [[g for g in grads if isinstance(g, DTensor) is sharded] for sharded in (True, False)]  # torch wants no mix
+    kinds = [
+        [g for g in grads if isinstance(g, DTensor) is sharded] for sharded in (True, False)
+    ]  # torch wants no mix
     norms = [torch.nn.utils.get_total_norm(kind) for kind in kinds if kind]
     norm = math.hypot(*[(n.full_tensor() if isinstance(n, DTensor) else n).item() for n in norms])
     if norm > max_norm:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from common import provenance
-from ranks import agree, is_main
+from engine.log import provenance
+from engine.ranks import agree, is_main
 
 RECORDS = re.compile(
     r"pathlib \w*Path|torch (Size|bool|b?float\d+|u?int\d+)|torch\.serialization _get_layout|"
@@ -42,7 +42,12 @@ def save(folder, write_weights, meta, players=None, state=None):
             dcp.save(_tensors(players), checkpoint_id=new / "resume")
         if is_main():
             cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            kept = {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda, "state": state}
+            kept = {
+                "python": random.getstate(),
+                "cpu": torch.get_rng_state(),
+                "cuda": cuda,
+                "state": state,
+            }
             torch.save(kept, new / "resume/state.pt")
             (new / "meta.json").write_text(json.dumps(provenance() | meta, indent=1))
             os.sync()  # the data has to reach the disk before the names
@@ -69,15 +74,28 @@ def restore(folder, players):
         return None
     try:
         with open(folder / "resume/.metadata", "rb") as file:
-            known = {k: tuple(saved.size) for k, saved in _Plain(file).load().state_dict_metadata.items()}
+            known = {
+                k: tuple(saved.size) for k, saved in _Plain(file).load().state_dict_metadata.items()
+            }
         tensors = _tensors(players, known)
-        if odd := sorted(k for k in known.keys() | tensors if k not in tensors or known.get(k) != tuple(tensors[k].shape)):
+        if odd := sorted(
+            k
+            for k in known.keys() | tensors
+            if k not in tensors or known.get(k) != tuple(tensors[k].shape)
+        ):
             raise ValueError(f"it is of another model: {len(odd)} tensors differ, first {odd[0]}")
-        dcp.load(tensors, checkpoint_id=folder / "resume")  # in place, and cut anew for this number of ranks
-        kept, meta = torch.load(folder / "resume/state.pt", weights_only=True), json.loads((folder / "meta.json").read_text())
+        dcp.load(
+            tensors, checkpoint_id=folder / "resume"
+        )  # in place, and cut anew for this number of ranks
+        kept, meta = (
+            torch.load(folder / "resume/state.pt", weights_only=True),
+            json.loads((folder / "meta.json").read_text()),
+        )
     except (Exception, dcp.CheckpointException) as error:
         what = f"{folder} cannot be resumed: {_why(error)}"
-        raise ValueError(f"{what}. Give the arguments that the run was begun with, or remove it to start afresh") from None
+        raise ValueError(
+            f"{what}. Give the arguments that the run was begun with, or remove it to start afresh"
+        ) from None
     random.setstate(kept["python"])
     torch.set_rng_state(kept["cpu"])
     if kept["cuda"] is not None and torch.cuda.is_available():
@@ -88,7 +106,9 @@ def restore(folder, players):
 class _Plain(pickle.Unpickler):  # of dcp's index: dcp's own reader would run whatever it names
     def find_class(self, module, name):
         if not RECORDS.fullmatch(f"{module} {name}"):
-            raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no record of a tensor")
+            raise pickle.UnpicklingError(
+                f"its index names {module}.{name}, which is no record of a tensor"
+            )
         return super().find_class(module, name)
 
 
@@ -102,9 +122,16 @@ def _tensors(players, known=()):
     found = {}
     for name, (model, optimizer) in players.items():
         found |= {f"{name}.model.{k}": t for k, t in model.state_dict().items()}
-        for n, p in model.named_parameters():  # one that never had a gradient has no optimiser state, before and after
+        for (
+            n,
+            p,
+        ) in (
+            model.named_parameters()
+        ):  # one that never had a gradient has no optimiser state, before and after
             prefix = f"{name}.optimizer.{n}."
             for k in [k for k in ("step", "exp_avg", "exp_avg_sq") if prefix + k in known]:
-                optimizer.state[p][k] = torch.zeros(()) if k == "step" else torch.zeros_like(p, requires_grad=False)
+                optimizer.state[p][k] = (
+                    torch.zeros(()) if k == "step" else torch.zeros_like(p, requires_grad=False)
+                )
             found |= {prefix + k: t for k, t in optimizer.state.get(p, {}).items()}
     return found

@@ -39,10 +39,17 @@ def game_metrics(rows, load, names, clip):
     """
     metrics, centred = {}, []
     for kind, name in enumerate(names):
-        mine = torch.tensor([row[1:] for row in rows if row[0] == kind], dtype=torch.float64).reshape(-1, 5)
+        mine = torch.tensor(
+            [row[1:] for row in rows if row[0] == kind], dtype=torch.float64
+        ).reshape(-1, 5)
         group, reference, policy, *lengths = mine.unbind(1)
-        found = span_metrics(reference, policy, group, *lengths) | {"clipped": _mean(policy.abs() > clip)}
-        metrics |= {f"{name}/{k}": v for k, v in (found | (expert_load(load[kind]) if load.shape[1] else {})).items()}
+        found = span_metrics(reference, policy, group, *lengths) | {
+            "clipped": _mean(policy.abs() > clip)
+        }
+        metrics |= {
+            f"{name}/{k}": v
+            for k, v in (found | (expert_load(load[kind]) if load.shape[1] else {})).items()
+        }
         centred.append(_centred(policy, group))
     if len(names) == 2 and len(centred[0]) == len(centred[1]):
         metrics["advantage_corr"] = correlation(*centred)
@@ -73,7 +80,9 @@ def moments(scores):
 
 def group_spread(scores, group, floor=1e-3):
     """Within-group std (unbiased): its mean, and the share of groups below `floor`, whose advantages are noise."""
-    stds = torch.tensor([scores[group == g].float().std() for g in group.unique() if (group == g).sum() > 1])
+    stds = torch.tensor(
+        [scores[group == g].float().std() for g in group.unique() if (group == g).sum() > 1]
+    )
     return {"group_std": _mean(stds), "flat_groups": _mean(stds < floor)}
 
 
@@ -90,7 +99,9 @@ def expert_load(counts):
     `max_share`: the largest of any layer; `entropy` of the shares, mean over layers: 1 balanced, 0 one expert has all.
     """
     experts = counts.shape[1]
-    share = counts.double() / counts.double().sum(1, keepdim=True)  # a layer without tokens: NaN, and so is the result
+    share = counts.double() / counts.double().sum(
+        1, keepdim=True
+    )  # a layer without tokens: NaN, and so is the result
     means = {f"expert_{i}": _mean(share[:, i]) for i in range(experts)}
     entropy = torch.special.entr(share).sum(1) / log(experts) if experts > 1 else share[:0, 0]
     return {**means, "max_share": _quantile(share.flatten(), 1.0), "entropy": _mean(entropy)}
@@ -109,17 +120,26 @@ def leak_probe(prompts, reference, policy, seed=0):
         return nan
     tokens = {t: i for i, t in enumerate(sorted({ids[-1] for ids in [*reference, *policy]}))}
     random = torch.Generator().manual_seed(seed)
-    table = torch.randn(max(map(max, prompts)) + 1, 8, generator=random)  # random features: the probe learns w and u
+    table = torch.randn(
+        max(map(max, prompts)) + 1, 8, generator=random
+    )  # random features: the probe learns w and u
     means = torch.stack([F.normalize(table[torch.tensor(ids)].mean(0), dim=0) for ids in prompts])
     seen = torch.cat([torch.ones(len(prompts), 1), means], 1)  # (B, 1 + 8)
-    sides = [F.one_hot(torch.tensor([tokens[ids[-1]] for ids in side]), len(tokens)) for side in (reference, policy)]
-    difference = ((sides[0] - sides[1]).unsqueeze(2) * seen.unsqueeze(1)).flatten(1)  # same token: 0, a tie
+    sides = [
+        F.one_hot(torch.tensor([tokens[ids[-1]] for ids in side]), len(tokens))
+        for side in (reference, policy)
+    ]
+    difference = ((sides[0] - sides[1]).unsqueeze(2) * seen.unsqueeze(1)).flatten(
+        1
+    )  # same token: 0, a tie
     return _held_out_accuracy(difference, prompts, random)
 
 
 def length_probe(prompts, reference_length, policy_length, seed=0):
     """As `leak_probe`, from the spans' lengths (B,) alone: no defect, but what can be won without reading."""
-    features = [torch.stack([x.float(), x.float().log1p()], 1) for x in (reference_length, policy_length)]
+    features = [
+        torch.stack([x.float(), x.float().log1p()], 1) for x in (reference_length, policy_length)
+    ]
     difference = features[0] - features[1]
     scale = difference.square().mean(0).sqrt().clamp(min=1e-6)
     return _held_out_accuracy(difference / scale, prompts, torch.Generator().manual_seed(seed))
@@ -130,7 +150,9 @@ def _held_out_accuracy(difference, prompts, random, steps=200):
     difference (B, F): features of the reference minus those of the policy. Bradley-Terry with a linear score, trained
     on half of the prompts and tested on the other, both ways; no state outside is touched.
     """
-    number = {ids: i for i, ids in enumerate(sorted(set(map(tuple, prompts))))}  # the split: as on one rank
+    number = {
+        ids: i for i, ids in enumerate(sorted(set(map(tuple, prompts))))
+    }  # the split: as on one rank
     prompt = torch.tensor([number[tuple(ids)] for ids in prompts])
     if len(number) < 2:
         return nan
@@ -156,4 +178,6 @@ def _quantile(x, q):
 
 def _centred(x, group):
     """x (B,) minus the mean of its group."""
-    return x.double() - torch.tensor([x[group == g].double().mean() for g in group], dtype=torch.float64)
+    return x.double() - torch.tensor(
+        [x[group == g].double().mean() for g in group], dtype=torch.float64
+    )

@@ -1,0 +1,1 @@
+"""What no reader of the method needs: packs, sampler, ranks, files. Nothing in here imports a stage, a tool, or model.py, data.py, rewards.py."""
