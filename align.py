@@ -1,29 +1,36 @@
 """
-Stage 2: black-box adversarial alignment on the policy's own rollouts (PRISM, arXiv 2604.28123, section 3.2).
+Stage 2: black-box adversarial alignment on the policy's own rollouts (PRISM, arXiv 2604.28123,
+section 3.2).
 
-1. Discriminator: a vision-language model upcycled into a mixture of experts, with a scalar head; it scores the
-   perception span (<caption>) and the reasoning span (<think>, <answer>) of a response, each given the prompt.
-2. Warm-up: Bradley-Terry on pairs, the reference's span preferred to the policy's (its rollouts, or --pairs).
-3. The game, each step: sample N rollouts per prompt; score their spans and the reference's; update the discriminator by
-   Bradley-Terry; update the policy by GRPO on alpha * GN(perception) + (1 - alpha) * GN(reasoning) - 1.5 * malformed, where
-   GN normalises within the group and the scores are those of the forward that the discriminator's update used. The
-   verifier's accuracy is logged as a canary and never trained on.
+1. Discriminator: a vision-language model upcycled into a mixture of experts, with a scalar head. It
+   scores each span of a response (data.SPANS: perception is the caption, reasoning is the thinking
+   and the answer), given the prompt.
+2. Warm-up: Bradley-Terry on pairs, the reference's span preferred to the policy's (of its rollouts,
+   or of --pairs).
+3. The game, in each step: sample N rollouts for each prompt; score their spans and the reference's;
+   update the discriminator by Bradley-Terry; update the policy on the advantage
+   alpha * GN(perception) + (1 - alpha) * GN(reasoning) - 1.5 * [malformed], where GN normalises
+   within the group, and the scores are those of the forward that the discriminator's update used.
+   The verifier's accuracy is logged as a canary and never trained on.
 
-Differs from the released code: both sides' spans go through one function and end in the same token; load balance is on in
-the game too; the head is float32 without dropout; scores are clipped in the reward only, L2 is on raw scores. From the
-paper: spans are normalised, then weighed (--normalize sum: its order); experts are routed by token (--disc experts: by kind).
+Differs from the released code: both sides' spans go through one function and end in the same token;
+load balance is on in the game too; the head is float32 without dropout; scores are clipped in the
+reward only, L2 is on raw scores. Differs from the paper: the spans' scores are normalised, then
+weighed (--normalize sum: in its order).
 
-    python align.py --policy ckpt/sft/last --data data/tiny/align.jsonl --out ckpt/align --steps 40
+    python align.py --policy ckpt/sft                                 # the embedded world, on a CPU
     torchrun --nproc_per_node=8 align.py --policy ckpt/sft --data align.parquet --out ckpt/align
 
-    B rollouts   N group size   T tokens   K children of a pack   D hidden   I intermediate   E experts
+    N rollouts of a prompt   S spans   P pairs of a rollout's and a reference's span
+    T tokens and K spans of a pack   G trees of a pack   D hidden   I intermediate   E experts
+    L layers
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -31,512 +38,693 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import BadRow, Order, Prompt, read, split_spans
+from data import SPANS, WHOLE, read, split_spans
 from engine import health
-from engine.arguments import Common, parse
+from engine.arguments import Common, option, parse
+from engine.attention import adopt, forward_pack
 from engine.checkpoint import restore, save
 from engine.files import expect_none, read_backbone, same_input, write_backbone
 from engine.log import Log
 from engine.optimiser import optimizer, schedule, set_lr, step_if_finite
-from engine.packs import Tree, adopt, each, run
-from engine.ranks import SAVED_AND_STOPPED, all_sum, gather, print0, setup, share, world
-from engine.rollouts import rollout_metrics, sample, show_rollout, verify
+from engine.packs import Tree, is_split, packs_of
+from engine.ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, print0, setup, world
+from engine.rollouts import (
+    Group,
+    rollout_metrics,
+    sample_groups,
+    sampler_logps,
+    show_rollouts,
+)
+from engine.rows import BadRow, Order
 from model import RolloutCopy, full_state, load, shard
 from model import save as save_policy
-from rlvr import policy_update
-from tools import memory
+from rewards import verify
 
-PERCEPTION, REASONING = 0, 1  # kinds of span
-NAMES = ("perception", "reasoning")
 WARMUP_CHECK = 20  # updates between held-out accuracies
+NO_GAIN = 5  # so many checks without a gain end the warm-up
 
 
 @dataclass(kw_only=True)
 class Args(Common):
-    disc: Literal["moe", "experts", "dense"] = (
-        "moe"  # token-routed experts; an expert and a head per kind of span; no experts
+    disc: Literal["moe", "experts", "dense"] = option(
+        "moe", "token-routed experts; an expert and a head for each span; no experts"
     )
-    disc_init: str = (
-        ""  # dense checkpoint that the discriminator is upcycled from; empty: the policy's
+    disc_init: str = option(
+        "", "dense checkpoint that the discriminator is upcycled from; empty: the policy's"
     )
-    disc_path: str = ""  # a discriminator that was warmed up already: a run's, or the released one (folder or hub name)
-    disc_blind: bool = False  # ablation: the discriminator sees no image
-    spans: Literal["both", "whole"] = (
-        "both"  # whole: one score for the whole response (GAD, the text-only ancestor)
+    disc_path: str = option(
+        "", "a discriminator that is warmed up already: a run's, or the released one"
     )
-    experts: int = 4  # per layer, of --disc moe
-    experts_per_token: int = 2  # of --disc moe
-    upcycle_noise: float = (
-        0.01  # noise on the copied experts, relative to each tensor's standard deviation
+    disc_blind: bool = option(False, "ablation: the discriminator sees no image")
+    spans: Literal["both", "whole"] = option(
+        "both", "whole: one score for the whole response (GAD, the text-only ancestor)"
     )
-    pairs: str = ""  # warm-up pairs; empty: made from the policy's rollouts on --data
-    warmup_steps: int = (
-        940  # at most, of the discriminator before the game (120,000 pairs); 0: none
+    experts: int = option(4, "per layer, of --disc moe", least=1)
+    experts_per_token: int = option(2, "of --disc moe", least=1)
+    upcycle_noise: float = option(
+        0.01, "noise on the copied experts, relative to each tensor's standard deviation"
     )
-    warmup_pairs: int = 128  # pairs per warm-up update
-    warmup_lr: float = 1e-5  # peak learning rate of the warm-up, cosine
-    warmup_until: float = (
-        0.9  # stop once held-out pair accuracy of every kind of span reaches it, or stops growing
+    pairs: str = option("", "warm-up pairs; empty: made from the policy's rollouts on --data")
+    warmup_steps: int = option(
+        940, "at most, of the discriminator before the game (120,000 pairs); 0: none"
     )
-    warmup_only: bool = False  # end after the warm-up
-    prompts_per_step: int = 4  # groups per step of the game, over all ranks
-    group_size: int = 16  # rollouts per prompt
-    alpha: float = 0.5  # weight of perception in the advantage
-    normalize: Literal["span", "sum"] = (
-        "span"  # normalise each span's scores then weigh, or weigh then normalise
+    warmup_pairs: int = option(128, "pairs per warm-up update", least=1)
+    warmup_lr: float = option(1e-5, "peak learning rate of the warm-up, cosine")
+    warmup_until: float = option(
+        0.9, "stop once held-out pair accuracy of every span reaches it, or stops growing"
     )
-    malformed: Literal["floor", "drop"] = (
-        "floor"  # malformed rollouts: lowest score - 1 and a penalty, or left out
+    warmup_only: bool = option(False, "end after the warm-up")
+    prompts_per_step: int = option(4, "groups per step of the game, over all ranks", least=1)
+    group_size: int = option(16, "rollouts per prompt", least=2)
+    alpha: float = option(0.5, "weight of perception in the advantage")
+    normalize: Literal["span", "sum"] = option(
+        "span", "normalise each span's scores, then weigh; or weigh, then normalise"
     )
-    malformed_penalty: float = 1.5  # subtracted from the advantage of a malformed rollout
-    std_floor: float = 0.0  # least standard deviation that a group is divided by
-    disc_lr: float = 1e-6  # of the discriminator in the game
-    disc_weight_decay: float = 0.01  # AdamW's, on matrices only
-    score_clip: float = 10.0  # bound on the scores as rewards (never in the discriminator's loss)
-    score_l2: float = 1e-3  # coefficient of the mean square of raw scores: Bradley-Terry alone leaves their level free
-    balance: float = 0.01  # coefficient of the load-balancing loss of --disc moe
-    temperature: float = 1.0  # of sampling and of the log-probs alike
-    slots: int = 256  # rows decoded at once, per device
-    probe_every: int = 50  # steps between leak probes; 0: never
-    # not for choice: strictly on-policy, no KL; so every ratio is 1 and the clip of no effect
-    minibatches, kl, ratio, clip_low, clip_high, dual_clip, aggregation = (
-        1,
-        0.0,
-        "token",
-        0.2,
-        0.2,
-        3.0,
-        "token-mean",
+    malformed: Literal["floor", "drop"] = option(
+        "floor", "malformed rollouts: lowest score - 1 and a penalty; or left out"
     )
+    malformed_penalty: float = option(1.5, "subtracted from a malformed rollout's advantage")
+    std_floor: float = option(0.0, "least standard deviation that a group is divided by")
+    disc_lr: float = option(1e-6, "of the discriminator in the game")
+    disc_weight_decay: float = option(0.01, "AdamW's, on matrices only")
+    score_clip: float = option(
+        10.0, "bound on the scores as rewards, never in the discriminator's loss", above=0
+    )
+    score_l2: float = option(
+        1e-3, "coefficient of the mean square of raw scores: Bradley-Terry leaves their level free"
+    )
+    balance: float = option(0.01, "coefficient of the load-balancing loss of --disc moe")
+    temperature: float = option(1.0, "of sampling and of the log-probs alike", above=0)
+    slots: int = option(256, "rows decoded at once, per device", least=1)
+    probe_every: int = option(50, "steps between leak probes; 0: never")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.spans == "whole" and (self.disc == "experts" or self.normalize == "sum"):
-            raise ValueError(
-                "--spans whole has one kind of span: --disc experts and --normalize sum need two"
-            )
-        if self.group_size < 2 or not 0 <= self.alpha <= 1 or self.score_clip <= 0:
-            raise ValueError(
-                "--group_size must be 2 or more, --alpha between 0 and 1, --score_clip above 0"
-            )
+        if self.alpha > 1:
+            raise ValueError(f"--alpha is {self.alpha}: it is a share, at most 1")
+        if self.spans == "whole" and self.disc == "experts":
+            raise ValueError("--disc experts needs several spans: --spans whole has one")
+        if self.spans == "whole" and self.normalize == "sum":
+            raise ValueError("--normalize sum adds several spans: --spans whole has one")
+        if self.experts_per_token > self.experts:
+            raise ValueError("--experts_per_token is at most --experts")
 
 
-# ----------------------------------------------------------------------------------------------------- the algorithm
+def span_table(args):
+    """{name of a span: the parts of a response that it holds}: what the discriminator scores."""
+    return WHOLE if args.spans == "whole" else SPANS
+
+
+def span_weights(args):
+    """{name of a span: its weight in the advantage}."""
+    if args.spans == "whole":
+        return {"whole": 1.0}
+    return {"perception": args.alpha, "reasoning": 1 - args.alpha}
+
+
+# ----------------------------------------------------------------------------- the algorithm
 def bradley_terry(reference_score, policy_score, denominator=None):
-    """mean -log sigmoid(reference - policy), (B,) raw scores each -> scalar (section 3.2.4).
+    """Mean of -log sigmoid(reference - policy) over pairs: raw scores (P,) each -> scalar (section
+    3.2.4).
 
-    denominator: pairs over all micro-batches and ranks; None: this call's own. No pairs: 0, with a gradient.
+    denominator: the number of pairs over all packs and ranks; None: of this call. Without pairs the
+    loss is 0, with a gradient.
     """
-    losses = -F.logsigmoid(reference_score - policy_score)
-    return losses.sum() / (max(1, len(losses)) if denominator is None else denominator)
+    if denominator is None:
+        denominator = max(1, len(policy_score))
+    return -F.logsigmoid(reference_score - policy_score).sum() / denominator
 
 
-def alignment_advantage(
-    perception,
-    reasoning,
+def group_normalize(score, counted, std_floor=0.0):
+    """GN: (score - mean) / (std + 1e-6) within a group, (N,) -> (N,), with the unbiased std.
+
+    Rollouts that are not `counted`, (N,) bool, get 0 and do not enter mean and std. Where all
+    scores are equal there is nothing to tell apart: 0 for all (their rounding, divided by itself,
+    would give a whole advantage).
+    """
+    normalized = torch.zeros_like(score)
+    x = score[counted]
+    if len(x) < 2 or x.max() == x.min():
+        return normalized
+    normalized[counted] = (x - x.mean()) / (x.std().clamp(min=std_floor) + 1e-6)
+    return normalized
+
+
+def floor_malformed(score, well_formed):
+    """Scores (N,) of one span, where malformed rollouts get the group's lowest score - 1 (-1 where
+    no rollout is well-formed)."""
+    lowest = score[well_formed].min() if well_formed.any() else torch.zeros(())
+    return torch.where(well_formed, score, lowest - 1)
+
+
+def span_advantage(
+    scores,
+    weights,
     well_formed,
-    group_size,
     *,
-    alpha=0.5,
     malformed_penalty=1.5,
     normalize="span",
     std_floor=0.0,
     malformed="floor",
 ):
-    """alpha * GN(perception) + (1 - alpha) * GN(reasoning) - malformed_penalty * [malformed], (B,) each -> (B,).
+    """The advantage (N,) of one group from the scores (S, N) of its spans, weighed by `weights`, S
+    numbers: sum of weight * GN(score), - malformed_penalty * [malformed].
 
-    GN(s) = (s - mean) / (std + 1e-6) within groups of `group_size` consecutive rollouts, unbiased std. A malformed rollout
-    has no spans: its score is the lowest of its group's well-formed ones of that kind - 1 (-1 where there is none); with
-    malformed="drop" it gets advantage 0 and does not count. normalize="sum": the weighted sum of the scores is normalised
-    (the paper's order). Raises ValueError where groups do not fit.
+    well_formed (N,) bool; scores of malformed rollouts are not read. With malformed="drop" they get
+    advantage 0 and do not count. normalize="sum": GN of the weighted sum (the paper's order).
     """
+    dropped = malformed == "drop"
+    counted = well_formed if dropped else torch.ones_like(well_formed)
+    floored = [floor_malformed(score, well_formed) for score in scores.float()]
+    if normalize == "sum":
+        total = sum(w * score for w, score in zip(weights, floored, strict=True))
+        advantage = group_normalize(total, counted, std_floor)
+    else:
+        normalized = [group_normalize(score, counted, std_floor) for score in floored]
+        advantage = sum(w * score for w, score in zip(weights, normalized, strict=True))
+    if not dropped:
+        advantage = advantage - malformed_penalty * (~well_formed).float()
+    return advantage
+
+
+def alignment_advantage(
+    perception, reasoning, well_formed, group_size, *, alpha=0.5, malformed_penalty=1.5, **options
+):
+    """`span_advantage` of perception and reasoning scores (B,), in groups of `group_size`
+    consecutive rollouts -> (B,). Raises ValueError where groups do not fit."""
     if group_size < 2 or len(perception) % group_size:
         raise ValueError(
             f"{len(perception)} rollouts are no groups of {group_size} (a group needs 2 or more)"
         )
-    ok = well_formed.bool().view(-1, group_size)
-
-    def floored(score):
-        score = score.float().view(-1, group_size).masked_fill(~ok, torch.inf)
-        lowest = score.amin(1, keepdim=True)
-        return torch.where(ok, score, torch.where(lowest.isinf(), 0.0, lowest) - 1.0)
-
-    def normalized(score):
-        counted = ok if malformed == "drop" else torch.ones_like(ok)
-        n = counted.sum(1, keepdim=True)
-        centred = (score - (score * counted).sum(1, keepdim=True) / n.clamp(min=1)) * counted
-        std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-        return centred / (std.clamp(min=std_floor) + 1e-6)
-
-    v, r = floored(perception), floored(reasoning)
-    spans_first = alpha * normalized(v) + (1 - alpha) * normalized(r)
-    advantage = normalized(alpha * v + (1 - alpha) * r) if normalize == "sum" else spans_first
-    return (advantage - malformed_penalty * ~ok * (malformed == "floor")).flatten()
+    advantages = []
+    for start in range(0, len(perception), group_size):
+        group = slice(start, start + group_size)
+        scores = torch.stack([perception[group], reasoning[group]])
+        advantages.append(
+            span_advantage(
+                scores,
+                (alpha, 1 - alpha),
+                well_formed[group].bool(),
+                malformed_penalty=malformed_penalty,
+                **options,
+            )
+        )
+    return torch.cat(advantages)
 
 
-# ------------------------------------------------------------------------------------------------- the discriminator
+def load_balance(dispatched, probability):
+    """E * sum_e f_e P_e of Switch (arXiv 2101.03961, equation 4), averaged over layers: 1 where the
+    load is balanced.
+
+    dispatched, probability (L, G, E): f, the share of a tree's tokens that goes to each expert, and
+    P, the mean of the router's probabilities over the tree's tokens -> (G,).
+    """
+    layers, trees, experts = probability.shape
+    if layers == 0:
+        return probability.new_zeros(trees)
+    return experts * (dispatched * probability).sum(-1).mean(0)
+
+
+# ----------------------------------------------------------------------------- the discriminator
 class Experts(nn.Module):
-    """E SwiGLU experts in the place of a dense MLP, each a copy of it plus noise; parameters in transformers 4.57's
-    layout. Routed by token (softmax, top k, weights renormalised), or, without a router, by the token's kind of span."""
+    """E SwiGLU experts in the place of a dense MLP, each a copy of it plus noise. Parameters stand
+    in the layout of transformers 4.57.
+
+    With a router: a softmax over experts, the top k, their weights renormalised. Without: each span
+    has its expert; prompt tokens, which the spans share, go through all of them, averaged.
+    """
 
     def __init__(self, mlp, experts, top_k, noise=0.0, routed=True):
         super().__init__()
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).T  # (D, 2I)
+        down = mlp.down_proj.weight.T  # (I, D)
         self.experts = nn.Module()
-        for name, weight in (("gate_up_proj", gate_up), ("down_proj", mlp.down_proj.weight.T)):
-            copies = (
-                weight.detach().expand(experts, -1, -1).contiguous()
-            )  # FSDP2 takes nothing else
-            self.experts.register_parameter(
-                name, nn.Parameter(copies + noise * copies.std() * torch.randn(copies.shape))
-            )
-        self.gate = nn.Linear(gate_up.shape[0], experts, bias=False) if routed else None
+        self.experts.gate_up_proj = nn.Parameter(_noisy_copies(gate_up, experts, noise))
+        self.experts.down_proj = nn.Parameter(_noisy_copies(down, experts, noise))
+        self.gate = None
         if routed:
+            self.gate = nn.Linear(gate_up.shape[0], experts, bias=False)
             nn.init.normal_(self.gate.weight, std=0.02)
-        self.act, self.top_k, self.routing = mlp.act_fn, top_k, None
+        self.act = mlp.act_fn
+        self.top_k = top_k
+        self.kind = None  # (T,) the span of each token, set before each forward
+        self.recording = False  # whether the next forward keeps `probability` and `routed`
+        self.probability = None  # (T, E)
+        self.routed = None  # (T, E)
 
     def forward(self, x):
-        shape, x = x.shape, x.flatten(0, -2)  # (T, D)
-        if (
-            self.gate is None
-        ):  # perception and reasoning expert; prompt tokens go through both, averaged
-            route = F.normalize(
-                torch.stack([self.kind != REASONING, self.kind != PERCEPTION], 1).float(),
-                p=1,
-                dim=1,
-            )
-        else:
-            probs = self.gate(x).float().softmax(-1)  # (T, E)
-            top, index = probs.topk(self.top_k, -1)
-            route = torch.zeros_like(probs).scatter(1, index, top / top.sum(-1, keepdim=True))
-            if self.routing is None:  # with the shares of the dispatch (T, E)
-                self.routing = (
-                    probs,
-                    (route > 0).float().detach() / (route > 0).sum(1, keepdim=True),
-                )
-        out, weights = (
-            torch.zeros_like(x),
-            [w.unbind() for w in (self.experts.gate_up_proj, self.experts.down_proj)],
-        )
-        for e, (gate_up, down) in enumerate(zip(*weights, strict=True)):
-            at = route[:, e].nonzero().squeeze(1)
+        shape = x.shape
+        x = x.flatten(0, -2)  # (T, D)
+        route = self._route_by_span() if self.gate is None else self._route_by_token(x)  # (T, E)
+        out = torch.zeros_like(x)
+        gate_ups = self.experts.gate_up_proj.unbind()
+        downs = self.experts.down_proj.unbind()
+        for e, (gate_up, down) in enumerate(zip(gate_ups, downs, strict=True)):
+            at = route[:, e].nonzero().squeeze(1)  # the tokens that go to expert e
             gate, up = (x[at] @ gate_up).chunk(2, -1)
             y = (self.act(gate) * up) @ down
-            out = out.index_add(0, at, y * route[at, e, None].to(y.dtype))
+            weight = route[at, e].unsqueeze(1).to(y.dtype)
+            out = out.index_add(0, at, y * weight)
         return out.view(shape)
+
+    def _route_by_span(self):
+        experts = len(self.experts.down_proj)
+        in_span = F.one_hot(self.kind.clamp(min=0), experts).float()
+        shared = torch.full_like(in_span, 1 / experts)
+        return torch.where(self.kind.unsqueeze(1) >= 0, in_span, shared)
+
+    def _route_by_token(self, x):
+        probability = self.gate(x).float().softmax(-1)
+        top, index = probability.topk(self.top_k, -1)
+        route = torch.zeros_like(probability)
+        route = route.scatter(1, index, top / top.sum(-1, keepdim=True))
+        if self.recording:
+            self.recording = False  # checkpointing's second run would keep all that it made
+            chosen = (route > 0).float().detach()
+            self.probability = probability
+            self.routed = chosen / chosen.sum(1, keepdim=True)
+        return route
+
+
+def _noisy_copies(weight, experts, noise):
+    """(experts, rows, columns); `noise` is relative to the weight's standard deviation."""
+    copies = weight.detach().expand(experts, -1, -1).contiguous()  # FSDP2 takes nothing else
+    return copies + noise * copies.std() * torch.randn(copies.shape)
 
 
 class Discriminator(nn.Module):
-    """A vision-language model without language-model head that scores the children of a pack at their last token."""
+    """A vision-language model without language-model head, which scores the children of a pack at
+    their last tokens."""
 
-    def __init__(self, base, form, experts=4, top_k=2, noise=0.0):
-        """base: a dense transformers model (the one without head), changed in place. Draws from torch's generator."""
+    def __init__(self, base, form, experts=4, top_k=2, noise=0.0, spans=2):
+        """base: a dense transformers model without head, changed in place. form: as --disc. Draws
+        from torch's generator."""
         super().__init__()
-        self.model, self.form = base, form
+        self.model = base
+        self.form = form
         self.mlps = []  # the mixtures, by reference
-        for layer in base.language_model.layers if form != "dense" else []:
-            layer.mlp = Experts(
-                layer.mlp, experts if form == "moe" else 2, top_k, noise, routed=form == "moe"
-            )
-            self.mlps.append(layer.mlp)
-        heads = nn.Linear(
-            base.language_model.config.hidden_size, 2 if form == "experts" else 1, bias=False
-        )
-        self.v_head = nn.Sequential(
-            nn.Identity(), heads
-        )  # v_head.1.weight in the released checkpoint
-        nn.init.normal_(self.v_head[1].weight, std=0.02)
+        heads = 1
+        if form == "experts":
+            experts = heads = spans
+        if form != "dense":
+            for layer in base.language_model.layers:
+                layer.mlp = Experts(layer.mlp, experts, top_k, noise, routed=form == "moe")
+                self.mlps.append(layer.mlp)
+        head = nn.Linear(base.language_model.config.hidden_size, heads, bias=False)
+        nn.init.normal_(head.weight, std=0.02)
+        self.v_head = nn.Sequential(nn.Identity(), head)  # v_head.1.weight in the released one
         adopt(base)
 
     def forward(self, pack):
-        """Raw scores (K,) float32 of the pack's children, the load-balancing loss of each of its trees, and the load
-        (kinds, layers, E): tokens of each kind of span that each expert got."""
+        """Raw scores (K,) float32 of the pack's children, and how its tokens were routed: the
+        probability of each expert, and the share of the token that it got, (L, T, E) each (L = 0
+        without a router)."""
         for mlp in self.mlps:
-            mlp.kind, mlp.routing = pack.kind, None
-        hidden = run(self.model, pack)[pack.ends].float()
-        kinds = pack.kind[pack.ends]
-        scores = self.v_head(hidden).gather(
-            1, kinds.clamp(min=0)[:, None] if self.form == "experts" else kinds[:, None] * 0
-        )
-        trees = int(pack.tree.max()) + 1
-        balance, load = hidden.new_zeros(trees), []
-        for mlp in self.mlps if self.form == "moe" else []:
-            (probs, chosen), mlp.routing = (
-                mlp.routing,
-                (),
-            )  # kept in checkpointing's second run, it would keep all that ran
-            balance = balance + load_balance(probs, chosen, pack.tree, trees) / len(self.mlps)
-            load.append(
-                torch.stack([chosen[pack.kind == kind].sum(0) for kind in (PERCEPTION, REASONING)])
-            )
-        return scores.sum(1), balance, torch.stack(load, 1) if load else hidden.new_zeros(2, 0, 1)
-
-
-def load_balance(probs, chosen, tree, trees):
-    """E * sum_e f_e P_e of Switch (arXiv 2101.03961, equation 4) for each tree of a pack -> (trees,); 1 when balanced.
-
-    f: share of the dispatch, P: mean router probability, both over the tree's tokens; probs, chosen (T, E); tree (T,).
-    Per tree, so that it does not depend on what shares the pack.
-    """
-    tokens = tree.bincount(minlength=trees)[:, None]
-    f, p = (
-        probs.new_zeros(trees, probs.shape[1]).index_add(0, tree, x) / tokens
-        for x in (chosen, probs)
-    )
-    return probs.shape[1] * (f * p).sum(1)
-
-
-def save_discriminator(disc, source, folder):
-    """Write `disc` in the released one's layout: Qwen3-VL-MoE's of transformers 4.57, and `v_head.1.weight`. All ranks."""
-    mixture = (len(disc.mlps[0].experts.down_proj), disc.mlps[0].top_k) if disc.mlps else None
-    write_backbone(
-        full_state(disc), disc.model.config, {"discriminator": disc.form}, source, folder, mixture
-    )
+            mlp.kind = pack.kind
+            mlp.recording = True
+        hidden = forward_pack(self.model, pack)  # (T, D)
+        scores = self.v_head(hidden[pack.ends].float())  # (K, heads)
+        if self.form == "experts":
+            scores = scores.gather(1, pack.kind[pack.ends].unsqueeze(1))
+        if self.form != "moe":
+            nothing = hidden.new_zeros(0, len(pack.ids), 1)
+            return scores.squeeze(1), nothing, nothing
+        probability = torch.stack([mlp.probability for mlp in self.mlps])
+        routed = torch.stack([mlp.routed for mlp in self.mlps])
+        for mlp in self.mlps:
+            mlp.probability = mlp.routed = None
+        return scores.squeeze(1), probability, routed
 
 
 def load_discriminator(args) -> Discriminator:
     """Open --disc_path, or upcycle --disc_init (the policy)."""
     if args.disc_path:
         return open_discriminator(args.disc_path, args.disc)
-    base = load(args.disc_init or args.policy).hf.model
+    return upcycle(load(args.disc_init or args.policy).hf.model, args)
+
+
+def upcycle(base, args) -> Discriminator:
+    """A discriminator made of `base`, a dense transformers model without head."""
     torch.manual_seed(args.seed)
     return Discriminator(base, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
 
 
 def open_discriminator(path, expected=None) -> Discriminator:
-    """`path`: as for files.read_backbone. ValueError for what is no discriminator, in doubt, or not of the `expected` form."""
+    """Open the discriminator in `path` (as for files.read_backbone).
+
+    Raises ValueError for what is no discriminator, in doubt, or not of the `expected` form.
+    """
     base, state, config = read_backbone(path)
-    experts, top_k = (
-        config["text_config"].get(k, 0) for k in ("num_experts", "num_experts_per_tok")
-    )
+    experts = config["text_config"].get("num_experts", 0)
+    top_k = config["text_config"].get("num_experts_per_tok", 0)
     form = config.get("discriminator", "moe" if experts else "dense")
     if "v_head.1.weight" not in state:
         raise ValueError(
             f"{path} has no v_head.1.weight: it is no discriminator (--disc_init upcycles a policy)"
         )
-    if form != (expected or form):
+    if expected and form != expected:
         raise ValueError(
             f"{path} is a discriminator of the form {form}, not {expected}: give --disc {form}"
         )
-    disc = Discriminator(base, form, experts, top_k)
-    expect_none(
-        path,
-        {(k, v.shape) for k, v in disc.state_dict().items()}
-        ^ {(k, v.shape) for k, v in state.items()},
-    )
+    disc = Discriminator(base, form, experts, top_k, spans=experts)
+    ours = {(name, tensor.shape) for name, tensor in disc.state_dict().items()}
+    theirs = {(name, tensor.shape) for name, tensor in state.items()}
+    expect_none(path, ours ^ theirs)
     disc.load_state_dict(state)
     return disc
 
 
-# -------------------------------------------------------------------------------- spans, and the discriminator's update
-@dataclass
-class Item:
-    """One prompt of a batch: the reference's spans, and the policy's once there are rollouts (malformed ones: none)."""
-
-    prompt: Prompt
-    seen: Prompt  # by the discriminator: without image if it is blind
-    reference: dict[int, list[int]]  # kind -> ids
-    policy: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (rollout, kind, ids)
-    well_formed: torch.Tensor | None = None  # (N,) bool
-    score: dict = field(
-        default_factory=dict
-    )  # kind -> {rollout, or None for the reference: raw score}
-
-    def tree(self):  # what the discriminator reads
-        children = [*self.reference.values(), *(ids for *_, ids in self.policy)]
-        kinds = [*self.reference, *(kind for _, kind, _ in self.policy)]
-        return Tree(self.seen, children, kinds, shared=len(self.reference))
+def save_discriminator(disc, source, folder):
+    """Write `disc` in the released one's layout: Qwen3-VL-MoE's of transformers 4.57, and
+    `v_head.1.weight`. source: the checkpoint whose processor files are copied. All ranks."""
+    mixture = None
+    if disc.mlps:
+        mixture = (len(disc.mlps[0].experts.down_proj), disc.mlps[0].top_k)
+    extra = {"discriminator": disc.form}
+    write_backbone(full_state(disc), disc.model.config, extra, source, folder, mixture)
 
 
-def encode_spans(encoder, response, spans):
-    """{kind: ids} of a response, or None where it is malformed. The one way from text to ids, for both sides."""
-    texts = split_spans(response)
+# ----------------------------------------------------------------------------- spans of a group
+def encode_spans(encoder, response, table):
+    """The ids of each span of a response, in the order of `table`, or None where it is malformed.
+    This is the one way from text to ids, for references and rollouts alike."""
+    texts = split_spans(response, table)
     if texts is None:
         return None
-    texts = texts if spans == "both" else ("\n".join(texts),)
-    return {kind: encoder.response(text) for kind, text in enumerate(texts)}
+    return [encoder.response(text) for text in texts]
 
 
-def demonstration(example, encoder, disc_encoder, args) -> Item:
-    """The item of a row. Raises BadRow where its reference is longer than rollouts may be (cut, it has no answer)."""
+def new_group(example, encoder, disc_encoder, args) -> Group:
+    """The group of a row, before its rollouts. Raises BadRow where the reference is longer than
+    rollouts may be (cut, it would have no answer)."""
     if len(encoder.response(example.response)) > args.max_response:
         raise BadRow(
             example.where, "reference longer than --max_response", "Raise it, or drop the row."
         )
     prompt = encoder.prompt(example)
     seen = disc_encoder.prompt(example) if args.disc_blind else prompt
-    return Item(prompt, seen, encode_spans(encoder, example.response, args.spans))
+    reference = encode_spans(encoder, example.response, span_table(args))
+    return Group(prompt, seen=seen, reference=reference)
 
 
-def warm_up_pair(row, encoder, disc_encoder, args) -> Item:
-    """The item of a row of --pairs, as if of one rollout."""
-    pairs = dict(enumerate(row.pairs[name] for name in NAMES))
+def group_of_pair(row, encoder, disc_encoder, args) -> Group:
+    """The group of a row of --pairs, as if of one rollout. Raises BadRow as `new_group`."""
+    sides = row.pairs.values()  # (reference's text, policy's text) of each span
+    reference = [encoder.response(side[0]) for side in sides]
+    policy = [encoder.response(side[1]) for side in sides]
     if args.spans == "whole":
-        pairs = {0: tuple("\n".join(side) for side in zip(*pairs.values(), strict=True))}
-    reference, policy = (
-        {kind: encoder.response(texts[side]) for kind, texts in pairs.items()} for side in (0, 1)
-    )
+        texts = ["\n".join(side) for side in zip(*sides, strict=True)]
+        reference = [encoder.response(texts[0])]
+        policy = [encoder.response(texts[1])]
     prompt = disc_encoder.prompt(row.example)
-    return Item(prompt, prompt, reference, [(0, kind, ids) for kind, ids in policy.items()])
+    return with_spans(Group(prompt, seen=prompt, reference=reference), [policy])
 
 
-def roll(items, numbers, hf, encoder, args, seed):
-    """Sample a group of rollouts on each item's prompt -> groups; their spans become the items'."""
-    groups = sample(hf, encoder, [item.prompt for item in items], numbers, args, seed)
-    for item, group in zip(items, groups, strict=True):
-        found = [encode_spans(encoder, text, args.spans) for text in group.texts]
-        item.well_formed = torch.tensor([spans is not None for spans in found])
-        item.policy = [
-            (k, kind, ids) for k, spans in enumerate(found) for kind, ids in (spans or {}).items()
-        ]
-    return groups
+def with_spans(group, spans) -> Group:
+    """`group` with the ids of its rollouts' spans, N lists (None: malformed), and no scores yet."""
+    group.spans = spans
+    group.well_formed = torch.tensor([ids is not None for ids in spans])
+    group.reference_score = torch.full((len(group.reference),), torch.nan)
+    group.score = torch.full((len(group.reference), len(spans)), torch.nan)
+    return group
 
 
-def disc_pass(disc, items, args, device, spare, train=True):
-    """Score the spans of `items` (this rank's; `spare`: any item) in one forward, and with `train` accumulate the gradients of
+def roll(groups, hf, encoder, args, seed):
+    """Sample the groups' rollouts and split them into spans. All ranks call it."""
+    sample_groups(hf, encoder, groups, verify, args, seed)
+    for group in groups:
+        with_spans(group, [encode_spans(encoder, text, span_table(args)) for text in group.texts])
 
-        sum over kinds of mean_i [bradley_terry(D(x, y*), D(x, y_i))] + score_l2 * mean square of the raw scores
-        + balance * load balance,      means over all well-formed rollouts of the step, on all ranks
 
-    -> (loss, this rank's part; load (kinds, layers, E), all ranks'). Fills item.score. All ranks call it.
+def scored_spans(group):
+    """(rollout, span) of each span that the discriminator scores beside the reference's, in the
+    order in which they stand in the group's tree."""
+    rollouts = group.well_formed.nonzero().flatten().tolist()
+    return [(k, s) for k in rollouts for s in range(len(group.reference))]
+
+
+def spans_tree(group) -> Tree:
+    """What the discriminator reads: the prompt, continued by the reference's spans, then by the
+    rollouts'. The reference's stand in each part of a tree that is split."""
+    children = [*group.reference]
+    kinds = [*range(len(group.reference))]
+    for k, s in scored_spans(group):
+        children.append(group.spans[k][s])
+        kinds.append(s)
+    return Tree(group.seen, children, kinds, shared=len(group.reference))
+
+
+# ----------------------------------------------------------------------------- its update
+@dataclass
+class Pairs:
+    """The P pairs of a pack: a rollout's span and the reference's span of the same kind."""
+
+    row: list[int]  # of the rollout's span among the pack's children
+    reference_row: list[int]  # of the reference's
+    group: list[int]  # its group's place in the list of groups
+    rollout: list[int]
+    span: list[int]
+
+    def names(self):
+        """(group, span, rollout) of each pair."""
+        return zip(self.group, self.span, self.rollout, strict=True)
+
+
+def pairs_in(pack, groups) -> Pairs:
+    """The pairs of `pack`, made of the trees of `groups`."""
+    row_of = {child: row for row, child in enumerate(pack.children)}
+    pairs = Pairs([], [], [], [], [])
+    for (g, child), row in row_of.items():
+        references = len(groups[g].reference)
+        if child >= references:  # the first children are the reference's
+            rollout, span = scored_spans(groups[g])[child - references]
+            pairs.row.append(row)
+            pairs.reference_row.append(row_of[g, span])
+            pairs.group.append(g)
+            pairs.rollout.append(rollout)
+            pairs.span.append(span)
+    return pairs
+
+
+def discriminator_pass(disc, groups, args, device, train=True):
+    """Score the spans of `groups` in one forward, into group.score and group.reference_score, and
+    with `train` accumulate the gradients of
+
+        sum over spans of mean_i -log sigmoid(D(x, y*) - D(x, y_i))
+        + score_l2 * mean square of the raw scores + balance * load balance,
+
+    means over all well-formed rollouts of the step -> (loss; load (S, L, E), tokens of each span
+    that each expert got). All ranks call it with the same groups, and all get the same.
     """
-    busy = [item for item in items if item.policy]
-    n = all_sum(
-        {
-            kind: sum(s[1] == kind for item in items for s in item.policy)
-            for kind in (PERCEPTION, REASONING)
-        }
-    )
-    kinds, spans, total, loads = sum(c > 0 for c in n.values()), max(1.0, sum(n.values())), 0.0, []
-    with torch.set_grad_enabled(train):
-        for pack in each([item.tree() for item in busy], args.pack_tokens, device, spare.tree()):
-            raw, balance, load = disc(pack)
-            loss = (raw.sum() + balance.sum()) * 0.0
-            at = {
-                child: k for k, child in enumerate(pack.children if pack.weight else [])
-            }  # (item, child) -> row of raw
-            for b, t in enumerate(sorted({t for t, _ in at})):
-                item, head = busy[t], len(busy[t].reference)
-                mine = [(c, *span[:2]) for c, span in enumerate(item.policy, head) if (t, c) in at]
-                for c, kind in enumerate(item.reference):
-                    rows, rollouts = (
-                        [at[t, c] for c, _, k in mine if k == kind],
-                        [r for _, r, k in mine if k == kind],
-                    )
-                    ours, theirs = raw[rows], raw[at[t, c]].expand(len(rows))
-                    loss = loss + bradley_terry(theirs, ours, max(1.0, n[kind]))
-                    squares = (
-                        theirs.square() + ours.square()
-                    ).sum() / 2  # raw: what is saturated is pulled back too
-                    loss = loss + args.score_l2 * squares / max(1.0, n[kind] * kinds)
-                    values = raw[[at[t, c], *rows]].tolist()
-                    item.score.setdefault(kind, {}).update(
-                        zip([None, *rollouts], values, strict=True)
-                    )
-                loss = loss + args.balance * balance[b] * len(mine) / spans
-            if train:
-                (loss * world()).backward()
-            total += float(loss.detach())
-            loads.append(load.detach() * pack.weight)
-    return total, all_sum(torch.stack(loads).sum(0)).cpu() if loads else torch.zeros(2, 0, 1)
+    groups = [group for group in groups if group.well_formed.any()]
+    trees = [spans_tree(group) for group in groups]
+    rollouts = sum(int(group.well_formed.sum()) for group in groups)  # pairs of each span
+    spans = len(span_table(args))
+    routed_whole = routing_of_split_trees(disc, trees, args, device)
+    total = 0.0
+    load = torch.zeros(spans, 0, 1)
+    found = []  # (group, span, rollout, score, reference's score) of each pair
+    for pack in packs_of(trees, args.pack_tokens, device):
+        with torch.set_grad_enabled(train):
+            raw, probability, routed = disc(pack)  # (K,), (L, T, E), (L, T, E)
+            pairs = pairs_in(pack, groups)
+            weight = torch.full((len(pairs.row),), 1 / rollouts, device=device)  # (P,) a mean
+            ours = raw[pairs.row]  # (P,)
+            theirs = raw[pairs.reference_row]  # (P,)
+            loss = -(weight * F.logsigmoid(theirs - ours)).sum()
+            squares = (theirs.square() + ours.square()) / 2  # raw: what is saturated is pulled back
+            loss = loss + args.score_l2 * (weight * squares).sum() / spans
+
+            routed_here = mean_of_trees(routed, pack)  # (L, G, E)
+            routed_there = routed_here if routed_whole is None else routed_whole[:, pack.trees]
+            balance = load_balance(routed_there, mean_of_trees(probability, pack))  # (G,)
+            share = [int(groups[g].well_formed.sum()) / rollouts for g in pack.trees]
+            loss = loss + args.balance * (torch.tensor(share, device=device) * balance).sum()
+        if train:
+            (loss * world()).backward()  # FSDP averages over ranks; the weights are global already
+        total += float(loss.detach())
+        load = load + load_of_spans(routed, pack, spans)
+        scores = zip(ours.tolist(), theirs.tolist(), strict=True)
+        for (g, s, k), (our, their) in zip(pairs.names(), scores, strict=True):
+            found.append((g, s, k, our, their))
+    for part in gather(found):
+        for g, s, k, our, their in part:
+            groups[g].score[s, k] = our
+            groups[g].reference_score[s] = their
+    return all_sum(total), sum(gather(load))
 
 
-def disc_metrics(items, numbers, load, args, probe=False):
-    """The discriminator's side of a step in figures (health.py), over all ranks."""
-    rows = [
-        (
-            kind,
-            number,
-            item.score[kind][None],
-            item.score[kind][k],
-            len(item.reference[kind]),
-            len(ids),
+def mean_of_trees(values, pack):
+    """Means of values (L, T, E) over the tokens of each tree of a pack: (L, G, E). Of a tree that
+    is split it is this pack's part of the mean: a token that stands in several packs counts a share
+    of one in each."""
+    values = values / pack.copies.unsqueeze(1)
+    padding = 1  # a padded tail counts as one tree more
+    sums = values.new_zeros(len(values), len(pack.trees) + padding, values.shape[2])
+    sums = sums.index_add(1, pack.tree, values)
+    return sums[:, : len(pack.trees)] / pack.tree_tokens.unsqueeze(1)
+
+
+@torch.no_grad()
+def routing_of_split_trees(disc, trees, args, device):
+    """(L, trees, E): the share of each whole tree's tokens that each expert gets; None where no
+    tree is split, or nothing is routed. The load-balancing loss of a part needs it of the whole,
+    before the part's backward pass: one forward pass more, without gradient. All ranks call it.
+    """
+    if disc.form != "moe" or not is_split(trees, args.pack_tokens):
+        return None
+    whole = 0.0
+    for pack in packs_of(trees, args.pack_tokens, device):
+        _, _, routed = disc(pack)
+        part = routed.new_zeros(len(routed), len(trees), routed.shape[2])
+        part[:, pack.trees] = mean_of_trees(routed, pack)
+        whole = whole + part
+    return all_sum(whole)
+
+
+def load_of_spans(routed, pack, spans):
+    """(S, L, E): tokens of each span of a pack that each expert gets, of their shares (L, T, E)."""
+    routed = routed.detach() / pack.copies.unsqueeze(1)
+    return torch.stack([routed[:, pack.kind == s].sum(1) for s in range(spans)]).cpu()
+
+
+def pairs_of_step(groups, names):
+    """{name of a span: health.Pairs} of all pairs of a step."""
+    pairs = {}
+    for s, name in enumerate(names):
+        rows = []
+        for g, group in enumerate(groups):
+            for k in group.well_formed.nonzero().flatten().tolist():
+                scores = (float(group.reference_score[s]), float(group.score[s, k]))
+                rows.append((*scores, g, len(group.reference[s]), len(group.spans[k][s])))
+        columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5).unbind(1)
+        pairs[name] = health.Pairs(*columns)
+    return pairs
+
+
+def probes_of_step(groups, names):
+    """{name of a span: (prompts, references, rollouts)}, token ids of each pair of a step."""
+    probes = {}
+    for s, name in enumerate(names):
+        prompts, references, policies = [], [], []
+        for group in groups:
+            for k in group.well_formed.nonzero().flatten().tolist():
+                prompts.append(group.seen.ids.tolist())
+                references.append(group.reference[s])
+                policies.append(group.spans[k][s])
+        probes[name] = (prompts, references, policies)
+    return probes
+
+
+# ----------------------------------------------------------------------------- the policy's update
+def update_policy(policy, opt, groups, args, device):
+    """One on-policy update of the policy on group.advantage -> metrics. All ranks call it.
+
+    The rollouts are of this very policy, and it is updated once. So every ratio of GRPO's loss is 1
+    and no clip acts: its gradient is that of - sum of A * log pi / tokens, whose coefficient is
+    known before any log-prob is (logprob.py makes the gradient along with them).
+    """
+    tokens = sum(group.tokens() for group in groups)  # of the step, on all ranks
+    trees = [group.tree() for group in groups]
+    sums = {"loss": 0.0, "entropy": 0.0, "logp_diff": 0.0}
+    logp_diff_max = torch.tensor(0.0)
+    for pack in packs_of(trees, args.pack_tokens, device):
+        advantage = [float(groups[g].advantage[k]) for g, k in pack.children]
+        advantage = torch.tensor(advantage, device=device)  # (K,)
+        coefficient = (-advantage / tokens)[pack.sequence]  # (S,) d loss / d logp
+        banned = policy.encoder.banned
+        logp, entropy = policy(
+            pack, args.temperature, banned, entropy=True, coefficient=coefficient
         )
-        for item, number in zip(items, numbers, strict=True)
-        for k, kind, ids in item.policy
-    ]
-    names = NAMES[: 1 + (args.spans == "both")]
-    metrics = health.game_metrics(sum(gather(rows), []), load, names, args.score_clip)
-    if probe:
-        mine = [
-            (kind, x.seen.ids.tolist(), x.reference[kind], ids)
-            for x in items
-            for _, kind, ids in x.policy
-        ]
-        metrics |= health.probe_metrics(sum(gather(mine), []), names)
-    return metrics
+        loss = (coefficient * logp).sum()
+        (loss * world()).backward()  # FSDP averages over ranks; `tokens` is global already
+        difference = (logp.detach() - sampler_logps(pack, groups)).abs()
+        sums["loss"] += float(coefficient.sum())  # GRPO's loss, where every ratio is 1
+        sums["entropy"] += float(entropy.sum())
+        sums["logp_diff"] += float(difference.sum())
+        if len(difference):  # torch's maximum keeps a NaN, Python's max may lose it
+            logp_diff_max = torch.maximum(logp_diff_max, difference.max().cpu())
+    norm, skipped = step_if_finite(opt, sums["loss"], args.grad_clip, "policy")
+    sums = all_sum(sums)
+    return {
+        "loss": sums["loss"],
+        "grad_norm": norm,
+        "skipped": skipped,
+        "entropy": sums["entropy"] / tokens,
+        "tokens": tokens,
+        "logp_diff": sums["logp_diff"] / tokens,
+        "logp_diff_max": all_max(logp_diff_max).item(),
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------ the loops
+# ----------------------------------------------------------------------------- the loops
 def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
-    """Train the discriminator alone on pairs until it tells held-out pairs apart (section 3.2.3). All ranks call it."""
-    # data: rows of pairs, or prompts whose rollouts become pairs with their references; the last rows are held out
-    data = read(
-        args.pairs or args.data, "pairs" if args.pairs else "align", args.image_root, args.max_bad
-    )
+    """Train the discriminator alone on pairs until it tells held-out pairs apart (section 3.2.3).
+    All ranks call it."""
+    names = list(span_table(args))
+    # data: rows of pairs, or prompts whose rollouts become pairs with their references
+    from_pairs = bool(args.pairs)
+    kind = "pairs" if from_pairs else "align"
+    data = read(args.pairs or args.data, kind, args.image_root, args.max_bad)
+    make_group = group_of_pair if from_pairs else new_group
+    build = partial(make_group, encoder=encoder, disc_encoder=disc_encoder, args=args)
+    pairs_per_row = len(names) * (1 if from_pairs else args.group_size)
+    rows = max(1, args.warmup_pairs // pairs_per_row)
+    # the last rows are held out
     held_out = max(1, min(64, len(data) // 10))
-    if len(data) <= held_out:
+    first_held_out = len(data) - held_out
+    if first_held_out < 1:
         raise ValueError(
             f"{data.path}: {len(data)} rows are too few to warm up on and to hold {held_out} out"
         )
-    order, start, best, stale = Order(len(data) - held_out, args.seed), 0, 0.0, 0
-    build = partial(
-        warm_up_pair if args.pairs else demonstration,
-        encoder=encoder,
-        disc_encoder=disc_encoder,
-        args=args,
-    )
-    rows = max(1, args.warmup_pairs // (len(NAMES) * (1 if args.pairs else args.group_size)))
+    order = Order(first_held_out, args.seed)
     # optimiser, resume
     opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
     last = f"{args.out}/warmup/last"
+    start = 0
+    best = 0.0  # held-out pair accuracy, of the harder span
+    stale = 0  # checks since it grew
     if args.resume and (found := restore(last, {"disc": (disc, opt)})):
-        start, best, stale = found[0]["step"], found[1]["best"], found[1]["stale"]
-        order.load(found[1]["order"])
-    spans = NAMES[: 1 + (args.spans == "both")]
+        meta, state = found
+        start = meta["step"]
+        order.load(state["order"])
+        best = state["best"]
+        stale = state["stale"]
     shown = [
-        f"{name}/{key} {key}_{name[0]}" for name in spans for key in ("acc", "margin", "held_out")
+        f"{name}/{key} {key}_{name[0]}" for name in names for key in ("acc", "margin", "held_out")
     ]
-    log = Log(
-        f"{args.out}/warmup",
-        replace(args, steps=args.warmup_steps),
-        ("loss", *shown, "grad_norm"),
-        start,
-    )
-    spare = data.draw(Order(len(data), args.seed), 1, build)[0]  # for ranks without an item
-    test, test_numbers = share(data.fetch(range(len(data) - held_out, len(data)), build), ranks)
-    if not args.pairs:
-        roll(test, test_numbers, hf, encoder, args, (args.seed, 1, 0))
-    for step in range(
-        start, start if best >= args.warmup_until or stale >= 5 else args.warmup_steps
-    ):
-        items, numbers = data.share(order, rows, build, ranks)
-        if not args.pairs:
-            roll(items, numbers, hf, encoder, args, (args.seed, 1, step + 1))
-        loss, spread = disc_pass(disc, items, args, ranks.device, spare)
+    header = replace(args, steps=args.warmup_steps)
+    log = Log(f"{args.out}/warmup", header, ("loss", *shown, "grad_norm"), start)
+    test = data.fetch(range(first_held_out, len(data)), build)
+    if not from_pairs:
+        roll(test, hf, encoder, args, (args.seed, 1, 0))
+    done = best >= args.warmup_until or stale >= NO_GAIN
+    for step in range(start, start if done else args.warmup_steps):
+        # 1) pairs
+        groups = data.draw(order, rows, build)
+        if not from_pairs:
+            roll(groups, hf, encoder, args, (args.seed, 1, step + 1))
+        # 2) update
+        loss, load = discriminator_pass(disc, groups, args, ranks.device)
         set_lr(opt, args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine"))
         norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
-        metrics = disc_metrics(items, numbers, spread, args)
-        loss = all_sum(loss) if metrics[f"{spans[0]}/acc"] >= 0 else torch.nan  # no pair was seen
-        metrics |= {"loss": loss, "grad_norm": norm, "skipped": skipped, "left_out": len(data.bad)}
-        if step + 1 == args.warmup_steps or (step + 1) % WARMUP_CHECK == 0:
-            _, spread = disc_pass(disc, test, args, ranks.device, spare, train=False)
-            found = disc_metrics(test, test_numbers, spread, args, probe=True)
-            held = {
-                k.replace("/acc", "/held_out"): v for k, v in found.items() if k.endswith("/acc")
-            }
-            metrics |= held | {
-                k: v for k, v in found.items() if k.endswith(("/leak", "/length_probe"))
-            }
-            stale = (
-                0 if min(held.values()) > best + 0.005 else stale + 1
-            )  # NaN, no well-formed rollout, is no gain
-            best = max(best, min(held.values()))
+        # 3) log
+        metrics = health.game_metrics(pairs_of_step(groups, names), load, args.score_clip)
+        metrics["loss"] = loss if any(group.well_formed.any() for group in groups) else torch.nan
+        metrics["grad_norm"] = norm
+        metrics["skipped"] = skipped
+        metrics["left_out"] = len(data.bad)
+        # 4) held-out pairs
+        last_step = step + 1 == args.warmup_steps
+        if last_step or (step + 1) % WARMUP_CHECK == 0:
+            metrics |= held_out_metrics(disc, test, args, ranks.device)
+            accuracy = min(metrics[f"{name}/held_out"] for name in names)
+            stale = 0 if accuracy > best + 0.005 else stale + 1  # NaN, no pair at all, is no gain
+            best = max(best, accuracy)
         log.step(step + 1, metrics)
-        done, stop = (
-            step + 1 == args.warmup_steps or best >= args.warmup_until or stale >= 5,
-            ranks.stop(),
-        )
+        # 5) save
+        done = last_step or best >= args.warmup_until or stale >= NO_GAIN
+        stop = ranks.stop()
         if stop or done or (args.save_every and (step + 1) % args.save_every == 0):
             save(
                 last,
@@ -550,15 +738,30 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         if done:
             break
     print0(
-        f"warm-up: {best:.3f} held-out pair accuracy, of the harder kind of span (0: no pair was seen) -> {last}"
+        f"warm-up: {best:.3f} held-out pair accuracy, of the harder span (0: no pair was seen) "
+        f"-> {last}"
     )
+
+
+def held_out_metrics(disc, test, args, device):
+    """Pair accuracy on groups that are never trained on, and what gives their sides away."""
+    names = list(span_table(args))
+    _, load = discriminator_pass(disc, test, args, device, train=False)
+    found = health.game_metrics(pairs_of_step(test, names), load, args.score_clip)
+    metrics = {f"{name}/held_out": found[f"{name}/acc"] for name in names}
+    return metrics | health.probe_metrics(probes_of_step(test, names))
+
+
+def save_players(policy, disc, folder):
+    """Write the policy to `folder`, the discriminator into it. All ranks call it."""
+    save_policy(policy, folder)
+    save_discriminator(disc, policy.source, folder / "discriminator")
 
 
 def main(args):
     # set-up
-    if args.dry_run:
-        return memory.show(args, lambda: (load(args.policy), load_discriminator(args)))
     ranks = setup(args)
+    names = list(span_table(args))
     # model: the policy, the copy that samples, the discriminator
     policy = load(
         args.policy, max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels
@@ -574,89 +777,69 @@ def main(args):
     # optimisers
     opt = optimizer(policy, args.lr, args.weight_decay)
     disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
+    players = {"policy": (policy, opt), "disc": (disc, disc_opt)}
     # data
     data = read(args.data, "align", args.image_root, args.max_bad)
-    build = partial(demonstration, encoder=encoder, disc_encoder=disc_encoder, args=args)
-    order, start = Order(len(data), args.seed), 0
+    build = partial(new_group, encoder=encoder, disc_encoder=disc_encoder, args=args)
+    order = Order(len(data), args.seed)
     # resume, or warm up
     last = f"{args.out}/last"
-    if args.resume and (
-        found := restore(last, {"policy": (policy, opt), "disc": (disc, disc_opt)})
-    ):
-        start = found[0]["step"]
-        order.load(found[1]["order"])
+    start = 0
+    if args.resume and (found := restore(last, players)):
+        meta, state = found
+        start = meta["step"]
+        order.load(state["order"])
     elif args.warmup_steps and not args.disc_path:
         warm_up(disc, sampler.refresh(), encoder, disc_encoder, policy.source, args, ranks)
     if args.warmup_only:
         return ranks.close()
-    spare = data.draw(Order(len(data), args.seed), 1, build)[0]  # for ranks without a prompt
-    spans = NAMES[: 1 + (args.spans == "both")]
-    shown = [f"{name}/{key} {key}_{name[0]}" for name in spans for key in ("acc", "margin")]
-    log = Log(
-        args.out,
-        args,
-        ("loss", "disc_loss disc", *shown, "format", "accuracy", "length", "entropy"),
-        start,
-    )
+    shown = [f"{name}/{key} {key}_{name[0]}" for name in names for key in ("acc", "margin")]
+    shown = ("loss", "disc_loss disc", *shown, "format", "accuracy", "length", "entropy")
+    log = Log(args.out, args, shown, start)
 
     for step in range(start, args.steps):
         # 1) rollout
-        items, numbers = data.share(order, args.prompts_per_step, build, ranks)
-        groups = roll(items, numbers, sampler.refresh(), encoder, args, (args.seed, 0, step))
+        groups = data.draw(order, args.prompts_per_step, build)
+        roll(groups, sampler.refresh(), encoder, args, (args.seed, 0, step))
         # 2) score, and 3) update the discriminator: one forward serves both
-        disc_loss, spread = disc_pass(disc, items, args, ranks.device, spare)
+        disc_loss, expert_load = discriminator_pass(disc, groups, args, ranks.device)
         disc_norm, disc_skipped = step_if_finite(
             disc_opt, disc_loss, args.grad_clip, "discriminator"
         )
         # 4) advantage
-        for group, item in zip(groups, items, strict=True):
-            for kind, name in enumerate(spans):
-                raw = torch.tensor(
-                    [item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)]
-                )
-                raw = raw.masked_fill(
-                    raw.isinf() | bool(disc_skipped), torch.nan
-                )  # so that it skips the policy's update too
-                group.scores[name] = raw.clamp(-args.score_clip, args.score_clip)  # NaN: malformed
-            group.advantage = alignment_advantage(
-                group.scores[spans[0]],
-                group.scores[spans[-1]],
-                item.well_formed,
-                args.group_size,
-                alpha=args.alpha,
+        for group in groups:
+            reward = group.score.clamp(-args.score_clip, args.score_clip)  # (S, N)
+            if disc_skipped or group.score.isinf().any():
+                reward = torch.full_like(reward, torch.nan)  # skips the policy's update too
+            group.advantage = span_advantage(
+                reward,
+                list(span_weights(args).values()),
+                group.well_formed,
                 malformed_penalty=args.malformed_penalty,
                 normalize=args.normalize,
                 std_floor=args.std_floor,
                 malformed=args.malformed,
             )
-            verify(group)  # a canary: logged, never trained on
         # 5) update the policy
         set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
-        metrics = policy_update(
-            policy, opt, groups, numbers, args, Tree(spare.prompt, [[encoder.eos]]), ranks.device
-        )
+        metrics = update_policy(policy, opt, groups, args, ranks.device)
         # 6) log
-        metrics |= disc_metrics(
-            items, numbers, spread, args, bool(args.probe_every) and step % args.probe_every == 0
-        )
-        metrics |= rollout_metrics(groups) | {
-            "lr": opt.param_groups[0]["lr"],
-            "left_out": len(data.bad),
-        }
-        disc_loss = (
-            all_sum(disc_loss) if metrics[f"{spans[0]}/acc"] >= 0 else torch.nan
-        )  # no pair was seen
-        metrics |= {
-            "disc_loss": disc_loss,
-            "disc_grad_norm": disc_norm,
-            "disc_skipped": disc_skipped,
-        }
+        metrics |= health.game_metrics(pairs_of_step(groups, names), expert_load, args.score_clip)
+        if args.probe_every and step % args.probe_every == 0:
+            metrics |= health.probe_metrics(probes_of_step(groups, names))
+        metrics |= rollout_metrics(groups)  # the canary among them
+        metrics["lr"] = opt.param_groups[0]["lr"]
+        metrics["left_out"] = len(data.bad)
+        any_pair = any(group.well_formed.any() for group in groups)
+        metrics["disc_loss"] = disc_loss if any_pair else torch.nan
+        metrics["disc_grad_norm"] = disc_norm
+        metrics["disc_skipped"] = disc_skipped
         log.step(step + 1, metrics)
-        if args.sample_every and step % args.sample_every == 0 and groups:
-            references = {
-                name: items[0].score.get(kind, {}).get(None) for kind, name in enumerate(spans)
-            }
-            show_rollout(log, step + 1, groups[0], references)
+        if args.sample_every and step % args.sample_every == 0:
+            shown_group = groups[0]
+            scores = dict(zip(names, shown_group.score, strict=True)) | shown_group.verdicts
+            references = dict(zip(names, shown_group.reference_score.tolist(), strict=True))
+            show_rollouts(log, step + 1, shown_group, scores, references)
         # 7) save
         stop = ranks.stop()
         if (
@@ -666,12 +849,9 @@ def main(args):
         ):
             save(
                 last,
-                lambda at: (
-                    save_policy(policy, at),
-                    save_discriminator(disc, policy.source, at / "discriminator"),
-                ),
+                partial(save_players, policy, disc),
                 {"step": step + 1, "args": vars(args), "metrics": metrics},
-                {"policy": (policy, opt), "disc": (disc, disc_opt)},
+                players,
                 {"order": order.state()},
             )
         if stop:

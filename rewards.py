@@ -1,18 +1,34 @@
-"""Verifiable rewards: is a response well-formed, and is its answer right?"""
+"""The reward: is a response well-formed, and is its answer right?  Edit here to change it.
+
+`verify` is the one function that training (rlvr.py), evaluation (eval.py), the canary of the
+alignment (align.py) and the curation of data (tools/curate.py) call. A response is well-formed where
+`data.parts` finds each of its parts once, in order, with nothing outside; whether two answers are the
+same is decided in engine/answers.py.
+"""
 
 from data import parts
 from engine.answers import equivalent
 
+ACCURACY_WEIGHT = 0.8
+FORMAT_WEIGHT = 0.2  # for the form alone, so that a group of wrong answers still teaches it
+
+
+def verify(response, example):
+    """The verdict on a response to `example`: floats accuracy, format and reward."""
+    return score(response, example.answer, example.choices, example.equivalent)
+
 
 def score(response, gold, choices=(), equivalent_answers=()):
-    """Floats accuracy, format, reward = 0.8 accuracy + 0.2 format, all 0 when malformed; right: `gold` or an equivalent."""
-    p, golds = parts(response), [gold, *(() if equivalent_answers is None else equivalent_answers)]
-    accuracy, well_formed = (
-        float(bool(p) and any(equivalent(p[2], g, choices) for g in golds)),
-        float(bool(p)),
-    )
-    return {
-        "accuracy": accuracy,
-        "format": well_formed,
-        "reward": 0.8 * accuracy + 0.2 * well_formed,
-    }
+    """The verdict on a response: floats accuracy, format and reward, all 0 where it is malformed.
+
+    gold: the reference answer. choices: the texts of the options, in order. equivalent_answers: other
+    references, each as good as `gold`. A list may be None, as files have it.
+    """
+    found = parts(response)
+    if found is None:
+        return {"accuracy": 0.0, "format": 0.0, "reward": 0.0}
+    golds = [gold, *(equivalent_answers or ())]
+    right = any(equivalent(found["answer"], each, choices) for each in golds)
+    accuracy = 1.0 if right else 0.0
+    reward = ACCURACY_WEIGHT * accuracy + FORMAT_WEIGHT
+    return {"accuracy": accuracy, "format": 1.0, "reward": reward}

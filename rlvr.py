@@ -5,16 +5,19 @@ Stage 3: reinforcement learning with verifiable rewards (PRISM, arXiv 2604.28123
 2. Reward: 0.8 accuracy + 0.2 format (rewards.py); a malformed response gets 0.
 3. Advantage: the reward normalised within its group.
 4. Update the policy by GRPO, DAPO, GSPO or Dr. GRPO: one loss function, four presets (ALGORITHMS).
-DAPO draws again until enough groups hold both right and wrong answers, and punishes overlong responses.
+DAPO draws again until enough groups hold both right and wrong answers, and punishes overlong
+responses.
 
-Differs from the released code: the loss has one denominator over all micro-batches and ranks; `old_logp` is the
-trainer's own; surplus groups of DAPO are used in the next step with the log-probs of the policy that sampled them;
-with one minibatch per step every ratio is 1 and clipping does nothing, `--minibatches` makes it matter.
+Differs from the released code: the loss has one denominator over all packs and ranks; `old_logp` is
+the trainer's own; surplus groups of DAPO are used in the next step, with the log-probs of the
+policy that sampled them. With one minibatch per step every ratio is 1 and clipping does nothing;
+`--minibatches` makes it matter.
 
-    python rlvr.py --policy ckpt/align/last --data data/tiny/rl.jsonl --out ckpt/rlvr --steps 60
-    torchrun --nproc_per_node=8 rlvr.py --policy ckpt/align/last --data rl.parquet --out ckpt/rlvr --algo dapo
+    python rlvr.py --policy ckpt/align                                # the embedded world, on a CPU
+    torchrun --nproc_per_node=8 rlvr.py --policy ckpt/align --data rl.parquet --out ckpt/rlvr
 
-    B sequences   N group size   T tokens   `logp` (B, T) log-prob of the sampled token   `mask` 1 on trained tokens
+    B sequences   N rollouts of a prompt   T tokens   S scored tokens of a pack
+    `logp` log-probs of the sampled tokens   `mask` (B, T) 1 on trained tokens
 """
 
 from __future__ import annotations
@@ -26,109 +29,114 @@ from typing import Literal
 
 import torch
 
-from data import Order, read
-from engine.arguments import Common, parse
+from data import read
+from engine.arguments import Common, option, parse
 from engine.checkpoint import restore, save
 from engine.log import Log
 from engine.optimiser import optimizer, schedule, set_lr, step_if_finite
-from engine.packs import Tree, each
-from engine.ranks import SAVED_AND_STOPPED, agree, all_max, all_sum, gather, setup, world
-from engine.rollouts import Group, rollout_metrics, sample, show_rollout, verify
+from engine.packs import packs_of
+from engine.ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, setup, world
+from engine.rollouts import (
+    Group,
+    rollout_metrics,
+    sample_groups,
+    sampler_logps,
+    show_rollouts,
+)
+from engine.rows import Order
 from engine.sampler import Rollout
 from model import RolloutCopy, load, shard
 from model import save as save_policy
-from tools import memory
+from rewards import verify
 
-ALGORITHMS = {  # what METHOD's table of stage 3 says; each entry is also a flag of its own
-    "grpo": dict(
-        ratio="token",
-        clip_low=0.2,
-        clip_high=0.2,
-        dual_clip=3.0,
-        aggregation="token-mean",
-        scale_by_std=True,
-        dynamic_sampling=False,
-        overlong=0,
-        weight_decay=0.01,
-        warmup=0.0,
-    ),
-    "dapo": dict(
-        ratio="token",
-        clip_low=0.2,
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A row of METHOD's table of stage 3. Each entry is also a flag of its own."""
+
+    ratio: str = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    aggregation: str = "token-mean"
+    scale_by_std: bool = True
+    dynamic_sampling: bool = False
+    overlong: int = 0
+    weight_decay: float = 0.01
+    warmup: float = 0.0
+
+
+ALGORITHMS = {
+    "grpo": Algorithm(),
+    "dapo": Algorithm(
         clip_high=0.28,
         dual_clip=10.0,
-        aggregation="token-mean",
-        scale_by_std=True,
         dynamic_sampling=True,
         overlong=4096,
         weight_decay=0.1,
         warmup=10,
     ),
-    "gspo": dict(
+    "gspo": Algorithm(
         ratio="sequence",
         clip_low=3e-4,
         clip_high=4e-4,
         dual_clip=0.0,
         aggregation="seq-mean-token-mean",
-        scale_by_std=True,
-        dynamic_sampling=False,
-        overlong=0,
         weight_decay=0.1,
         warmup=0.05,
     ),
-    "dr_grpo": dict(
-        ratio="token",
-        clip_low=0.2,
-        clip_high=0.2,
-        dual_clip=3.0,
-        aggregation="constant",
-        scale_by_std=False,
-        dynamic_sampling=False,
-        overlong=0,
-        weight_decay=0.01,
-        warmup=0.0,
-    ),
+    "dr_grpo": Algorithm(aggregation="constant", scale_by_std=False),
 }
 
 
 @dataclass(kw_only=True)
 class Args(Common):
-    steps: int = 1500  # updates in all
-    max_response: int = 8192  # tokens, end token included
-    weight_decay: float | None = None  # AdamW's, on matrices only; none: the algorithm's
-    warmup: float | None = (
-        None  # of the learning rate: a share of all steps below 1, else steps; none: the algorithm's
+    steps: int = option(1500, "updates in all", least=1)
+    max_response: int = option(8192, "tokens, end token included", least=1)
+    weight_decay: float | None = option(None, "AdamW's, on matrices only; none: the algorithm's")
+    warmup: float | None = option(
+        None,
+        "of the learning rate: a share of all steps below 1, else steps; none: the algorithm's",
     )
-    algo: Literal["grpo", "dapo", "gspo", "dr_grpo"] = (
-        "grpo"  # presets for what follows (and the two above)
+    algo: Literal["grpo", "dapo", "gspo", "dr_grpo"] = option(
+        "grpo", "presets for the two above and for what follows"
     )
-    ratio: Literal["token", "sequence"] | None = (
-        None  # importance ratio per token, or per sequence (GSPO)
+    ratio: Literal["token", "sequence"] | None = option(
+        None, "importance ratio per token, or per sequence (GSPO)"
     )
-    clip_low: float | None = None  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float | None = None  # see clip_low
-    dual_clip: float | None = None  # bound on the loss where the advantage is negative; 0: none
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "constant"] | None = (
-        None  # of the loss over tokens
+    clip_low: float | None = option(None, "the ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    clip_high: float | None = option(None, "see --clip_low")
+    dual_clip: float | None = option(
+        None, "bound on the loss where the advantage is negative; 0: none"
     )
-    scale_by_std: bool | None = None  # divide the advantage by the group's standard deviation
-    dynamic_sampling: bool | None = (
-        None  # draw until enough groups hold both right and wrong answers (DAPO)
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "constant"] | None = option(
+        None, "of the loss over tokens"
     )
-    overlong: int | None = (
-        None  # tokens before max_response over which a penalty grows from 0 to -1 (DAPO); 0: none
+    scale_by_std: bool | None = option(
+        None, "divide the advantage by the group's standard deviation"
     )
-    prompts_per_step: int = 32  # groups per update, over all ranks
-    prompts_per_draw: int = 96  # prompts per draw of dynamic sampling, over all ranks
-    max_draws: int = 10  # after which dynamic sampling trains on what it has
-    group_size: int = 16  # rollouts per prompt
-    minibatches: int = 1  # updates per step; above 1 the ratios leave 1 and clipping acts
-    temperature: float = 1.0  # of sampling and of the log-probs alike
-    kl: float = 0.0  # coefficient of the k3 estimate of KL(policy || start policy)
-    slots: int = 256  # rows decoded at once, per device
+    dynamic_sampling: bool | None = option(
+        None, "draw until enough groups hold both right and wrong answers (DAPO)"
+    )
+    overlong: int | None = option(
+        None,
+        "tokens before max_response over which a penalty grows from 0 to -1 (DAPO); 0: none",
+    )
+    prompts_per_step: int = option(32, "groups per update, over all ranks", least=1)
+    prompts_per_draw: int = option(
+        96, "prompts per draw of dynamic sampling, over all ranks", least=1
+    )
+    max_draws: int = option(10, "after which dynamic sampling trains on what it has", least=1)
+    group_size: int = option(16, "rollouts per prompt", least=2)
+    minibatches: int = option(
+        1, "updates per step; above 1 the ratios leave 1 and clipping acts", least=1
+    )
+    temperature: float = option(1.0, "of sampling and of the log-probs alike", above=0)
+    kl: float = option(0.0, "coefficient of the k3 estimate of KL(policy || start policy)")
+    slots: int = option(256, "rows decoded at once, per device", least=1)
 
     def __post_init__(self):
-        for name, value in ALGORITHMS[self.algo].items():
+        for name, value in vars(ALGORITHMS[self.algo]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
@@ -136,26 +144,30 @@ class Args(Common):
             raise ValueError(
                 f"--overlong {self.overlong} must be below --max_response {self.max_response}"
             )
-        if self.group_size < 2 or not 1 <= self.minibatches <= self.prompts_per_step:
-            raise ValueError(
-                "--group_size must be 2 or more, --minibatches from 1 to --prompts_per_step"
-            )
+        if self.minibatches > self.prompts_per_step:
+            raise ValueError("--minibatches is at most --prompts_per_step")
 
 
-# ----------------------------------------------------------------------------------------------------- the algorithm
+# ----------------------------------------------------------------------------- the algorithm
 def group_advantage(reward, group_size, scale_by_std=True):
-    """(reward - mean) / (std + 1e-6) within groups of `group_size` consecutive entries; reward (B,) -> (B,).
+    """(reward - mean) / (std + 1e-6) within groups of `group_size` consecutive entries: (B,) ->
+    (B,).
 
-    The standard deviation is the unbiased one (GRPO, arXiv 2402.03300); without it: Dr. GRPO (2503.20783).
-    Raises ValueError where group_size does not divide B or is below 2.
+    The standard deviation is the unbiased one (GRPO, arXiv 2402.03300); without it: Dr. GRPO
+    (2503.20783). Where all rewards of a group are equal its advantages are 0 (their rounding,
+    divided by itself, would give whole ones). Raises ValueError where group_size does not divide B
+    or is below 2.
     """
     if group_size < 2 or len(reward) % group_size:
         raise ValueError(
             f"{len(reward)} rewards are no groups of {group_size} (a group needs 2 or more)"
         )
     groups = reward.float().view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + 1e-6) if scale_by_std else centred).flatten()
+    advantage = groups - groups.mean(1, keepdim=True)
+    if scale_by_std:
+        advantage = advantage / (groups.std(1, keepdim=True) + 1e-6)
+    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    return advantage.masked_fill(equal, 0.0).flatten()
 
 
 def policy_loss(
@@ -171,285 +183,318 @@ def policy_loss(
     aggregation="token-mean",
     denominator=None,
 ):
-    """Clipped policy-gradient loss of GRPO, DAPO, Dr. GRPO (ratio per token) and GSPO (ratio per sequence).
+    """Clipped policy-gradient loss of GRPO, DAPO, Dr. GRPO (a ratio per token) and GSPO (a ratio
+    per sequence).
 
-    logp, old_logp (B, T) log-probs under the policy and under the one that sampled; advantage (B,); mask (B, T) bool
-    or float, 1 on trained tokens: what stands elsewhere has no influence. `dual_clip` bounds the loss of tokens with a
-    negative advantage at dual_clip * |advantage| (arXiv 1912.09729); None or 0: unbounded.
-    aggregation and what `denominator` counts (over all micro-batches and ranks; None: this call's own count):
-    "token-mean" tokens, "seq-mean-token-mean" sequences, "constant" anything, required (Dr. GRPO).
-    Returns (loss, metrics): parts of a batch with a shared denominator sum to the whole. metrics are over this call's
-    tokens: `tokens`, `clip_frac`, `ratio_max`, `old_kl` (k1 estimate of KL(old || new)).
+    logp, old_logp (B, T): log-probs under the policy, and under the one that sampled. advantage
+    (B,). mask (B, T), bool or float: 1 on trained tokens; what stands elsewhere has no influence.
+    dual_clip bounds the loss of tokens with a negative advantage at dual_clip * |advantage| (arXiv
+    1912.09729); None or 0: unbounded.
+    aggregation, and what `denominator` counts over all packs and ranks (None: this call's own
+    count): "token-mean" tokens, "seq-mean-token-mean" sequences, "constant" anything, required (Dr.
+    GRPO).
+    Returns (loss, metrics): parts of a batch with a shared denominator sum to the whole. metrics
+    are over this call's tokens: `tokens`, `clip_frac`, `ratio_max`, `old_kl` (the k1 estimate of
+    KL(old || new)).
     """
     mask = mask.bool()
-    advantage = advantage.unsqueeze(1)
+    advantage = advantage.unsqueeze(1)  # (B, 1)
+    lengths = mask.sum(1)  # (B,)
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
-    lengths = mask.sum(1)
-    if (
-        ratio == "sequence"
-    ):  # GSPO (2507.18071): s = exp(mean_t log-ratio), its gradient spread evenly over the tokens
+    if ratio == "sequence":  # GSPO (2507.18071): exp(mean_t log-ratio), its gradient on all tokens
         mean = (log_ratio.sum(1) / lengths.clamp(min=1)).detach().unsqueeze(1)
-        log_ratio = (mean + (logp - logp.detach()).masked_fill(~mask, 0.0)).clamp(max=10.0)
-    r = log_ratio.exp()
-    plain, clipped = -advantage * r, -advantage * r.clamp(1 - clip_low, 1 + clip_high)
+        zero_with_gradient = (logp - logp.detach()).masked_fill(~mask, 0.0)
+        log_ratio = (mean + zero_with_gradient).clamp(max=10.0)
+    r = log_ratio.exp()  # (B, T)
+    plain = -advantage * r
+    clipped = -advantage * r.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(plain, clipped)
     if dual_clip:
-        loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
-    loss = loss.masked_fill(~mask, 0.0)
+        bounded = torch.minimum(loss, -advantage * dual_clip)
+        loss = torch.where(advantage < 0, bounded, loss)
+    loss = loss.masked_fill(~mask, 0.0)  # (B, T)
+
     if aggregation == "seq-mean-token-mean":
-        total, count = (loss.sum(1) / lengths.clamp(min=1)).sum(), (lengths > 0).sum()
+        total = (loss.sum(1) / lengths.clamp(min=1)).sum()
+        count = (lengths > 0).sum()
     else:
-        total, count = loss.sum(), lengths.sum()
+        total = loss.sum()
+        count = lengths.sum()
+    if denominator is None and aggregation == "constant":
+        raise ValueError("aggregation 'constant' needs a denominator")
     if denominator is None:
-        if aggregation == "constant":
-            raise ValueError("aggregation 'constant' needs a denominator")
         denominator = count.clamp(min=1)
+
     tokens = int(lengths.sum())
-    with torch.no_grad():
-        metrics = {
-            "tokens": tokens,
-            "clip_frac": float((clipped > plain)[mask].float().mean()) if tokens else float("nan"),
-            "ratio_max": float(r[mask].max()) if tokens else float("nan"),
-            "old_kl": float((old_logp - logp)[mask].mean()) if tokens else float("nan"),
-        }
+    metrics = {
+        "tokens": tokens,
+        "clip_frac": torch.nan,
+        "ratio_max": torch.nan,
+        "old_kl": torch.nan,
+    }
+    if tokens:
+        metrics["clip_frac"] = float((clipped > plain)[mask].float().mean())
+        metrics["ratio_max"] = float(r.detach()[mask].max())
+        metrics["old_kl"] = float((old_logp - logp).detach()[mask].mean())
     return total / denominator, metrics
+
+
+def on_policy_coefficient(advantage, lengths, aggregation, denominator):
+    """d policy_loss / d logp of each token of a sequence, (B,), where every ratio is 1: no clip
+    acts then, and it is known before any log-prob is. advantage, lengths (B,); the rest as there.
+    """
+    coefficient = -advantage / denominator
+    if aggregation == "seq-mean-token-mean":
+        coefficient = coefficient / lengths.clamp(min=1)
+    return coefficient
 
 
 def k3(logp, ref_logp):
     """Schulman's k3 estimate of KL(policy || reference) per token: never negative, unbiased."""
-    d = ref_logp - logp
-    return d.exp() - d - 1
+    difference = ref_logp - logp
+    return difference.exp() - difference - 1
 
 
 def overlong_penalty(length, limit, buffer):
-    """0 up to limit - buffer tokens, then linearly to -1 at the limit (DAPO, arXiv 2503.14476, equation 13)."""
-    return -max(0, length - (limit - buffer)) / buffer if buffer else 0.0
+    """0 up to limit - buffer tokens, then linearly to -1 at the limit (DAPO, arXiv 2503.14476,
+    equation 13). buffer 0: no penalty."""
+    if buffer == 0:
+        return 0.0
+    return -max(0, length - (limit - buffer)) / buffer
 
 
-# ------------------------------------------------------------------------------------------- the update on groups
-@torch.no_grad()
-def trainer_logps(policy, groups, args, spare, device):
-    """Log-probs of every rollout under `policy` as it is: per group a list of (T,). All ranks."""
-    out = [[None] * len(g.rollouts) for g in groups]
-    for pack in each([g.tree() for g in groups], args.pack_tokens, device, spare):
-        logp = policy(pack, args.temperature, policy.encoder.banned)
-        for k, (t, c) in enumerate(pack.children if pack.weight else []):
-            out[t][c] = logp[pack.sequence == k].cpu()
-    return out
+def loss_denominator(groups, aggregation, max_response):
+    """What the loss of these groups is divided by: tokens, sequences, or, for Dr. GRPO, sequences
+    times the longest allowed (no length of a response in it)."""
+    if aggregation == "token-mean":
+        return max(1, sum(group.tokens() for group in groups))
+    sequences = max(1, sum(len(group.rollouts) for group in groups))
+    return sequences * max_response if aggregation == "constant" else sequences
 
 
-def on_policy_gradient(loss_of, pack):
-    """d loss / d logp (S,) where every ratio is 1: known before any log-prob is, as long as the loss is one of ratios."""
-    zeros = torch.zeros(len(pack.target), device=pack.target.device, requires_grad=True)
-    return torch.autograd.grad(loss_of(pack.rows(zeros), pack.rows(zeros.detach()))[0], zeros)[0]
+# ----------------------------------------------------------------------------- groups to train on
+def collect(step, data, order, hf, encoder, args, kept):
+    """Draw and sample until args.prompts_per_step groups are there to train on. Without dynamic
+    sampling that is one draw. All ranks call it, and get the same.
 
-
-def policy_update(policy, opt, groups, numbers, args, spare, device, reference=None):
-    """One step of the policy on `groups` (this rank's), in `args.minibatches` updates -> metrics. All ranks.
-
-    Stages 2 and 3 share it: they differ in where `group.advantage` comes from. numbers: of the groups, from 0 over all
-    ranks', so that the minibatches are the same on any number of them. `spare`: any tree (see packs.each).
+    kept: the last step's surplus, which is used first; what is left of it is dropped. Returns
+    (groups to train on, new surplus, all that was sampled, counts).
     """
-    on_policy = not agree(
-        args.minibatches > 1 or any(g.old_logp for g in groups)
-    )  # then the ratio is 1 by construction
-    if not on_policy:
-        fresh = [g for g in groups if g.old_logp is None]
-        for g, logps in zip(fresh, trainer_logps(policy, fresh, args, spare, device), strict=True):
-            g.old_logp = logps
-    ref_logp = trainer_logps(reference, groups, args, spare, device) if reference else None
-    sums = dict.fromkeys(("tokens", "clipped", "entropy", "diff", "kl", "loss"), 0.0)
-    ratios, diffs, norms, skipped, all_groups = (
-        [-torch.inf],
-        [-torch.inf],
-        [],
-        0,
-        all_sum(len(groups)),
-    )
+    prompts = args.prompts_per_draw if args.dynamic_sampling else args.prompts_per_step
+    most = args.max_draws if args.dynamic_sampling else 1
+    wanted = args.prompts_per_step
+    fresh = []
+    sampled = []
+    draws = 0
+    while draws < most and len(kept) + len(fresh) < wanted:
+        drawn = [Group(prompt) for prompt in data.draw(order, prompts, encoder.prompt)]
+        sample_groups(hf, encoder, drawn, verify, args, (args.seed, step, draws))
+        for group in drawn:
+            lengths = [len(rollout.ids) for rollout in group.rollouts]
+            penalty = [overlong_penalty(n, args.max_response, args.overlong) for n in lengths]
+            group.verdicts["reward"] = group.verdicts["reward"] + torch.tensor(penalty)
+            if not args.dynamic_sampling or teaches(group):
+                fresh.append(group)
+        sampled += drawn
+        draws += 1
+    groups = (kept + fresh)[:wanted]
+    surplus = fresh[max(0, wanted - len(kept)) :]
+    counts = {
+        "draws": draws,
+        "sampled": len(sampled),
+        "groups": len(groups),
+        "surplus": len(surplus),
+        "dropped": max(0, len(kept) - wanted),
+    }
+    return groups, surplus, sampled, counts
+
+
+def teaches(group):
+    """DAPO keeps groups with both right and wrong answers. It looks at accuracy, not at the shaped
+    reward: equal answers of unequal length teach nothing."""
+    return 0 < group.verdicts["accuracy"].mean() < 1
+
+
+@torch.no_grad()
+def trainer_logps(policy, groups, args, device):
+    """Log-probs of every rollout under `policy` as it is: for each group N of (T,), on every rank.
+    All ranks call it with the same groups."""
+    found = []
+    for pack in packs_of([group.tree() for group in groups], args.pack_tokens, device):
+        logp = policy(pack, args.temperature, policy.encoder.banned).cpu()  # (S,)
+        lengths = pack.sequence.bincount().tolist()
+        found.extend(zip(pack.children, logp.split(lengths), strict=True))
+    logps = [[None] * len(group.rollouts) for group in groups]
+    for part in gather(found):
+        for (g, k), logp in part:
+            logps[g][k] = logp
+    return logps
+
+
+def remember_logps(policy, groups, args, device):
+    """Fill in group.old_logp under `policy` as it is. All ranks call it."""
+    for group, logps in zip(groups, trainer_logps(policy, groups, args, device), strict=True):
+        group.old_logp = logps
+
+
+# ----------------------------------------------------------------------------- the policy's update
+def update_policy(policy, opt, groups, args, device, reference=None):
+    """One step of the policy on group.advantage, in args.minibatches updates -> metrics. All ranks
+    call it with the same groups.
+
+    reference: the start policy, for the KL term.
+    """
+    off_policy = args.minibatches > 1 or any(group.old_logp is not None for group in groups)
+    if off_policy:  # else every ratio is 1 by construction
+        fresh = [group for group in groups if group.old_logp is None]
+        remember_logps(policy, fresh, args, device)
+    ref_logp = None
+    if reference is not None:
+        ref_logp = trainer_logps(reference, groups, args, device)
+    known = not off_policy and ref_logp is None  # the loss's gradient, before any log-prob is
+
+    names = ("loss", "clipped", "entropy", "logp_diff", "kl")
+    sums = dict.fromkeys(names, 0.0)
+    ratio_max = torch.tensor(1.0)
+    logp_diff_max = torch.tensor(0.0)
+    norms = []
+    skipped = 0
     for part in range(args.minibatches):
-        mine = [
-            g for g, number in enumerate(numbers) if number * args.minibatches // all_groups == part
-        ]
-        counts = all_sum(
-            {
-                "token-mean": sum(len(r.ids) for g in mine for r in groups[g].rollouts),
-                "seq-mean-token-mean": sum(len(groups[g].rollouts) for g in mine),
-            }
-        )
-        counts["constant"] = (
-            counts["seq-mean-token-mean"] * args.max_response
-        )  # Dr. GRPO: no length in the divisor
+        chosen = [g for g in range(len(groups)) if g * args.minibatches // len(groups) == part]
+        mine = [groups[g] for g in chosen]
+        denominator = loss_denominator(mine, args.aggregation, args.max_response)
+        tokens = max(1, sum(group.tokens() for group in mine))
         part_loss = 0.0
-        for pack in each([groups[g].tree() for g in mine], args.pack_tokens, device, spare):
-            where = [(mine[t], c) for t, c in pack.children] if pack.weight else []
-            if not where:
-                (policy(pack).sum() * 0.0).backward()
-                continue
-            mask = pack.rows(torch.ones(len(pack.target), device=device)).bool()
-            loss_of = partial(
-                policy_loss,
-                advantage=torch.stack([groups[g].advantage[c] for g, c in where]).to(device),
-                mask=mask,
-                ratio=args.ratio,
-                clip_low=args.clip_low,
-                clip_high=args.clip_high,
-                dual_clip=args.dual_clip,
-                aggregation=args.aggregation,
-                denominator=max(1.0, counts[args.aggregation]),
-            )
-            ahead = on_policy_gradient(loss_of, pack) if on_policy and not ref_logp else None
+        for pack in packs_of([group.tree() for group in mine], args.pack_tokens, device):
+            advantage = [float(mine[g].advantage[k]) for g, k in pack.children]
+            advantage = torch.tensor(advantage, device=device)  # (B,)
+            coefficient = None
+            if known:
+                lengths = pack.sequence.bincount()  # (B,)
+                coefficient = on_policy_coefficient(
+                    advantage, lengths, args.aggregation, denominator
+                )
+                coefficient = coefficient[pack.sequence]  # (S,)
+            banned = policy.encoder.banned
             logp, entropy = policy(
-                pack, args.temperature, policy.encoder.banned, entropy=True, coefficient=ahead
+                pack, args.temperature, banned, entropy=True, coefficient=coefficient
             )
-            sampler_logp = torch.tensor(
-                [x for g, c in where for x in groups[g].rollouts[c].logps], device=device
-            )
-            old = (
-                logp.detach()
-                if on_policy
-                else torch.cat([groups[g].old_logp[c] for g, c in where]).to(device)
-            )
-            diff = (old - sampler_logp).abs()  # both under the policy that sampled
-            loss, m = loss_of(pack.rows(logp), pack.rows(old))
-            if ref_logp:
-                kl = k3(logp, torch.cat([ref_logp[g][c] for g, c in where]).to(device))
-                loss = loss + args.kl * kl.sum() / max(1.0, counts["token-mean"])
-                sums["kl"] += float(kl.detach().sum())
+            old_logp = logp.detach()
+            if off_policy:
+                old_logp = [mine[g].old_logp[k] for g, k in pack.children]
+                old_logp = torch.cat([*old_logp, torch.zeros(0)]).to(device)  # (S,)
+            if known:
+                loss = (coefficient * logp).sum()
+                part_loss += float(coefficient.sum())  # policy_loss, where every ratio is 1
+            else:
+                loss, found = policy_loss(
+                    pack.rows(logp),
+                    pack.rows(old_logp),
+                    advantage,
+                    pack.rows(torch.ones_like(old_logp)),
+                    ratio=args.ratio,
+                    clip_low=args.clip_low,
+                    clip_high=args.clip_high,
+                    dual_clip=args.dual_clip,
+                    aggregation=args.aggregation,
+                    denominator=denominator,
+                )
+                if ref_logp is not None:
+                    ref = [ref_logp[chosen[g]][k] for g, k in pack.children]
+                    kl = k3(logp, torch.cat([*ref, torch.zeros(0)]).to(device))  # (S,)
+                    loss = loss + args.kl * kl.sum() / tokens
+                    sums["kl"] += float(kl.detach().sum())
+                part_loss += float(loss.detach())
+                if found["tokens"]:
+                    sums["clipped"] += found["clip_frac"] * found["tokens"]
+                    # torch's maximum keeps a NaN, Python's max may lose it
+                    ratio_max = torch.maximum(ratio_max, torch.tensor(found["ratio_max"]))
             (
                 loss * world()
             ).backward()  # FSDP averages over ranks; the denominator is global already
-            part_loss += float(loss.detach())
-            sums["tokens"] += m["tokens"]
-            sums["clipped"] += m["clip_frac"] * m["tokens"]
+            difference = (old_logp - sampler_logps(pack, mine)).abs()  # under the one that sampled
             sums["entropy"] += float(entropy.sum())
-            sums["diff"] += float(diff.sum())
-            ratios, diffs = [*ratios, m["ratio_max"]], [*diffs, float(diff.max())]
+            sums["logp_diff"] += float(difference.sum())
+            if len(difference):
+                logp_diff_max = torch.maximum(logp_diff_max, difference.max().cpu())
         norm, bad = step_if_finite(opt, part_loss, args.grad_clip, "policy")
-        norms, skipped, sums["loss"] = [*norms, norm], skipped + bad, sums["loss"] + part_loss
+        norms.append(norm)
+        skipped += bad
+        sums["loss"] += part_loss
     sums = all_sum(sums)
-    tokens = sums["tokens"] or float("nan")
-    ratio, most = (
-        all_max(torch.tensor(x).max()).item() for x in (ratios, diffs)
-    )  # torch's max keeps a NaN
+    tokens = sum(group.tokens() for group in groups) or torch.nan
     return {
         "loss": sums["loss"] / args.minibatches,
         "grad_norm": sum(norms) / len(norms),
         "skipped": skipped,
         "clip_frac": sums["clipped"] / tokens,
-        "ratio_max": ratio,
+        "ratio_max": all_max(ratio_max).item(),
         "entropy": sums["entropy"] / tokens,
-        "kl": sums["kl"] / tokens if ref_logp else float("nan"),
-        "tokens": sums["tokens"],
-        "logp_diff": sums["diff"] / tokens,
-        "logp_diff_max": most,
+        "kl": sums["kl"] / tokens if reference is not None else torch.nan,
+        "tokens": tokens,
+        "logp_diff": sums["logp_diff"] / tokens,
+        "logp_diff_max": all_max(logp_diff_max).item(),
     }
 
 
-def collect(step, data, order, hf, encoder, args, ranks, kept):
-    """Draw and sample until `args.prompts_per_step` groups are kept over all ranks -> ({number: group to train on},
-    {(step, draw, prompt): surplus group}, all that was sampled, counts). Without dynamic sampling that is one draw. `kept`:
-    the last step's surplus, used first, then dropped. All ranks; groups stay on the rank that sampled them, but which are
-    trained on, and their numbers, are the same on any number of ranks.
-    """
-    new, seen, draws, wanted = {}, [], 0, args.prompts_per_step
-    size, most = (args.prompts_per_draw, args.max_draws) if args.dynamic_sampling else (wanted, 1)
-    while draws < most and all_sum(len(kept) + len(new)) < wanted:
-        prompts, numbers = data.share(order, size, encoder.prompt, ranks)
-        drawn = sample(hf, encoder, prompts, numbers, args, (args.seed, step, draws))
-        for group in drawn:
-            verify(group)
-            penalty = [
-                overlong_penalty(len(r.ids), args.max_response, args.overlong)
-                for r in group.rollouts
-            ]
-            group.scores["reward"] = group.scores["reward"] + torch.tensor(penalty)
-        # DAPO filters on accuracy, not on the shaped reward: equal answers of unequal length teach nothing.
-        new |= {
-            (step, draws, number): g
-            for number, g in zip(numbers, drawn, strict=True)
-            if not args.dynamic_sampling or 0 < g.scores["accuracy"].mean() < 1
-        }
-        seen, draws = seen + drawn, draws + 1
-
-    first = sorted(key for keys in gather([*kept, *new]) for key in keys)[:wanted]
-    groups = {first.index(key): g for key, g in (kept | new).items() if key in first}
-    surplus = {key: g for key, g in new.items() if key not in first}
-    counts = all_sum(
-        {
-            "draws": draws / ranks.world,
-            "sampled": len(seen),
-            "groups": len(groups),
-            "surplus": len(surplus),
-            "dropped": len(kept) + len(new) - len(groups) - len(surplus),
-        }
-    )
-    return groups, surplus, seen, counts
-
-
-# ------------------------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------- the loop
 def main(args):
     # set-up
-    if args.dry_run:
-        return memory.show(args, lambda: (load(args.policy),))
     ranks = setup(args)
     device = ranks.device
-    # model
-    options = dict(max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels)
+    # model: the policy, the copy that samples, the start policy for a KL term
+    options = {"max_prompt_tokens": args.max_prompt, "max_pixels": args.max_pixels}
     policy = load(args.policy, **options).train()
-    reference = load(args.policy, **options).requires_grad_(False) if args.kl else None
-    sampler, encoder = RolloutCopy(policy, args, device), policy.encoder
-    for model in filter(None, (policy, reference)):
-        shard(model, model.hf.model, args, ranks)
+    encoder = policy.encoder
+    reference = None
+    if args.kl:
+        reference = load(args.policy, **options).requires_grad_(False)
+    sampler = RolloutCopy(policy, args, device)
+    shard(policy, policy.hf.model, args, ranks)
+    if reference is not None:
+        shard(reference, reference.hf.model, args, ranks)
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
+    players = {"policy": (policy, opt)}
     # data
     data = read(args.data, "rl", args.image_root, args.max_bad)
-    order, surplus, start = Order(len(data), args.seed), {}, 0
-    spare = Tree(
-        data.draw(Order(len(data), args.seed), 1, encoder.prompt)[0], [[encoder.eos]]
-    )  # for ranks without a group
+    order = Order(len(data), args.seed)
     # resume
     last = f"{args.out}/last"
-    if args.resume and (found := restore(last, {"policy": (policy, opt)})):
-        start, state = found[0]["step"], found[1]
+    start = 0
+    surplus = []
+    if args.resume and (found := restore(last, players)):
+        meta, state = found
+        start = meta["step"]
         order.load(state["order"])
-        surplus = unpack_groups(state["surplus"][ranks.rank :: ranks.world], data, encoder)
-    log = Log(
-        args.out,
-        args,
-        ("loss", "reward", "accuracy", "format", "length", "entropy", "grad_norm grad"),
-        start,
-    )
+        surplus = [group_from_plain(plain, data, encoder) for plain in state["surplus"]]
+    shown = ("loss", "reward", "accuracy", "format", "length", "entropy", "grad_norm grad")
+    log = Log(args.out, args, shown, start)
 
     for step in range(start, args.steps):
         # 1) rollout   2) score
         hf = sampler.refresh()
-        groups, new_surplus, seen, counts = collect(
-            step, data, order, hf, encoder, args, ranks, surplus
-        )
-        late = new_surplus.values()
-        for g, logps in zip(late, trainer_logps(policy, late, args, spare, device), strict=True):
-            g.old_logp = logps
+        groups, surplus, sampled, counts = collect(step, data, order, hf, encoder, args, surplus)
+        remember_logps(
+            policy, surplus, args, device
+        )  # they are trained on after this step's update
         # 3) advantage
-        for g in groups.values():
-            g.advantage = group_advantage(g.scores["reward"], args.group_size, args.scale_by_std)
+        for group in groups:
+            reward = group.verdicts["reward"]
+            group.advantage = group_advantage(reward, args.group_size, args.scale_by_std)
         # 4) update the policy
-        metrics = dict.fromkeys(("loss", "grad_norm"), float("nan")) | {"skipped": 1}
-        if counts["groups"]:
+        metrics = {"loss": torch.nan, "grad_norm": torch.nan, "skipped": 1}
+        if groups:
             set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
-            metrics = policy_update(
-                policy, opt, list(groups.values()), list(groups), args, spare, device, reference
-            )
-        surplus = new_surplus
+            metrics = update_policy(policy, opt, groups, args, device, reference)
         # 5) log
-        metrics |= (
-            rollout_metrics(seen)
-            | counts
-            | {"lr": opt.param_groups[0]["lr"], "left_out": len(data.bad)}
-        )
+        metrics |= rollout_metrics(sampled)
+        metrics |= counts
+        metrics["lr"] = opt.param_groups[0]["lr"]
+        metrics["left_out"] = len(data.bad)
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
-            show_rollout(log, step + 1, next(iter(groups.values())))
+            show_rollouts(log, step + 1, groups[0], groups[0].verdicts)
         # 6) save
         stop = ranks.stop()
         if (
@@ -457,46 +502,38 @@ def main(args):
             or step + 1 == args.steps
             or (args.save_every and (step + 1) % args.save_every == 0)
         ):
-            packed = [g for part in gather(pack_groups(surplus)) for g in part]
             save(
                 last,
                 partial(save_policy, policy),
                 {"step": step + 1, "args": vars(args), "metrics": metrics},
-                {"policy": (policy, opt)},
-                {"order": order.state(), "surplus": packed},
+                players,
+                {"order": order.state(), "surplus": [group_to_plain(group) for group in surplus]},
             )
         if stop:
             sys.exit(SAVED_AND_STOPPED)
     ranks.close()
 
 
-def pack_groups(groups):
-    # surplus groups as plain data for a checkpoint, and back
-    return [
-        {
-            "key": key,
-            "row": g.prompt.example.row,
-            "rollouts": [(r.ids, r.logps, r.stop) for r in g.rollouts],
-            "texts": g.texts,
-            "scores": g.scores,
-            "old_logp": g.old_logp,
-        }
-        for key, g in groups.items()
-    ]
-
-
-def unpack_groups(packed, data, encoder):
+def group_to_plain(group):
+    """A surplus group as plain values and CPU tensors, for a checkpoint."""
     return {
-        p["key"]: Group(
-            encoder.prompt(data[p["row"]]),
-            [Rollout(*r) for r in p["rollouts"]],
-            p["texts"],
-            p["scores"],
-            None,
-            p["old_logp"],
-        )
-        for p in packed
+        "row": group.prompt.example.row,
+        "rollouts": [(r.ids, r.logps, r.stop) for r in group.rollouts],
+        "texts": group.texts,
+        "verdicts": group.verdicts,
+        "old_logp": group.old_logp,
     }
+
+
+def group_from_plain(plain, data, encoder):
+    """What `group_to_plain` was given."""
+    return Group(
+        encoder.prompt(data[plain["row"]]),
+        [Rollout(*rollout) for rollout in plain["rollouts"]],
+        plain["texts"],
+        plain["verdicts"],
+        old_logp=plain["old_logp"],
+    )
 
 
 if __name__ == "__main__":

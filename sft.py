@@ -3,13 +3,14 @@ Stage 1: supervised fine-tuning on demonstrations (PRISM, arXiv 2604.28123, sect
 
 1. Draw conversations, pack them without padding.
 2. Cross-entropy on the assistant's tokens and their end tokens, never on prompt or image tokens.
-3. One denominator over all micro-batches and ranks: the loss is the mean over the trained tokens of the whole batch.
+3. One denominator over all packs and ranks: the loss is the mean over the trained tokens of the
+   whole batch.
 
-Differs from the released recipe: batch 128 and no weight decay (its table says batch 2, probably per device).
+Differs from the released recipe: batch 128 and no weight decay (its table says batch 2, probably
+per device).
 
-    python sft.py --policy ckpt/base/last --data data/tiny/sft.json --out ckpt/sft
-    python sft.py --init runs/tiny.json --data data/tiny/base.jsonl --out ckpt/base            # from random weights
-    torchrun --nproc_per_node=8 sft.py --policy Qwen/Qwen3-VL-4B-Instruct --data sft.json --out ckpt/sft
+    python sft.py --policy ckpt/base-tiny                             # the embedded world, on a CPU
+    torchrun --nproc_per_node=8 sft.py --policy Qwen/Qwen3-VL-4B-Instruct --data sft.json
 
     S trained tokens of a pack   `logp` (S,) their log-probs
 """
@@ -19,112 +20,91 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-import model
-from data import Order, read
-from engine.arguments import Common, parse
+from data import read
+from engine.arguments import Common, option, parse
 from engine.checkpoint import restore, save
 from engine.log import Log
 from engine.optimiser import optimizer, schedule, set_lr, step_if_finite
-from engine.packs import Tree, each
-from engine.ranks import SAVED_AND_STOPPED, agree, all_sum, is_main, print0, setup
-from tools import memory
-from tools.init import init
+from engine.packs import Tree, packs_of_own
+from engine.ranks import SAVED_AND_STOPPED, all_sum, print0, setup, world
+from engine.rows import Order
+from model import load, shard
+from model import save as save_policy
 
 
 @dataclass(kw_only=True)
 class Args(Common):
-    policy: str = (
-        ""  # checkpoint to start from: a Qwen3-VL folder in transformers layout, or a hub name
+    steps: int | None = option(None, "updates in all; none: as many as --epochs takes", least=1)
+    epochs: float = option(1.0, "passes over the data, without --steps", above=0)
+    batch: int = option(128, "conversations per update, over all ranks", least=1)
+    lr: float = option(1e-5, "peak learning rate")
+    weight_decay: float = option(0.0, "AdamW's, on matrices only")
+    schedule: Literal["constant", "cosine"] = option(
+        "cosine", "of the learning rate after its warm-up; cosine ends at 0"
     )
-    init: str = ""  # instead of --policy: config.json of a Qwen3-VL of any size, for random weights
-    steps: int | None = None  # updates in all; none: as many as --epochs takes
-    epochs: float = 1.0  # passes over the data, without --steps
-    batch: int = 128  # conversations per update, over all ranks
-    lr: float = 1e-5  # peak learning rate
-    weight_decay: float = 0.0  # AdamW's, on matrices only
-    schedule: Literal["constant", "cosine"] = (
-        "cosine"  # of the learning rate after its warm-up; cosine ends at 0
-    )
-    warmup: float = (
-        0.1  # of the learning rate, linear: below 1 a share of all steps, else a number of steps
+    warmup: float = option(
+        0.1, "of the learning rate, linear: below 1 a share of all steps, else a number of steps"
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if bool(self.policy) == bool(self.init):
-            raise ValueError(
-                "give either --policy, a checkpoint to start from, or --init, a configuration for random weights"
-            )
+
+# ----------------------------------------------------------------------------- the algorithm
+def sft_coefficient(tokens):
+    """d loss / d logp of each trained token: the loss is cross-entropy, -sum of logp / tokens,
+    where `tokens` counts the trained tokens of the whole batch, over all ranks."""
+    return -1.0 / max(1.0, tokens)
 
 
-# ----------------------------------------------------------------------------------------------------- the algorithm
-def sft_loss(logp, denominator):
-    """Cross-entropy: log-probs (S,) of the trained tokens; their number in the whole batch, over all ranks -> scalar."""
-    return -logp.sum() / max(1.0, denominator)
-
-
-# ------------------------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------- the loop
 def main(args):
     # set-up
-    if args.dry_run:
-        return memory.show(args, lambda: (model.load(args.init or args.policy),))
     ranks = setup(args)
     # model
-    if args.init:
-        if is_main() and not (args.resume and Path(args.out, "last").exists()):
-            init(args.init, f"{args.out}/init", [args.data], args.seed)
-        agree(False)  # all ranks wait for rank 0's files
-    options = dict(
-        max_prompt_tokens=args.max_prompt + args.max_response, max_pixels=args.max_pixels
-    )
-    start_from = f"{args.out}/init" if args.init else args.policy
-    policy = model.load(start_from, **options).train()
-    model.shard(policy, policy.hf.model, args, ranks)
+    max_tokens = args.max_prompt + args.max_response
+    policy = load(args.policy, max_prompt_tokens=max_tokens, max_pixels=args.max_pixels).train()
+    encoder = policy.encoder
+    shard(policy, policy.hf.model, args, ranks)
     # optimiser
     opt = optimizer(policy, args.lr, args.weight_decay)
+    players = {"policy": (policy, opt)}
     # data
     data = read(args.data, "sft", args.image_root, args.max_bad)
-    order, start = Order(len(data), args.seed), 0
-    args.steps = args.steps or max(1, int(len(data) * args.epochs / args.batch))
-    print0(
-        f"{len(data)} conversations, {args.steps} updates of {args.batch}: {args.steps * args.batch / len(data):.2f} epochs"
-    )
+    order = Order(len(data), args.seed)
+    if args.steps is None:
+        args.steps = max(1, int(len(data) * args.epochs / args.batch))
+    epochs = args.steps * args.batch / len(data)
+    print0(f"{len(data)} conversations, {args.steps} updates of {args.batch}: {epochs:.2f} epochs")
     # resume
     last = f"{args.out}/last"
-    if args.resume and (found := restore(last, {"policy": (policy, opt)})):
-        start = found[0]["step"]
-        order.load(found[1]["order"])
-    spare = Tree(
-        data.draw(Order(len(data), args.seed), 1, policy.encoder.conversation)[0][0]
-    )  # for ranks without a row
+    start = 0
+    if args.resume and (found := restore(last, players)):
+        meta, state = found
+        start = meta["step"]
+        order.load(state["order"])
     log = Log(args.out, args, ("loss", "tokens", "grad_norm grad", "lr"), start)
 
     for step in range(start, args.steps):
-        # 1) batch
-        rows, _ = data.share(order, args.batch, policy.encoder.conversation, ranks)
+        # 1) batch: this rank's part of it
+        rows = data.share(order, args.batch, encoder.conversation, ranks)
         trees = [Tree(prompt, mask=mask) for prompt, mask in rows]
-        tokens = all_sum(float(sum(int(tree.mask.sum()) for tree in trees)))
-        # 2) loss   3) update
-        total = 0.0
-        for pack in each(trees, args.pack_tokens, ranks.device, spare):
-            alike = torch.ones(
-                len(pack.target), device=ranks.device
-            )  # every token's log-prob counts the same in the loss
-            loss = sft_loss(policy(pack, coefficient=alike), tokens) * pack.weight
-            (
-                loss * ranks.world
-            ).backward()  # FSDP averages over ranks; the denominator is global already
-            total += float(loss.detach())
+        tokens = all_sum(sum(int(tree.mask.sum()) for tree in trees))
+        # 2) loss
+        loss_sum = 0.0
+        for pack in packs_of_own(trees, args.pack_tokens, ranks.device):
+            coefficient = torch.full_like(pack.target, sft_coefficient(tokens), dtype=torch.float32)
+            logp = policy(pack, coefficient=coefficient)  # (S,)
+            loss = (coefficient * logp).sum()
+            (loss * world()).backward()  # FSDP averages over ranks; `tokens` is global already
+            loss_sum += float(loss.detach())
+        # 3) update
         set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
-        norm, skipped = step_if_finite(opt, total, args.grad_clip, "policy")
+        norm, skipped = step_if_finite(opt, loss_sum, args.grad_clip, "policy")
         # 4) log
         metrics = {
-            "loss": all_sum(total),
+            "loss": all_sum(loss_sum),
             "tokens": tokens,
             "grad_norm": norm,
             "lr": opt.param_groups[0]["lr"],
@@ -134,10 +114,8 @@ def main(args):
         }
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and trees:
-            prompt, text = (
-                trees[0].prompt,
-                policy.encoder.decode(trees[0].prompt.ids[trees[0].mask].tolist()),
-            )
+            prompt = trees[0].prompt
+            text = encoder.decode(prompt.ids[trees[0].mask].tolist())
             print0(f"--- step {step + 1}, {prompt.example.where}: the trained tokens\n{text}\n---")
         # 5) save
         stop = ranks.stop()
@@ -148,9 +126,9 @@ def main(args):
         ):
             save(
                 last,
-                partial(model.save, policy),
+                partial(save_policy, policy),
                 {"step": step + 1, "args": vars(args), "metrics": metrics},
-                {"policy": (policy, opt)},
+                players,
                 {"order": order.state()},
             )
         if stop:

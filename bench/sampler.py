@@ -1,173 +1,216 @@
 """
-Claim: rollouts come several times faster than from transformers' generate, same checkpoint, same rows, ragged lengths.
+Claim: rollouts come several times faster than from transformers' generate, with the same checkpoint,
+rows and ragged lengths.
 
-    python bench/sampler.py --policy ckpt/base-tiny --data data/tiny/rl.jsonl      # on a CPU, after `bash runs/base.sh`
-    python bench/sampler.py --random            # a larger model of random weights, lengths as ragged as a language model's
-    python bench/sampler.py --device cuda       # the 4B's shape, 8 prompts with an image x 16, lengths around 300
-    python bench/sampler.py --growth            # tokens per second at 4 to 64 rows and 256 to 4096 tokens, both devices
+    python bench/sampler.py                     # on a CPU, after `bash runs/base.sh`: ckpt/base-tiny
+    python bench/sampler.py --policy out/tiny-0/sft         # after `bash runs/tiny.sh`
+    python bench/sampler.py --random            # a larger model of random weights, lengths as ragged
+                                                # as a language model's
+    python bench/sampler.py --device cuda       # 4B shape, 8 prompts with an image x 16, lengths of
+                                                # about 300
+    python bench/sampler.py --growth            # tokens per second at 4 to 64 rows and 256 to 4096
+                                                # tokens, on both devices
+    python bench/sampler.py --profile           # which operators a decoding step is made of
 """
 
 import argparse
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from measure import clock, median, model, prompt, report, seconds_of
+from transformers import AutoModelForImageTextToText
 
-from data import read
-from engine.packs import adopt
-from engine.sampler import generate
+from data import Prompt, read
+from engine import sampler
+from engine.attention import adopt
+from engine.sampler import all_rows, generate
 from model import load
 
+N = 16  # rollouts of each prompt
 
-def by_transformers(hf, prompts, n, max_tokens, eos, banned, pad):
-    """What a user would write: generate over left-padded prompts, n samples of each at temperature 1."""
-    longest = max(len(p.ids) for p in prompts)
-    ids = torch.stack(
-        [torch.cat([torch.full((longest - len(p.ids),), pad), p.ids]) for p in prompts]
-    ).to(hf.device)
-    mask = torch.stack(
-        [(torch.arange(longest) >= longest - len(p.ids)).long() for p in prompts]
-    ).to(hf.device)
-    out = hf.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        mm_token_type_ids=(ids == hf.config.image_token_id).int(),
-        pixel_values=torch.cat([p.pixel_values for p in prompts]).to(hf.device, hf.dtype),
-        image_grid_thw=torch.cat([p.grid_thw for p in prompts]).to(hf.device),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=n,
-        max_new_tokens=max_tokens,
-        eos_token_id=list(eos),
-        pad_token_id=pad,
-        suppress_tokens=list(banned) or None,
-    )[:, longest:]
-    ended = torch.isin(out, torch.tensor(eos, device=out.device))
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1])
-    return lengths.tolist()
+
+@dataclass
+class Case:
+    """What both contenders sample from."""
+
+    ours: object  # the model as model.load opens it
+    theirs: object  # the same as transformers opens it
+    prompts: list[Prompt]
+    eos: tuple[int, ...]
+    banned: tuple[int, ...]
+    pad: int
+    max_tokens: int
+
+    def by_us(self, seed, slots):
+        """Sample all rows with engine.sampler -> the number of tokens."""
+        rollouts = generate(
+            self.ours,
+            self.prompts,
+            all_rows(self.prompts, N),
+            self.max_tokens,
+            eos=self.eos,
+            banned=self.banned,
+            seeds=[(seed, number) for number in range(len(self.prompts))],
+            slots=slots,
+        )
+        return sum(len(rollout.ids) for rollout in rollouts)
+
+    @torch.no_grad()
+    def by_transformers(self, seed):
+        """What a user would write: `generate` over left-padded prompts -> the number of tokens."""
+        torch.manual_seed(seed)
+        device = self.theirs.device
+        longest = max(len(p.ids) for p in self.prompts)
+        ids = torch.full((len(self.prompts), longest), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, p in enumerate(self.prompts):
+            ids[row, longest - len(p.ids) :] = p.ids
+            mask[row, longest - len(p.ids) :] = 1
+        pixels = torch.cat([p.pixel_values for p in self.prompts])
+        out = self.theirs.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            mm_token_type_ids=(ids == self.theirs.config.image_token_id).int().to(device),
+            pixel_values=pixels.to(device, self.theirs.dtype),
+            image_grid_thw=torch.cat([p.grid_thw for p in self.prompts]).to(device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=N,
+            max_new_tokens=self.max_tokens,
+            eos_token_id=list(self.eos),
+            pad_token_id=self.pad,
+            suppress_tokens=list(self.banned) or None,
+        )
+        out = out[:, longest:]  # (rows, tokens)
+        ended = torch.isin(out, torch.tensor(self.eos, device=device))
+        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1])
+        return int(lengths.sum())
+
+
+def random_case(size, side, mean, device):
+    """Random weights, lengths of mean `mean`, prompts of 64 tokens and an image."""
+    plain = model(size, device).eval()
+    ours = model(size, device)
+    adopt(ours.model)
+    prompts = [prompt(plain, 64, side, seed) for seed in range(8)]
+    # Random weights end nowhere: of V about equally likely ids, V / mean are taken for end tokens.
+    ends = (plain.config.text_config.vocab_size - 8) // mean
+    eos = tuple(range(3, 3 + ends))
+    return Case(ours, plain, prompts, eos, banned=(), pad=0, max_tokens=1024)
+
+
+def checkpoint_case(policy_folder, data_file):
+    policy = load(policy_folder)
+    plain = AutoModelForImageTextToText.from_pretrained(policy.source, dtype=torch.float32).eval()
+    encoder = policy.encoder
+    prompts = read(data_file, "rl").fetch(range(8), encoder.prompt)
+    pad = encoder.tokenizer.pad_token_id
+    return Case(policy.hf, plain, prompts, encoder.eos_ids, encoder.banned, pad, max_tokens=128)
+
+
+def case_of(args):
+    """The case that the flags name, and how the report names it."""
+    if args.device != "cpu":
+        return random_case("4B", side=32, mean=300, device=args.device), "4B, random"
+    if args.random:
+        return random_case("small", side=16, mean=64, device="cpu"), "small, random"
+    return checkpoint_case(args.policy, args.data), args.policy
 
 
 def compare(args):
-    cuda = args.device != "cpu"
-    if cuda or args.random:
-        size, mean = ("4B", 300) if cuda else ("small", 64)
-        plain, ours = model(size, args.device), model(size, args.device)
-        prompts = [prompt(plain, 64, 32 if cuda else 16, seed) for seed in range(8)]
-        vocabulary = plain.config.text_config.vocab_size - 8
-        # Random weights end nowhere: of V about equally likely ids, V / mean are taken for end tokens.
-        eos, banned, pad, most = tuple(range(3, 3 + vocabulary // mean)), (), 0, 1024
-        adopt(ours.model)
-    else:
-        policy = load(args.policy)
-        from transformers import AutoModelForImageTextToText
-
-        ours, encoder = policy.hf, policy.encoder
-        plain = AutoModelForImageTextToText.from_pretrained(policy.source, dtype=torch.float32)
-        prompts = read(args.data, "rl").fetch(range(8), encoder.prompt)
-        eos, banned, pad, most = (
-            encoder.eos_ids,
-            encoder.banned,
-            encoder.tokenizer.pad_token_id,
-            128,
-        )
-    tokens, calls = {"transformers": [], "ours": []}, iter(range(10**6))
-    plain.eval()
+    case, name = case_of(args)
+    tokens = {"transformers": [], "ours": []}
 
     def theirs():
-        torch.manual_seed(next(calls))
-        with torch.no_grad():
-            tokens["transformers"].append(
-                sum(by_transformers(plain, prompts, 16, most, eos, banned, pad))
-            )
+        tokens["transformers"].append(case.by_transformers(seed=len(tokens["transformers"])))
 
-    def mine():
-        made = generate(
-            ours, prompts, 16, most, eos=eos, banned=banned, seed=(next(calls),), slots=args.slots
-        )
-        tokens["ours"].append(sum(len(r.ids) for group in made for r in group))
+    def ours():
+        tokens["ours"].append(case.by_us(seed=len(tokens["ours"]), slots=args.slots))
 
-    seconds = clock({"transformers": theirs, "ours": mine}, args.device, args.repeat)
-    rates = {
-        k: median([t / s for t, s in zip(tokens[k][1:], v, strict=True)])
-        for k, v in seconds.items()
-    }
+    contenders = {"transformers": theirs, "ours": ours}
+    rates = {}
+    for who, seconds in clock(contenders, args.device, args.repeat).items():
+        measured = tokens[who][1:]  # without the warm-up's
+        rates[who] = median([n / s for n, s in zip(measured, seconds, strict=True)])
+    rows = len(case.prompts) * N
     report(
         "sampler",
         ratio=rates["ours"] / rates["transformers"],
         tokens_per_second=rates,
-        prompts=8,
-        rollouts=16,
-        mean_length={k: sum(v) / len(v) / 128 for k, v in tokens.items()},
-        prompt_tokens=len(prompts[0].ids),
+        prompts=len(case.prompts),
+        rollouts=N,
+        mean_length={who: sum(counts) / len(counts) / rows for who, counts in tokens.items()},
+        prompt_tokens=len(case.prompts[0].ids),
         slots=args.slots,
-        model=f"{size}, random" if cuda or args.random else args.policy,
+        model=name,
         device=args.device,
     )
 
 
 def growth(args):
-    """Rates with no end token, and, on CUDA, what share of the memory's bandwidth the decoding steps reach."""
-    cuda, table = args.device != "cpu", {}
-    hf = model("4B" if cuda else "small", args.device)
+    """Tokens per second without an end token, and what share of the memory's bandwidth weights,
+    keys and values account for."""
+    cuda = args.device != "cpu"
+    size = "4B" if cuda else "small"
+    hf = model(size, args.device)
     adopt(hf.model)
     root = prompt(hf, 64, 32 if cuda else 8)
     bandwidth = copy_rate(args.device)
     weights = sum(p.numel() * p.element_size() for p in hf.model.language_model.parameters())
     text = hf.config.text_config
-    per_token = (
-        2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * hf.dtype.itemsize
-    )
-    for rows, length in (
-        (4, 256),
-        (16, 256),
-        (64, 256),
-        (4, 1024),
-        (64, 1024),
-        (4, 4096),
-        (64, 4096),
-    ):
+    numbers_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    bytes_per_token = numbers_per_token * hf.dtype.itemsize
+    cases = [(4, 256), (16, 256), (64, 256), (4, 1024), (64, 1024), (4, 4096), (64, 4096)]
+    table = {}
+    for rows, length in cases:
         if not cuda and rows * length > 70_000 and not args.all:
             continue
-        run = lambda n=rows, most=length: generate(hf, [root], n, most, eos=(-1,), slots=n)  # noqa: E731
-        run() if length == 256 else None
-        taken = seconds_of(run, args.device)
-        step = weights + rows * per_token * (len(root.ids) + length / 2)
+
+        def run(rows=rows, length=length):
+            chosen = all_rows([root], rows)
+            generate(hf, [root], chosen, length, eos=(-1,), seeds=[(0, 0)], slots=rows)
+
+        if length == 256:
+            run()  # a warm-up
+        seconds = seconds_of(run, args.device)
+        mean_filled = len(root.ids) + length / 2
+        bytes_per_step = weights + rows * mean_filled * bytes_per_token
         table[f"{rows} x {length}"] = {
-            "tokens_per_second": rows * length / taken,
-            "of_bandwidth": step * length / taken / bandwidth,
+            "tokens_per_second": rows * length / seconds,
+            "of_bandwidth": bytes_per_step * length / seconds / bandwidth,
         }
-    report(
-        "sampler, growth",
-        table=table,
-        bandwidth=bandwidth,
-        size="4B" if cuda else "small",
-        device=args.device,
-    )
+    report("sampler, growth", table=table, bandwidth=bandwidth, size=size, device=args.device)
 
 
 def copy_rate(device):
     """Bytes per second that a copy reads and writes: the bound on decoding."""
     x = torch.empty(2**28 if device == "cpu" else 2**32, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    return 2 * x.numel() / median(clock({"copy": lambda: y.copy_(x)}, device)["copy"])
+    seconds = clock({"copy": lambda: y.copy_(x)}, device)["copy"]
+    return 2 * x.numel() / median(seconds)
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--policy", default="ckpt/base-tiny")
     parser.add_argument("--data", default="data/tiny/rl.jsonl")
-    parser.add_argument(
-        "--random",
-        action="store_true",
-        help="on a CPU: random weights, geometric lengths of mean 64",
-    )
+    parser.add_argument("--random", action="store_true", help="on a CPU: the model `small`")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument(
-        "--all", action="store_true", help="on a CPU the long cases too: many minutes"
+        "--all", action="store_true", help="on a CPU the long cases of --growth too"
     )
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
-    growth(args) if args.growth else compare(args)
+    if args.growth:
+        growth(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,168 +1,338 @@
 """
-Arguments: a stage's dataclass becomes its command line.
+The fields of a stage's dataclass become its command line: `option` declares one, `parse` reads
+them.
 
-Batch sizes on the command line are global (prompts or pairs of one step over all ranks), the same at any number of
-ranks; only `--pack_tokens` is per device, it bounds memory and changes no result.
+Batch sizes on the command line are global (prompts or pairs of one step over all ranks), the same
+at any number of ranks; only `--pack_tokens` is per device, it bounds memory and changes no result.
 """
 
 import argparse
 import difflib
 import inspect
 import json
-import re
+import math
+import os
+import signal
 import sys
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+import time
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+
+USAGE_ERROR = 2  # exit status, as argparse's
+
+
+def option(default=MISSING, help="", least=0, above=None):
+    """A field of an `Args`: without a default it is required. `check` holds numbers to `least` or
+    more, or `above`."""
+    return field(default=default, metadata={"help": help, "least": least, "above": above})
+
+
+def check(args):
+    """Raise ValueError for the first number in the dataclass `args` that is not finite or not
+    within its bounds."""
+    for f in fields(args):
+        value = getattr(args, f.name)
+        least = f.metadata.get("least", 0)
+        above = f.metadata.get("above")
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float):
+                continue
+            if not math.isfinite(number):
+                raise ValueError(f"--{f.name} is {number}: it must be a finite number")
+            if above is not None and number <= above:
+                raise ValueError(f"--{f.name} is {number}: it must be above {above}")
+            if number < least:
+                raise ValueError(f"--{f.name} is {number}: it must be {least} or more")
 
 
 @dataclass(kw_only=True)
 class Common:
-    """Arguments of every stage; its `Args` inherits them. The comment behind a field is its help text."""
+    """The arguments of every stage; its `Args` inherits them, and redeclares what has another
+    default there."""
 
-    policy: str  # checkpoint to start from: a Qwen3-VL folder in transformers layout, as an earlier stage's <out>/last
-    data: str  # the rows to train on: JSON, JSONL or parquet
-    out: str  # run folder: log and checkpoints
-    seed: int = 0  # of weights, order of the data and rollouts
-    steps: int = 500  # updates in all
-    lr: float = 1e-6  # peak learning rate of the policy
-    weight_decay: float = 0.01  # AdamW's, on matrices only
-    schedule: Literal["constant", "cosine"] = (
-        "constant"  # of the learning rate after its warm-up; cosine ends at 0
+    policy: str = option(
+        help="checkpoint to start from: a Qwen3-VL folder in transformers layout, as an earlier "
+        "stage's <out>/last, a run folder, or a hub name"
     )
-    warmup: float = (
-        0.0  # of the learning rate, linear: below 1 a share of all steps, else a number of steps
+    data: str = option("", "the rows to train on: JSON, JSONL or parquet; none: the embedded world")
+    out: str = option("", "run folder: log and checkpoints; none: ckpt/<stage>")
+    seed: int = option(0, "of weights, order of the data and rollouts")
+    steps: int = option(500, "updates in all", least=1)
+    lr: float = option(1e-6, "peak learning rate of the policy")
+    weight_decay: float = option(0.01, "AdamW's, on matrices only")
+    schedule: Literal["constant", "cosine"] = option(
+        "constant", "of the learning rate after its warm-up; cosine ends at 0"
     )
-    grad_clip: float = 1.0  # largest global gradient norm
-    max_prompt: int = (
-        2048  # tokens, image tokens included; longer prompts are left out and counted, never cut
+    warmup: float = option(
+        0.0, "of the learning rate, linear: below 1 a share of all steps, else a number of steps"
     )
-    max_response: int = 6144  # tokens, end token included
-    max_pixels: int | None = (
-        None  # of one image, larger ones are scaled down; none: the image processor's own limit
+    grad_clip: float = option(1.0, "largest global gradient norm")
+    max_prompt: int = option(
+        2048,
+        "tokens, image tokens included; longer prompts are left out and counted, never cut",
+        least=1,
     )
-    pack_tokens: int = 16384  # of one model call, per device
-    log_every: int = 1  # steps between printed lines; log.jsonl gets every step
-    sample_every: int = (
-        50  # steps between rollouts that are printed, and kept in rollouts.jsonl; 0: never
+    max_response: int = option(6144, "tokens, end token included", least=1)
+    max_pixels: int | None = option(
+        None, "of one image, larger ones are scaled down; none: the image processor's own limit"
     )
-    max_bad: int = 100  # rows that cannot be used; with more of them the run stops
-    image_root: str | None = (
-        None  # folder that image paths are relative to and stay in; none: the data file's
+    pack_tokens: int = option(16384, "of one model call, per device", least=1)
+    log_every: int = option(1, "steps between printed lines; log.jsonl gets every step", least=1)
+    sample_every: int = option(
+        50, "steps between rollouts that are printed, and kept in rollouts.jsonl; 0: never"
     )
-    save_every: int = 100  # steps between checkpoints; 0: only the last
-    resume: bool = False  # continue from the checkpoint in --out; starts afresh where there is none
-    wandb: str = ""  # Weights & Biases project to log to as well
-    tensorboard: bool = False  # write the scalars to <out>/tensorboard as well
-    config: str = ""  # JSON file of arguments, as a run's last/meta.json, which is run again; flags given here win
-    checkpointing: bool = (
-        False  # compute activations again in the backward pass: less memory, a third more time
+    max_bad: int = option(100, "rows that cannot be used; with more of them the run stops")
+    image_root: str | None = option(
+        None, "folder that image paths are relative to and stay in; none: the data file's"
     )
-    offload: bool = False  # keep parameters and optimiser on the CPU between uses: less memory on the device, slow
-    nodes: int = 0  # FSDP shards within a node and replicates over nodes; 0: as many as torchrun's; 1: shards over all ranks
-    dry_run: bool = False  # print the memory that a rank of WORLD_SIZE needs, and end; of --policy only config.json is read
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of matrix products; parameters and optimiser stay float32
+    save_every: int = option(100, "steps between checkpoints; 0: only the last")
+    resume: bool = option(
+        False, "continue from the checkpoint in --out; starts afresh where there is none"
+    )
+    wandb: str = option("", "Weights & Biases project to log to as well")
+    tensorboard: bool = option(False, "write the scalars to <out>/tensorboard as well")
+    config: str = option(
+        "",
+        "JSON file of arguments, as a run's last/meta.json, to run it again; flags given here win",
+    )
+    checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, a third more time"
+    )
+    offload: bool = option(
+        False,
+        "keep parameters and optimiser on the CPU between uses: less memory on the device, slow",
+    )
+    nodes: int = option(
+        0,
+        "FSDP shards within a node and replicates over nodes; 0: as many as torchrun's; "
+        "1: shards over all ranks",
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda where there is one")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "of matrix products; parameters and optimiser stay float32"
     )
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            least = (
-                1
-                if name in ("steps", "max_prompt", "max_response", "pack_tokens", "log_every")
-                else 0
-            )
-            if isinstance(value, int | float) and not value >= least:
-                raise ValueError(f"--{name} is {value}: it must be {least} or more")
+        self.out = self.out or f"ckpt/{stage_file(type(self)).stem}"
+        check(self)
 
 
-def _option(kind):
-    """Type of a field -> what add_argument needs for it."""
-    inner = [k for k in get_args(kind) if k not in (type(None), Ellipsis)]
-    if get_origin(kind) is Literal:
-        return {"choices": inner, "type": type(inner[0])}
-    if get_origin(kind) is tuple:
-        return {"type": inner[0], "nargs": len(inner) if len(inner) > 1 else "+"}
-    if inner in ([int], [float], [str]):  # or None
-        return {
-            "type": lambda text: None if text.lower() == "none" else inner[0](text),
-            "metavar": inner[0].__name__,
-        }
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    return _option(inner[0]) if inner else {"type": kind}
+def stage_file(Args):
+    """The file that an `Args` is written in: its stem is the stage's name."""
+    return Path(inspect.getfile(Args))
 
 
 def parse(Args, argv=None):
-    """Command line (`argv`, or the process's own) -> `Args`. Wrong flags, values, combinations end in a usage error."""
-    style = type(
-        "_", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
-    )
-    parser = argparse.ArgumentParser(formatter_class=style, allow_abbrev=False)
-    parser.description = sys.modules[Args.__module__].__doc__
-    own, shared = (
-        parser.add_argument_group("of this script"),
-        parser.add_argument_group("of every stage"),
-    )
-    sources = [inspect.getsource(base) for base in reversed(Args.__mro__) if is_dataclass(base)]
-    comments = dict(
-        re.findall(r"^    (\w+): .*?  # (.+)$", "\n".join(sources), re.MULTILINE)
-    )  # redeclared: the last
-    common = [f.name for f in fields(Common)] if issubclass(Args, Common) else []
-    kinds = get_type_hints(Args)
-    for f in fields(Args):
-        option = _option(kinds[f.name]) | {"help": comments.get(f.name, "").replace("%", "%%")}
-        option |= {"required": True} if f.default is MISSING else {"default": f.default}
-        (shared if f.name in common else own).add_argument(f"--{f.name}", **option)
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    args = first.parse_known_args(argv)[0]
-    if args.config and "config" in kinds:
-        argv = [*_flags(args.config, Args, parser), *argv]  # of two flags the last counts
-        parser.prog += f" --config {args.config}"  # leads each error message
-    flags = list(parser._option_string_actions)
-    for flag in [
-        a.split("=")[0] for a in argv if a.startswith("--") and a.split("=")[0] not in flags
-    ]:
-        near = difflib.get_close_matches(flag, flags, 1) or ["--help"]
-        parser.error(
-            f"there is no {flag}: did you mean {near[0]}?"
-        )  # before argparse complains about anything else
+    """Read the command line (`argv`, or the process's own) as an `Args`.
+
+    A wrong flag, value or combination of values (ValueError of `Args`) ends the process with one
+    message, see `end`. Without --data and --config a stage takes the embedded world's arguments,
+    runs/tiny-<stage>.json beside it.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser(Args)
+    refuse_unknown_flags(parser, argv)
+    config, embedded = find_config(Args, argv)
+    if config:
+        parser.source = f" --config {config}"
+        argv = [*flags_in(config, Args, parser), *argv]  # of two flags the last one counts
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+    if config:
+        given["config"] = config
     try:
-        return Args(
-            **{
-                k: tuple(v) if isinstance(v, list) else v
-                for k, v in vars(parser.parse_args(argv)).items()
-            }
-        )
+        args = Args(**given)
     except ValueError as error:
         parser.error(str(error))
+    if isinstance(args, Common):
+        look_for_data(args, embedded, parser)
+    return args
 
 
-def _flags(path, Args, parser):
-    """The arguments in the file of --config as flags; what is at its default needs none. Any fault is a usage error."""
-    try:
-        config = json.loads(Path(path).read_text())
-        config = dict(config.get("args", config))  # of a meta.json
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        parser.error(
-            f"--config {path}: not a JSON file of arguments, as a run's last/meta.json is ({error})"
+# ---------------------------------------------------------------------------------- the parser
+class Parser(argparse.ArgumentParser):
+    """One message per fault and one manual, however many processes there are."""
+
+    source = ""  # of the arguments, where they are in a file too
+
+    def error(self, message):
+        end(f"{self.prog}{self.source}: {message}")
+
+    def print_help(self, file=None):
+        if is_first_rank():
+            super().print_help(file)
+
+
+def make_parser(Args):
+    """An argparse parser of the fields of `Args`, with the docstring of its file as manual. What
+    is not given on the command line is not in the parsed namespace either: it keeps the default of
+    the field."""
+    parser = Parser(
+        prog=stage_file(Args).name,
+        description=sys.modules[Args.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,  # a later flag could change what an abbreviation means
+    )
+    own = parser.add_argument_group("of this script")
+    shared = parser.add_argument_group("of every stage")
+    kinds = get_type_hints(Args)
+    for f in fields(Args):
+        is_shared = issubclass(Args, Common) and f.name in Common.__dataclass_fields__
+        group = shared if is_shared else own
+        settings = settings_of(kinds[f.name])
+        group.add_argument(
+            f"--{f.name}", help=help_of(f), required=f.default is MISSING, **settings
         )
-    defaults, flags = {f.name: f.default for f in fields(Args)}, []
-    if odd := [name for name in config if name not in defaults]:
-        near = [f"did you mean {x}?" for x in difflib.get_close_matches(odd[0], defaults, 1)] or [
-            "is it of another script?"
-        ]
-        parser.error(f"--config {path}: {parser.prog} has no {', '.join(odd)}: {near[0]}")
-    for name, value in config.items():
-        value = value if isinstance(value, list) else [value]
-        if tuple(value) not in ((defaults[name],), defaults[name]):
-            switch = any(isinstance(v, bool) for v in value)
-            flags += (
-                [f"--{'' if value[0] else 'no-'}{name}"]
-                if switch
-                else [f"--{name}", *map(str, value)]
-            )
+    return parser
+
+
+def help_of(f):
+    text = f.metadata.get("help", "")
+    if f.default not in (MISSING, None, "", ()):
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        text = f"{text} (default: {default})"
+    return text.replace("%", "%%")
+
+
+def settings_of(kind):
+    """What argparse's add_argument needs for a field of the type `kind`."""
+    may_be_none = type(None) in get_args(kind)
+    if may_be_none:
+        (kind,) = [one for one in get_args(kind) if one is not type(None)]
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return {"choices": choices, "type": type(choices[0])}
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        number = "+" if inner[-1] is Ellipsis else len(inner)
+        return {"type": inner[0], "nargs": number, "metavar": inner[0].__name__}
+    return {"type": or_none(kind) if may_be_none else kind, "metavar": kind.__name__}
+
+
+def or_none(kind):
+    """The type `kind` for argparse, with the word "none" for None."""
+
+    def read(text):
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse's messages have it
+    return read
+
+
+def refuse_unknown_flags(parser, argv):
+    """Before argparse complains about anything else: most often a flag is misspelt."""
+    known = list(parser._option_string_actions)
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, 1)
+            mend = f": did you mean {near[0]}?" if near else ""
+            parser.error(f"there is no {flag}{mend} (--help lists all)")
+
+
+# -------------------------------------------------------------------------------------- --config
+def find_config(Args, argv):
+    """The file of arguments to read, or "" -> (path, whether it is the embedded world's)."""
+    stage = stage_file(Args)
+    tiny = stage.parent / "runs" / f"tiny-{stage.stem}.json"
+    first = Parser(prog=stage.name, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default="")
+    first.add_argument("--data", nargs="*")
+    known = first.parse_known_args(argv)[0]
+    if known.config or known.data is not None:
+        return known.config, False
+    if issubclass(Args, Common) and tiny.exists():
+        return os.path.relpath(tiny), True
+    return "", False
+
+
+def flags_in(path, Args, parser):
+    """The arguments in the file of --config as flags, so that they are checked as flags are. What
+    is at its default needs none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = dict(values.get("args", values))  # a meta.json holds more than the arguments
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        parser.error(f"not a JSON file of arguments, as a run's last/meta.json is ({error})")
+    defaults = {f.name: f.default for f in fields(Args)}
+    unknown = [name for name in values if name not in defaults]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], defaults, 1)
+        mend = f"did you mean {near[0]}?" if near else "is it of another script or version?"
+        parser.error(f"{stage_file(Args).name} has no {', '.join(unknown)}: {mend}")
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        if value != defaults[name]:
+            flags += flags_of(name, value)
     return flags
+
+
+def flags_of(name, value):
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, tuple):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def look_for_data(args, embedded, parser):
+    """A stage's --data: said where it is the embedded world's, and an error where it is not
+    there."""
+    if not args.data:
+        parser.error("--data is missing: the rows to train on")
+    if embedded and not Path(args.data).exists():
+        parser.error(f"{args.data} is not there: `bash runs/tiny.sh` makes it; or give --data")
+    if embedded and is_first_rank():
+        where = f"the embedded world, {args.data}, with the sizes of {args.config}"
+        print(f"no --data: {where}", flush=True)
+
+
+# ------------------------------------------------------------------------------------- the end
+def is_first_rank():
+    """Before there is a process group: the environment says it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def end(message):
+    """Print `message` to stderr, once, whatever the number of processes, and end with the status
+    of a usage error.
+
+    Under torchrun all processes find the same error. Its agent, their parent, would tell that they
+    failed in fifty lines, below which nobody sees the one that matters; no exit status of a
+    process and no signal that the agent handles keeps it from that. So the first process on each
+    node ends the agent with SIGKILL, after the message is out. The others say nothing, and wait
+    for that: a process that ended before would have the agent end them all, the one with the
+    message too.
+    """
+    if is_first_rank():
+        print(message, file=sys.stderr, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        while is_torchrun(os.getppid()):
+            time.sleep(0.1)
+    elif is_torchrun(os.getppid()) and shares_our_terminal(os.getppid()):
+        os.kill(os.getppid(), signal.SIGKILL)
+    sys.exit(USAGE_ERROR)
+
+
+def is_torchrun(pid):
+    """Whether a parent process is torchrun itself, and no shell or notebook in between. False where
+    the system has no /proc."""
+    command = Path(f"/proc/{pid}/cmdline")
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not command.exists():
+        return False
+    words = command.read_text().split("\0")
+    return any(Path(word).name in ("torchrun", "torch.distributed.run") for word in words)
+
+
+def shares_our_terminal(pid):
+    """False where our messages pass through that process, as through torchrun with --tee: it would
+    be ended before it has shown them."""
+    return os.path.samefile(f"/proc/{pid}/fd/2", "/proc/self/fd/2")

@@ -1,7 +1,13 @@
 """
-Checkpoints: a folder that the next stage and plain transformers open, with what `--resume` needs beside the weights.
+Checkpoints: a folder that the next stage and plain transformers open, with what `--resume` needs
+beside the weights.
 
-Written whole or not at all: under another name, then renamed. A kill at any moment leaves the last good one.
+    last/                   weights, config, tokenizer: whatever `write_weights` writes
+    last/meta.json          arguments, step, metrics, provenance
+    last/resume/            models and optimisers (torch.distributed.checkpoint), state.pt
+
+Written whole or not at all: under another name, then renamed. A kill at any moment leaves the last
+good one.
 """
 
 import json
@@ -18,92 +24,114 @@ import torch.distributed.checkpoint as dcp
 from engine.log import provenance
 from engine.ranks import agree, is_main
 
+VERSION = 2  # of what is kept: to be raised where a stage begins to keep other state
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of a parameter, in AdamW's state
+
+# The classes and functions that an index of torch.distributed.checkpoint may name.
 RECORDS = re.compile(
-    r"pathlib \w*Path|torch (Size|bool|b?float\d+|u?int\d+)|torch\.serialization _get_layout|"
-    r"torch\.distributed\.checkpoint\.(metadata \w*(Metadata|Index|Meta|Properties|ENCODING)|filesystem _StorageInfo)"
+    r"pathlib \w*Path"
+    r"|torch (Size|bool|b?float\d+|u?int\d+)"
+    r"|torch\.serialization _get_layout"
+    r"|torch\.distributed\.checkpoint\.metadata \w*(Metadata|Index|Meta|Properties|ENCODING)"
+    r"|torch\.distributed\.checkpoint\.filesystem _StorageInfo"
 )
 
 
+# ------------------------------------------------------------------------------------- writing
 def save(folder, write_weights, meta, players=None, state=None):
     """
-    Writes the checkpoint `folder` whole or not at all: under another name, then renamed. All ranks.
-    write_weights(path), on all ranks: weights, config, tokenizer. meta: for meta.json (args, step, cursor, metrics).
-    For `restore`: players {name: (model, AdamW)}; state: plain values and CPU tensors, the same on all ranks.
+    Write the checkpoint `folder`. All ranks call it.
+
+    write_weights(path): called on all ranks, writes weights, config and tokenizer. meta: for
+    meta.json (arguments, step, metrics). For `restore`: players, {name: (model, AdamW)}, and state,
+    plain values and CPU tensors, the same on all ranks.
     Raises OSError where it cannot be written (a full disk, ..); the checkpoint before it stays.
     """
-    folder, new, old = Path(folder), Path(f"{folder}.new"), Path(f"{folder}.old")
+    folder = Path(folder)
+    new = Path(f"{folder}.new")
     try:
         if is_main():
             shutil.rmtree(new, ignore_errors=True)
             (new / "resume").mkdir(parents=True)
-        agree(False)  # all ranks: wait for it
+        agree(False)  # all ranks wait for the folder
         write_weights(new)
         if players:
-            dcp.save(_tensors(players), checkpoint_id=new / "resume")
+            dcp.save(tensors_of(players), checkpoint_id=new / "resume")
         if is_main():
-            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            kept = {
-                "python": random.getstate(),
-                "cpu": torch.get_rng_state(),
-                "cuda": cuda,
-                "state": state,
-            }
+            kept = {"version": VERSION, **random_state(), "state": state}
             torch.save(kept, new / "resume/state.pt")
             (new / "meta.json").write_text(json.dumps(provenance() | meta, indent=1))
             os.sync()  # the data has to reach the disk before the names
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)
-            new.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
+            swap(new, folder)
     except (Exception, dcp.CheckpointException) as error:
         if is_main():
             shutil.rmtree(new, ignore_errors=True)  # room on a full disk
-        what = f"{folder} could not be written ({_why(error)}); the checkpoint before it, if any, is whole"
-        raise OSError(f"{what}. Make room or give permission, then go on with --resume") from None
-    agree(False)
+        raise OSError(
+            f"{folder} could not be written ({in_one_line(error)}); the checkpoint before it, if "
+            "any, is whole. Make room or give permission, then go on with --resume"
+        ) from None
+    agree(False)  # no rank goes on before it is there
 
 
-def restore(folder, players):
-    """Loads what `save` kept into models, optimisers and RNG -> (meta, state), or None: no checkpoint. All ranks."""
-    folder, old = Path(folder), Path(f"{folder}.old")
+def swap(new, folder):
+    """Give the folder `new` the name `folder`, whose checkpoint goes. `put_back` mends a kill
+    between the two renames."""
+    old = Path(f"{folder}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder):
+    old = Path(f"{folder}.old")
     if is_main() and old.exists() and not folder.exists():
-        old.rename(folder)  # a kill between the two renames
+        old.rename(folder)
     agree(False)
+
+
+# ------------------------------------------------------------------------------------- reading
+def restore(folder, players):
+    """Load what `save` kept into the players' models and optimisers and into the random number
+    generators -> (meta, state), or None where there is no checkpoint. All ranks call it.
+
+    Raises ValueError where it is broken, of another model, or of another version of this code.
+    """
+    folder = Path(folder)
+    put_back(folder)
     if not folder.exists():
         return None
     try:
-        with open(folder / "resume/.metadata", "rb") as file:
-            known = {
-                k: tuple(saved.size) for k, saved in _Plain(file).load().state_dict_metadata.items()
-            }
-        tensors = _tensors(players, known)
-        if odd := sorted(
-            k
-            for k in known.keys() | tensors
-            if k not in tensors or known.get(k) != tuple(tensors[k].shape)
-        ):
-            raise ValueError(f"it is of another model: {len(odd)} tensors differ, first {odd[0]}")
-        dcp.load(
-            tensors, checkpoint_id=folder / "resume"
-        )  # in place, and cut anew for this number of ranks
-        kept, meta = (
-            torch.load(folder / "resume/state.pt", weights_only=True),
-            json.loads((folder / "meta.json").read_text()),
-        )
+        shapes = saved_shapes(folder / "resume/.metadata")
+        tensors = tensors_of(players, shapes)
+        refuse_other_tensors(shapes, tensors)
+        kept = torch.load(folder / "resume/state.pt", weights_only=True)
+        if kept.get("version") != VERSION:
+            raise ValueError("it was made by an earlier version of this code")
+        # In place, and cut anew for this number of ranks.
+        dcp.load(tensors, checkpoint_id=folder / "resume")
+        meta = json.loads((folder / "meta.json").read_text())
     except (Exception, dcp.CheckpointException) as error:
-        what = f"{folder} cannot be resumed: {_why(error)}"
         raise ValueError(
-            f"{what}. Give the arguments that the run was begun with, or remove it to start afresh"
+            f"{folder} cannot be resumed: {in_one_line(error)}. Give the arguments that the run "
+            "was begun with, or remove it to start afresh"
         ) from None
-    random.setstate(kept["python"])
-    torch.set_rng_state(kept["cpu"])
-    if kept["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(kept["cuda"])
+    set_random_state(kept)
     return meta, kept["state"]
 
 
-class _Plain(pickle.Unpickler):  # of dcp's index: dcp's own reader would run whatever it names
+def saved_shapes(index):
+    """{key: shape} of the tensors in a checkpoint of torch.distributed.checkpoint, by its index."""
+    with open(index, "rb") as file:
+        metadata = RecordsOnly(file).load().state_dict_metadata
+    return {key: tuple(saved.size) for key, saved in metadata.items()}
+
+
+class RecordsOnly(pickle.Unpickler):
+    """Opens the index and nothing else: torch.distributed.checkpoint's own reader would run
+    whatever the file names."""
+
     def find_class(self, module, name):
         if not RECORDS.fullmatch(f"{module} {name}"):
             raise pickle.UnpicklingError(
@@ -112,26 +140,61 @@ class _Plain(pickle.Unpickler):  # of dcp's index: dcp's own reader would run wh
         return super().find_class(module, name)
 
 
-def _why(error):  # in one line; dcp's ends with the cause, others begin with it
-    lines = f"{type(error).__name__}: {error}".strip().splitlines()
-    return lines[-1 if isinstance(error, dcp.CheckpointException) else 0][:200]
+def refuse_other_tensors(shapes, tensors):
+    """ValueError where a checkpoint's {key: shape} and the players' {key: tensor} differ."""
+    odd = []
+    for key in sorted(shapes.keys() | tensors):
+        if key not in tensors or shapes.get(key) != tuple(tensors[key].shape):
+            odd.append(key)
+    if odd:
+        raise ValueError(
+            f"it is of another model or made by an earlier version of this code: {len(odd)} "
+            f"tensors differ, first {odd[0]}"
+        )
 
 
-def _tensors(players, known=()):
-    """{key: tensor} of models and optimisers, by reference; optimiser tensors with a key in `known` are made first."""
+# -------------------------------------------------------------------------------- what is kept
+def tensors_of(players, known=()):
+    """{key: tensor} of models and optimisers, by reference.
+
+    A parameter that never had a gradient has no optimiser state, before and after. For loading, the
+    state of the others is made first: where its key is in `known`.
+    """
     found = {}
     for name, (model, optimizer) in players.items():
-        found |= {f"{name}.model.{k}": t for k, t in model.state_dict().items()}
-        for (
-            n,
-            p,
-        ) in (
-            model.named_parameters()
-        ):  # one that never had a gradient has no optimiser state, before and after
-            prefix = f"{name}.optimizer.{n}."
-            for k in [k for k in ("step", "exp_avg", "exp_avg_sq") if prefix + k in known]:
-                optimizer.state[p][k] = (
-                    torch.zeros(()) if k == "step" else torch.zeros_like(p, requires_grad=False)
-                )
-            found |= {prefix + k: t for k, t in optimizer.state.get(p, {}).items()}
+        for key, tensor in model.state_dict().items():
+            found[f"{name}.model.{key}"] = tensor
+        for key, parameter in model.named_parameters():
+            prefix = f"{name}.optimizer.{key}."
+            for moment in MOMENTS:
+                if prefix + moment in known:
+                    optimizer.state[parameter][moment] = empty_moment(moment, parameter)
+            for moment, tensor in optimizer.state.get(parameter, {}).items():
+                found[prefix + moment] = tensor
     return found
+
+
+def empty_moment(moment, parameter):
+    if moment == "step":
+        return torch.zeros(())
+    return torch.zeros_like(parameter, requires_grad=False)
+
+
+def random_state():
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(kept):
+    random.setstate(kept["python"])
+    torch.set_rng_state(kept["cpu"])
+    if kept["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(kept["cuda"])
+
+
+def in_one_line(error):
+    """An exception as one line of text. One of torch.distributed.checkpoint ends with the cause,
+    others begin with it."""
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    cause = lines[-1] if isinstance(error, dcp.CheckpointException) else lines[0]
+    return cause[:200]

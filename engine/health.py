@@ -1,183 +1,275 @@
 """
-Is the adversarial game sound? Pure functions of what a step has gathered over all ranks; the README has healthy ranges.
+Is the adversarial game sound? These are pure functions of what a step has scored; the
+documentation has the healthy ranges.
 
-    B pairs of a reference span and a policy span, of one kind, for the same prompt   P prompts   E experts   L layers
+    B pairs of one span   L layers   E experts   F features of a probe
 
-`reference`, `policy` (B,) raw scores; `group` (B,) which prompt a pair belongs to. NaN means that there was no data.
-A discriminator that wins by something else than content shows here: by length (`length_corr`, `longer`,
-`length_probe`), or by the token at which the score is read (`leak_probe`).
+NaN always means that there was no data, never 0. A discriminator that wins by something else than
+content shows here: by length (`length_corr`, `longer`, `length_probe`), or by the token at which
+the score is read (`leak_probe`).
 """
 
+from dataclasses import dataclass
 from math import log, nan
 
 import torch
 import torch.nn.functional as F
 
 
-def span_metrics(reference, policy, group, reference_length, policy_length):
-    """All of a span kind's metrics, {name: float}; lengths (B,) in tokens. `acc` ½ is chance, `saturated` 1 is bad."""
-    margin = reference - policy
-    return {
+@dataclass
+class Pairs:
+    """
+    The B pairs of one span in a step: a rollout's span beside the reference's of the same prompt. A
+    reference stands in as many pairs as its prompt has well-formed rollouts. B may be 0.
+    """
+
+    reference: torch.Tensor  # (B,) float64, raw scores of the references' spans
+    policy: torch.Tensor  # (B,) float64, raw scores of the rollouts' spans
+    group: torch.Tensor  # (B,) a number for each prompt, the same in all pairs of the prompt
+    reference_length: torch.Tensor  # (B,) float64, tokens
+    policy_length: torch.Tensor  # (B,) float64, tokens
+
+
+def game_metrics(pairs, load, clip):
+    """
+    Return all that is logged of the discriminator's side in one step: {"<span>/<metric>": float}.
+
+    pairs: {name of a span: its Pairs}, with the pairs of all spans in the same order of rollouts.
+    load: (spans, L, E), how many tokens of each span each expert got, in the order of the names; L
+    is 0 where nothing is routed.
+    clip: the bound on the scores as rewards.
+
+    `advantage_corr` says whether the first two spans prefer the same rollouts.
+    """
+    metrics = {}
+    for name, counts in zip(pairs, load, strict=True):
+        found = span_metrics(pairs[name], clip)
+        if len(counts):
+            found.update(expert_load(counts))
+        for metric, value in found.items():
+            metrics[f"{name}/{metric}"] = value
+    if len(pairs) >= 2:
+        first, second, *_ = pairs.values()
+        if torch.equal(first.group, second.group):
+            first_advantage = _centred(first.policy, first.group)
+            second_advantage = _centred(second.policy, second.group)
+            metrics["advantage_corr"] = correlation(first_advantage, second_advantage)
+    return metrics
+
+
+def span_metrics(pairs, clip):
+    """Return the metrics of one span's Pairs. `acc` of 1/2 is chance, `saturated` of 1 is bad."""
+    margin = pairs.reference - pairs.policy  # (B,)
+    advantage = _centred(pairs.policy, pairs.group)
+    length = _centred(pairs.policy_length, pairs.group)
+    metrics = {
         "acc": accuracy(margin),
         "margin": _mean(margin),
         "margin_p10": _quantile(margin, 0.1),
         "margin_p90": _quantile(margin, 0.9),
         "saturated": _mean(margin.float().sigmoid() > 0.99),
-        **{f"reference_{k}": v for k, v in moments(reference).items()},
-        **{f"policy_{k}": v for k, v in moments(policy).items()},
-        **group_spread(policy, group),
-        "length_corr": correlation(_centred(policy, group), _centred(policy_length, group)),
-        "longer": accuracy(reference_length - policy_length),
     }
-
-
-def game_metrics(rows, load, names, clip):
-    """
-    All that is logged of the discriminator's side in one step, {"<kind>/<metric>": float}. rows: a (kind, group,
-    reference's score, rollout's score, reference's length, rollout's length) for each policy span, a rollout's spans in
-    the same order in each kind; load (kinds, L, E): tokens that each expert got (L = 0: no routing); names: of kinds.
-    """
-    metrics, centred = {}, []
-    for kind, name in enumerate(names):
-        mine = torch.tensor(
-            [row[1:] for row in rows if row[0] == kind], dtype=torch.float64
-        ).reshape(-1, 5)
-        group, reference, policy, *lengths = mine.unbind(1)
-        found = span_metrics(reference, policy, group, *lengths) | {
-            "clipped": _mean(policy.abs() > clip)
-        }
-        metrics |= {
-            f"{name}/{k}": v
-            for k, v in (found | (expert_load(load[kind]) if load.shape[1] else {})).items()
-        }
-        centred.append(_centred(policy, group))
-    if len(names) == 2 and len(centred[0]) == len(centred[1]):
-        metrics["advantage_corr"] = correlation(*centred)
-    return metrics
-
-
-def probe_metrics(probes, names):
-    """What gives sides away without reading. probes: (kind, prompt ids, reference's ids, rollout's ids) per pair."""
-    metrics = {}
-    for kind in sorted({p[0] for p in probes}):
-        prompts, reference, policy = zip(*[p[1:] for p in probes if p[0] == kind], strict=True)
-        metrics[f"{names[kind]}/leak"] = leak_probe(prompts, reference, policy)
-        lengths = (torch.tensor([len(ids) for ids in side]) for side in (reference, policy))
-        metrics[f"{names[kind]}/length_probe"] = length_probe(prompts, *lengths)
+    for side, scores in (("reference", pairs.reference), ("policy", pairs.policy)):
+        for name, value in moments(scores).items():
+            metrics[f"{side}_{name}"] = value
+    metrics.update(group_spread(pairs.policy, pairs.group))
+    metrics["length_corr"] = correlation(advantage, length)
+    metrics["longer"] = accuracy(pairs.reference_length - pairs.policy_length)
+    metrics["clipped"] = _mean(pairs.policy.abs() > clip)
     return metrics
 
 
 def accuracy(margin):
-    """Share of pairs in which the reference is ahead, ties ½ (the same text twice in a pack: equal up to rounding)."""
-    return _mean((margin.masked_fill(margin.abs() <= 1e-6, 0).sign() + 1) / 2)
+    """
+    Return the share of margins (B,) above 0; ties count one half. What is closer than 1e-6 is a
+    tie: the same text twice in a pack has the same score only up to rounding.
+    """
+    sign = margin.masked_fill(margin.abs() <= 1e-6, 0).sign()
+    return _mean((sign + 1) / 2)
 
 
 def moments(scores):
-    """Drift that advantages and the Bradley-Terry loss cannot see, being invariant to a shift: mean, std, absmax."""
-    std = scores.float().std().item() if len(scores) > 1 else nan
+    """
+    Return mean, std and absmax of scores (B,). They show a drift of the scores' level, which
+    advantages and the Bradley-Terry loss cannot see, because a shift does not change them.
+    """
+    std = nan
+    if len(scores) > 1:
+        std = scores.float().std().item()
     return {"mean": _mean(scores), "std": std, "absmax": _quantile(scores.abs(), 1.0)}
 
 
 def group_spread(scores, group, floor=1e-3):
-    """Within-group std (unbiased): its mean, and the share of groups below `floor`, whose advantages are noise."""
-    stds = torch.tensor(
-        [scores[group == g].float().std() for g in group.unique() if (group == g).sum() > 1]
-    )
-    return {"group_std": _mean(stds), "flat_groups": _mean(stds < floor)}
+    """
+    Return the unbiased standard deviation of the scores (B,) within groups: its mean over the
+    groups of two or more, and the share of them in which it is below `floor`. The advantages of
+    such a flat group are noise.
+    """
+    stds = []
+    for number in group.unique():
+        members = scores[group == number]
+        if len(members) > 1:
+            stds.append(members.float().std())
+    spread = torch.tensor(stds)  # (groups of two or more,)
+    return {"group_std": _mean(spread), "flat_groups": _mean(spread < floor)}
 
 
 def correlation(a, b):
-    """Pearson's; NaN where either does not vary. Of scores and lengths, or of perception and reasoning advantages."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    norm = a.norm() * b.norm()
-    return ((a * b).sum() / norm).item() if len(a) > 1 and norm > 1e-12 else nan
+    """Return Pearson's correlation of a and b (B,), NaN where one of them does not vary."""
+    if len(a) < 2:
+        return nan
+    a_centred = a.double() - a.double().mean()
+    b_centred = b.double() - b.double().mean()
+    norm = a_centred.norm() * b_centred.norm()
+    if not norm > 1e-12:
+        return nan
+    return ((a_centred * b_centred).sum() / norm).item()
 
 
 def expert_load(counts):
     """
-    counts (L, E): tokens of one span kind that each expert of each layer got. `expert_i`: its share, mean over layers;
-    `max_share`: the largest of any layer; `entropy` of the shares, mean over layers: 1 balanced, 0 one expert has all.
+    Return how evenly the tokens of one span spread over the experts of each layer, from their
+    counts (L, E).
+
+    `expert_i` is the share of expert i, as a mean over layers, and `max_share` the largest share in
+    any layer. `entropy` is that of the shares, as a mean over layers: 1 is balanced, 0 means that
+    one expert has all.
     """
     experts = counts.shape[1]
-    share = counts.double() / counts.double().sum(
-        1, keepdim=True
-    )  # a layer without tokens: NaN, and so is the result
-    means = {f"expert_{i}": _mean(share[:, i]) for i in range(experts)}
-    entropy = torch.special.entr(share).sum(1) / log(experts) if experts > 1 else share[:0, 0]
-    return {**means, "max_share": _quantile(share.flatten(), 1.0), "entropy": _mean(entropy)}
+    tokens = counts.double().sum(1, keepdim=True)
+    share = counts.double() / tokens  # (L, E); NaN in a layer without tokens, and so is the result
+    load = {f"expert_{i}": _mean(share[:, i]) for i in range(experts)}
+    load["max_share"] = _quantile(share.flatten(), 1.0)
+    load["entropy"] = nan
+    if experts > 1:
+        entropy = torch.special.entr(share).sum(1)  # (L,) in nats
+        load["entropy"] = _mean(entropy / log(experts))
+    return load
 
 
 # ----------------------------------------------------------------------------- probes
+def probe_metrics(probes):
+    """
+    Return what gives the sides of a pair away without reading: {"<span>/leak": float,
+    "<span>/length_probe": float}.
+
+    probes: {name of the span: (prompts, reference, policy)}, three lists of B lists of token ids:
+    in each pair, of the prompt, of the reference's span and of the rollout's. A span without pairs
+    has no metrics.
+    """
+    metrics = {}
+    for name, (prompts, reference, policy) in probes.items():
+        if prompts:
+            metrics[f"{name}/leak"] = leak_probe(prompts, reference, policy)
+            lengths = [torch.tensor([len(ids) for ids in side]) for side in (reference, policy)]
+            metrics[f"{name}/length_probe"] = length_probe(prompts, *lengths)
+    return metrics
+
+
 def leak_probe(prompts, reference, policy, seed=0):
     """
-    Held-out accuracy of a probe that sees prompt + only the token at which each side's score is read, moved right
-    behind the prompt. 0.5 is sound; ~1: the kind of that token gives the side away, no reading is needed to win.
+    Return the held-out accuracy of a probe that sees the prompt and, moved right behind it, only
+    the token at which each side's score is read. 0.5 is sound. Near 1 that token gives the side
+    away, and no reading is needed to win.
 
-    prompts, reference, policy: lists of B lists of token ids; of the spans' ids only the last is used. Pairs of one
-    prompt are all in training or all held out, each in turn. Score: w[token] + u[token] · features(prompt).
+    prompts, reference, policy: lists of B lists of token ids; of the spans' ids only the last is
+    used. The probe's score is w[token] + u[token] · features(prompt).
     """
     if not prompts:
         return nan
-    tokens = {t: i for i, t in enumerate(sorted({ids[-1] for ids in [*reference, *policy]}))}
     random = torch.Generator().manual_seed(seed)
-    table = torch.randn(
-        max(map(max, prompts)) + 1, 8, generator=random
-    )  # random features: the probe learns w and u
-    means = torch.stack([F.normalize(table[torch.tensor(ids)].mean(0), dim=0) for ids in prompts])
-    seen = torch.cat([torch.ones(len(prompts), 1), means], 1)  # (B, 1 + 8)
-    sides = [
-        F.one_hot(torch.tensor([tokens[ids[-1]] for ids in side]), len(tokens))
-        for side in (reference, policy)
-    ]
-    difference = ((sides[0] - sides[1]).unsqueeze(2) * seen.unsqueeze(1)).flatten(
-        1
-    )  # same token: 0, a tie
-    return _held_out_accuracy(difference, prompts, random)
+    reference_last = [ids[-1] for ids in reference]
+    policy_last = [ids[-1] for ids in policy]
+    tokens = sorted(set(reference_last + policy_last))
+    bias = torch.ones(len(prompts), 1)
+    seen = torch.cat([bias, _prompt_features(prompts, random)], 1)  # (B, 1 + 8)
+    # (B, tokens): the same token on both sides leaves zeros, which is a tie
+    token_difference = _one_hot(reference_last, tokens) - _one_hot(policy_last, tokens)
+    difference = token_difference.unsqueeze(2) * seen.unsqueeze(1)  # (B, tokens, 1 + 8)
+    return _held_out_accuracy(difference.flatten(1), prompts, random)
 
 
 def length_probe(prompts, reference_length, policy_length, seed=0):
-    """As `leak_probe`, from the spans' lengths (B,) alone: no defect, but what can be won without reading."""
-    features = [
-        torch.stack([x.float(), x.float().log1p()], 1) for x in (reference_length, policy_length)
-    ]
-    difference = features[0] - features[1]
+    """
+    Return the held-out accuracy of a probe that sees the spans' lengths (B,) alone. High is no
+    defect: it says how much can be won without reading.
+    """
+    difference = _length_features(reference_length) - _length_features(policy_length)  # (B, 2)
     scale = difference.square().mean(0).sqrt().clamp(min=1e-6)
-    return _held_out_accuracy(difference / scale, prompts, torch.Generator().manual_seed(seed))
+    random = torch.Generator().manual_seed(seed)
+    return _held_out_accuracy(difference / scale, prompts, random)
 
 
-def _held_out_accuracy(difference, prompts, random, steps=200):
+def _prompt_features(prompts, random):
+    """Return features (B, 8) of the prompts: means of rows of a random table, of length 1."""
+    largest = max(max(ids) for ids in prompts)
+    table = torch.randn(largest + 1, 8, generator=random)
+    means = [table[torch.tensor(ids)].mean(0) for ids in prompts]
+    return F.normalize(torch.stack(means), dim=1)
+
+
+def _one_hot(chosen, tokens):
+    column = {token: i for i, token in enumerate(tokens)}
+    columns = torch.tensor([column[token] for token in chosen])
+    return F.one_hot(columns, len(tokens))
+
+
+def _length_features(length):
+    return torch.stack([length.float(), length.float().log1p()], 1)
+
+
+def _held_out_accuracy(difference, prompts, random):
     """
-    difference (B, F): features of the reference minus those of the policy. Bradley-Terry with a linear score, trained
-    on half of the prompts and tested on the other, both ways; no state outside is touched.
+    Train a linear score on the pairs of one half of the prompts and return its accuracy on those of
+    the other half, both ways. All pairs of a prompt are in the same half.
+
+    difference: (B, F), the reference's features minus the policy's.
     """
-    number = {
-        ids: i for i, ids in enumerate(sorted(set(map(tuple, prompts))))
-    }  # the split: as on one rank
-    prompt = torch.tensor([number[tuple(ids)] for ids in prompts])
-    if len(number) < 2:
+    distinct = sorted({tuple(ids) for ids in prompts})  # sorted: any order of pairs, the same split
+    if len(distinct) < 2:
         return nan
-    first = (torch.randperm(len(number), generator=random) < len(number) // 2)[prompt]
+    number = {ids: i for i, ids in enumerate(distinct)}
+    prompt = torch.tensor([number[tuple(ids)] for ids in prompts])  # (B,)
+    first_half = torch.randperm(len(distinct), generator=random) < len(distinct) // 2
+    first = first_half[prompt]  # (B,) bool
     margins = torch.zeros(len(difference))
     for train in (first, ~first):
-        weight, x = torch.zeros(difference.shape[1]), difference[train]
-        optimizer = torch.optim.Adam([weight], lr=0.1)
-        for _ in range(steps):  # the gradient of mean(-log sigmoid(x w)) + 0.01 |w|^2
-            weight.grad = 0.02 * weight - (-x @ weight).sigmoid() @ x / len(x)
-            optimizer.step()
+        weight = _fit(difference[train])
         margins[~train] = difference[~train] @ weight
     return accuracy(margins)
 
 
+def _fit(difference, steps=200):
+    """
+    Fit a linear Bradley-Terry score to differences (B, F) and return its weight (F,). The loss is
+    mean(-log sigmoid(difference · weight)) + 0.01 |weight|²; no random number of the run is drawn.
+    """
+    weight = torch.zeros(difference.shape[1])
+    optimizer = torch.optim.Adam([weight], lr=0.1)
+    for _ in range(steps):
+        wrong = (-difference @ weight).sigmoid()  # (B,)
+        weight.grad = 0.02 * weight - wrong @ difference / len(difference)
+        optimizer.step()
+    return weight
+
+
+# ----------------------------------------------------------------------------- NaN where nothing is
 def _mean(x):
-    return x.double().mean().item() if len(x) else nan
+    if not len(x):
+        return nan
+    return x.double().mean().item()
 
 
 def _quantile(x, q):
-    return x.float().quantile(q).item() if len(x) else nan
+    if not len(x):
+        return nan
+    return x.float().quantile(q).item()
 
 
 def _centred(x, group):
-    """x (B,) minus the mean of its group."""
-    return x.double() - torch.tensor(
-        [x[group == g].double().mean() for g in group], dtype=torch.float64
-    )
+    """Return x (B,) minus the mean of its group, in float64."""
+    centred = x.double()
+    for number in group.unique():
+        members = group == number
+        centred = centred.where(~members, centred - x[members].double().mean())
+    return centred

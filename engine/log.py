@@ -1,5 +1,6 @@
 """
-What a run leaves to be read: log.jsonl, rollouts.jsonl, a copy of the stage file, and where a number comes from.
+What a run leaves to be read: log.jsonl, rollouts.jsonl, a copy of the stage file, and where a
+number comes from.
 """
 
 import importlib.util
@@ -22,96 +23,122 @@ from engine.ranks import is_main, print0, world
 
 def provenance():
     """What a number needs to be believed: commit, versions, hardware."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-        "--abbrev=40",
-    ]
-    commit = (
-        subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        if shutil.which("git")
-        else "no git"
-    )
-    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {
-        "python": platform.python_version()
-    }
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    hardware = {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": gpu, "ranks": world()}
-    return {"commit": commit or "none", "versions": versions, "hardware": hardware}
+    return {
+        "commit": commit(),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "hardware": {
+            "cpu": platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": gpu,
+            "ranks": world(),
+        },
+    }
+
+
+def commit():
+    """The commit of this code, with "-dirty" where files differ from it."""
+    if not shutil.which("git"):
+        return "no git"
+    here = str(Path(__file__).parent)
+    describe = ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    found = subprocess.run(["git", "-C", here, *describe], capture_output=True, text=True)
+    return found.stdout.strip() or "none"
 
 
 class Log:
     """
-    `<folder>/log.jsonl`: a header (arguments, provenance) at each start, then a record per step; NaN means no data.
-    `<folder>/rollouts.jsonl`: what `groups.show_rollout` keeps. Of both, steps after `done`, the resumed one's, go.
-    `show`: keys of the printed line ("key" or "key label").
+    `<folder>/log.jsonl`: a header (arguments, provenance) at each start, then a record per step;
+    NaN means no data. `<folder>/rollouts.jsonl`: groups of rollouts, to look at.
+
+    folder: the run's. args: the stage's arguments. show: what the printed line has, each a key of
+    the metrics or "key label". done: steps of the checkpoint that is resumed; of both files, what
+    comes after them goes. Only rank 0 writes.
     """
 
     def __init__(self, folder, args, show=(), done=0):
-        self.args, self.show, self.wandb, self.board, self.clock = (
-            args,
-            show,
-            None,
-            None,
-            time.perf_counter(),
-        )
+        self.args = args
+        self.show = (*show, "seconds s")
+        self.wandb = None
+        self.board = None
+        self.clock = time.perf_counter()
         if not is_main():
             return
-        path, self.samples = Path(folder, "log.jsonl"), Path(folder, "rollouts.jsonl")
+        path = Path(folder, "log.jsonl")
+        self.samples = Path(folder, "rollouts.jsonl")
         if path.exists() and not args.resume:
             raise SystemExit(
-                f"{path} exists: continue that run with --resume, or remove {folder}, or change --out"
+                f"{path} exists: continue that run with --resume, or remove {folder}, "
+                "or change --out"
             )
         header = {"args": asdict(args), "done": done, "time": time.time(), **provenance()}
-        for package, asked in ("wandb", args.wandb), ("tensorboard", args.tensorboard):
-            if asked and not importlib.util.find_spec(package):
-                raise SystemExit(f"--{package} needs a package: pip install {package}")
-        if args.wandb:
-            self.wandb = importlib.import_module("wandb").init(
-                project=args.wandb, name=str(folder), config=header
-            )
-        if args.tensorboard:
-            board = importlib.import_module("torch.utils.tensorboard")
-            self.board = board.SummaryWriter(Path(folder, "tensorboard"), purge_step=done + 1)
+        self.open_boards(folder, header, done)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for file in filter(Path.exists, (path, self.samples)):
-            lines = file.read_text().split("\n")[:-1]  # what follows the last \n, a kill cut short
-            kept = [line + "\n" for line in lines if json.loads(line).get("step", 0) <= done]
-            file.with_suffix(".new").write_text("".join(kept))
-            file.with_suffix(".new").replace(file)
+        for file in (path, self.samples):
+            if file.exists():
+                drop_steps_after(done, file)
         self.file = open(path, "a", buffering=1)  # line by line
         print(json.dumps(header), file=self.file)
         shutil.copy(inspect.getfile(type(args)), folder)
 
+    def open_boards(self, folder, header, done):
+        """Weights & Biases and TensorBoard, where they are asked for."""
+        for package, asked in (("wandb", self.args.wandb), ("tensorboard", self.args.tensorboard)):
+            if asked and not importlib.util.find_spec(package):
+                raise SystemExit(f"--{package} needs a package: pip install {package}")
+        if self.args.wandb:
+            wandb = importlib.import_module("wandb")
+            self.wandb = wandb.init(project=self.args.wandb, name=str(folder), config=header)
+        if self.args.tensorboard:
+            board = importlib.import_module("torch.utils.tensorboard")
+            self.board = board.SummaryWriter(Path(folder, "tensorboard"), purge_step=done + 1)
+
     def step(self, step, metrics):
-        """step: updates done, this one included. metrics: {name: number}, already global (rank 0's are written)."""
+        """Log one update.
+
+        step: updates done, this one included. metrics: {name: number}, over all ranks already.
+        """
         if not is_main():
             return
-        self.clock, before = time.perf_counter(), self.clock
-        record = {"step": step, **metrics, "seconds": self.clock - before}
+        now = time.perf_counter()
+        record = {"step": step, **metrics, "seconds": now - self.clock}
+        self.clock = now
         print(json.dumps(record), file=self.file)
         if self.wandb:
             self.wandb.log(record, step=step)
-        for name, value in record.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+        if self.board:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, step)
         if step % self.args.log_every == 0 or step == self.args.steps:
-            cells = [
-                f"| {k.split()[-1]} {record.get(k.split()[0], math.nan):<8.3g}"
-                for k in (*self.show, "seconds s")
-            ]
+            cells = []
+            for shown in self.show:
+                key, _, label = shown.partition(" ")
+                cells.append(f"| {label or key} {record.get(key, math.nan):<8.3g}")
             print0(f"{step:>6}/{self.args.steps}", *cells)
 
     def rollouts(self, step, group):
-        """Append a group of rollouts, plain values, to rollouts.jsonl; there NaN is null."""
-        record = {"step": step, "stage": Path(inspect.getfile(type(self.args))).stem, **group}
-        if is_main():
-            with self.samples.open("a") as file:
-                print(
-                    json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)),
-                    file=file,
-                )
+        """Append a group of rollouts, a dict of plain values, to rollouts.jsonl; there NaN is
+        null."""
+        if not is_main():
+            return
+        stage = Path(inspect.getfile(type(self.args))).stem
+        text = json.dumps({"step": step, "stage": stage, **group})
+        record = json.loads(text, parse_constant=lambda _: None)
+        with self.samples.open("a") as file:
+            print(json.dumps(record), file=file)
+
+
+def drop_steps_after(done, file):
+    """Keep of a file of records those up to step `done`, and headers. A line that a kill cut short,
+    the last one without its newline, goes too."""
+    kept = []
+    for line in file.read_text().split("\n")[:-1]:
+        if json.loads(line).get("step", 0) <= done:
+            kept.append(line + "\n")
+    new = file.with_suffix(".new")
+    new.write_text("".join(kept))
+    new.replace(file)

@@ -1,380 +1,331 @@
 """
-Packs: the one data structure of all three stages, and attention over them, the vision tower's included.
+Packs: the one data structure of all three stages.
 
-A model call takes one row of tokens, a forest of segments without padding. A token attends to its own segment up to
-itself and to its segment's ancestors, so what several sequences share (the prompt, its image) is computed once:
+A model call takes one row of tokens, a forest of segments without padding. A token attends to its
+own segment up to itself, and to all of its segment's ancestors. So what several sequences share
+(the prompt and its image) is computed once:
 
-    SFT            root = a whole conversation                      (no children: block-diagonal)
+    SFT            root = a whole conversation                 (no children: block-diagonal)
     policy         root = prompt, children = the N rollouts of its group
-    discriminator  root = prompt, children = the 2 spans of the reference and the 2N spans of the rollouts
-    prefill        root = prompt (sampler.py copies its keys and values to the N rows that continue it)
-
-    T tokens of a pack   S scored tokens   K children   H heads   D hidden   V vocabulary
+    discriminator  root = prompt, children = the spans of the reference and of the N rollouts
+    prefill        root = prompt (sampler.py takes its keys and values from there)
 
     trees = [Tree(prompt, [rollout_ids, ...]), ...]
-    for part in plan(trees, budget=16384):                 # a group longer than the budget is split, its root repeated
-        pack = make(trees, part, device)
-        logp = token_logps(run(hf.model, pack)[pack.source], hf.lm_head.weight, pack.target)              # (S,)
+    for pack in packs_of(trees, budget=16384, device=device):         # this rank's share of them
+        hidden = forward_pack(hf.model, pack)                         # (T, D), attention.py
+        logp = token_logps(hidden[pack.source], hf.lm_head.weight, pack.target)       # (S,)
+
+    T tokens of a pack   S scored tokens   K children   G trees
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from engine.ranks import all_max
-
-if TYPE_CHECKING:
-    from data import Prompt
+from engine import attention
+from engine.ranks import all_max, rank, world
 
 
 @dataclass
 class Tree:
     """A prompt and what continues it."""
 
-    prompt: Prompt
-    children: list[list[int]] = field(default_factory=list)
-    kinds: list[int] | None = None  # span kind of each child (discriminator)
-    shared: int = (
-        0  # so many first children (the references) are in each part of a tree that is split
-    )
-    mask: torch.Tensor | None = (
-        None  # (T,) bool, trained tokens of the root itself (SFT: the whole conversation)
-    )
+    prompt: object  # data.Prompt: ids, positions, next_position, pixel_values, grid_thw
+    children: list[list[int]] = field(default_factory=list)  # token ids of each
+    kinds: list[int] | None = None  # of each child: the number of its span (discriminator)
+    shared: int = 0  # so many first children (the reference's) stand in each part of a split tree
+    mask: torch.Tensor | None = None  # (T,) bool, the root's own trained tokens (SFT)
+
+    def fixed_tokens(self):
+        """Tokens that each part of this tree holds: the root and the shared children."""
+        return len(self.prompt.ids) + sum(map(len, self.children[: self.shared]))
+
+    def tokens(self):
+        return len(self.prompt.ids) + sum(map(len, self.children))
+
+
+@dataclass
+class Segment:
+    """A run of tokens that stand together in a pack: a prompt, or one continuation of it."""
+
+    start: int  # its first token's place in the pack
+    ids: torch.Tensor  # (n,)
+    positions: torch.Tensor  # (3, n)
+    tree: int  # number of its tree, counted within the pack
+    kind: int = -1  # number of the child's span; -1 for a root
+    parent: int = -1  # the segment above, -1 for a root
+    copies: int = 1  # packs that it stands in
+
+    @property
+    def length(self):
+        return len(self.ids)
 
 
 @dataclass
 class Pack:
+    """One row of tokens, what is scored in it, and how attention runs over it."""
+
     ids: torch.Tensor  # (T,)
     positions: torch.Tensor  # (3, T) multimodal rotary: time, height, width
     segment: torch.Tensor  # (T,) number of the token's segment
-    tree: (
-        torch.Tensor
-    )  # (T,) number of the token's tree, counted within the pack; a padded tail's is one more
-    kind: torch.Tensor  # (T,) span kind of the token; -1 in roots
-    parent: list[int]  # of each segment, -1 for a root
-    spans: list[tuple[int, int]]  # of each segment: first token, length
+    tree: torch.Tensor  # (T,) number of the token's tree in the pack; a padded tail's is one more
+    kind: torch.Tensor  # (T,) number of the token's span; -1 in roots
+    segments: list[Segment]
     children: list[
         tuple[int, int]
-    ]  # of each child: (index of its tree in `trees`, index in tree.children)
-    ends: torch.Tensor  # (K,) last token of each child
+    ]  # K pairs (its tree in the list of trees, its place among the children)
+    ends: torch.Tensor  # (K,) the last token of each child
     source: torch.Tensor  # (S,) the token whose hidden state predicts ...
-    target: torch.Tensor  # (S,) ... this token id,
-    sequence: (
-        torch.Tensor
-    )  # (S,) of this child (or tree, where the root is scored), counted within the pack
+    target: torch.Tensor  # (S,) ... this token id, ...
+    sequence: torch.Tensor  # (S,) ... which belongs to this child (SFT: to this tree of the pack)
+    trees: list[int]  # G, the place of each of the pack's trees in the list of trees
+    tree_tokens: torch.Tensor  # (G,) tokens of each whole tree, other packs' parts included
+    copies: torch.Tensor  # (T,) in how many packs the token stands: above 1 in roots of split trees
     pixel_values: torch.Tensor | None  # (P, C) patches of all images
     grid_thw: torch.Tensor | None  # (images, 3)
-    weight: float = 1.0  # 0 for a pack that runs only so that all ranks run equally many
-    layout: object = None  # computes attention over it
+    layout: object = None  # computes attention over the pack (attention.py)
 
     def ancestors(self, segment):
-        """Segments that `segment` attends to besides itself, the root first."""
-        above = self.parent[segment]
+        """The segments, by number, that `segment` attends to besides itself, the root first."""
+        above = self.segments[segment].parent
         return [] if above < 0 else [*self.ancestors(above), above]
 
     def sees(self):
-        """(segments, segments) bool: which segment attends to which (and in causal order, the definition of a pack)."""
-        sees = torch.eye(len(self.parent), dtype=torch.bool)
-        for s in range(len(sees)):
-            sees[s, self.ancestors(s)] = True
+        """(segments, segments) bool: which segment attends to which. With the causal order it is
+        the definition of attention over a pack."""
+        sees = torch.eye(len(self.segments), dtype=torch.bool)
+        for number in range(len(self.segments)):
+            sees[number, self.ancestors(number)] = True
         return sees.to(self.ids.device)
 
     def rows(self, values):
-        """Values (S,) of the scored tokens as one row per sequence: (K, longest), 0 behind each row's end."""
+        """Values (S,) of the scored tokens in one row a sequence: (K, longest), 0 behind its end."""
         lengths = self.sequence.bincount()
-        at = (
-            torch.arange(len(values), device=values.device)
-            - (lengths.cumsum(0) - lengths)[self.sequence]
-        )
-        out = values.new_zeros(len(lengths), int(lengths.max()))
-        return out.index_put((self.sequence, at), values)
+        starts = lengths.cumsum(0) - lengths
+        place = torch.arange(len(values), device=values.device) - starts[self.sequence]
+        longest = int(lengths.max()) if len(lengths) else 0
+        out = values.new_zeros(len(lengths), longest)
+        return out.index_put((self.sequence, place), values)
 
 
-def plan(trees: list[Tree], budget: int) -> list[list[tuple[int, list[int]]]]:
-    """Which trees (and which of their children) share a pack: lists of (tree index, child indices).
+# ----------------------------------------------------------------------------- which packs
+def packs_of(trees, budget, device):
+    """Yield this rank's packs of `trees`, a list that all ranks hold alike.
 
-    A tree above the budget is split, its root (and shared children) repeated in each part; parts fill packs longest
-    first, each into the emptiest pack that still has room. What is above the budget by itself gets a pack of its own.
+    The packs are dealt out evenly by tokens, equally many to each rank: sharded models need as many
+    forward passes everywhere. A rank for which none is left gets a filler, in which nothing is
+    scored. Of no trees there are no packs, on any rank.
     """
-    parts = []  # (tokens, tree, children)
-    for t, tree in enumerate(trees):
-        head = list(range(tree.shared))
-        fixed = len(tree.prompt.ids) + sum(len(tree.children[c]) for c in head)
-        tokens, children = fixed, head
-        for c in range(tree.shared, len(tree.children)):
-            if len(children) > tree.shared and tokens + len(tree.children[c]) > budget:
-                parts.append((tokens, t, children))
-                tokens, children = fixed, head
-            tokens, children = tokens + len(tree.children[c]), [*children, c]
-        parts.append((tokens, t, children))
-    packs = []  # [tokens, parts]
-    for tokens, t, children in sorted(parts, key=lambda p: (-p[0], p[1], p[2])):
-        pack = min((p for p in packs if p[0] + tokens <= budget), key=lambda p: p[0], default=None)
-        if pack is None:
-            packs.append(pack := [0, []])
-        pack[0] += tokens
-        pack[1].append((t, children))
-    return [sorted(pack) for _, pack in packs]
+    packs = plan(trees, budget, multiple_of=world())
+    copies = count_parts(packs)
+    for part in packs[rank() :: world()]:
+        yield build_pack(trees, part, device, copies) if part else filler(device)
 
 
-def make(trees: list[Tree], part: list[tuple[int, list[int]]], device="cpu", pad_to=None) -> Pack:
-    """Lay `part` of `trees` out as one pack on `device`; on CUDA its tail is padded to a multiple of `pad_to` (128)
-    with a segment of its own that is never scored, so that compiled code sees few shapes."""
-    ids, positions, kinds, tree_of, parent, spans, children, ends = [], [], [], [], [], [], [], []
-    source, target, sequence, length = [], [], [], 0
+def packs_of_own(trees, budget, device):
+    """Yield the packs of this rank's own `trees`, equally many on all ranks: fillers make up."""
+    packs = plan(trees, budget)
+    for number in range(int(all_max(len(packs)))):
+        if number < len(packs):
+            yield build_pack(trees, packs[number], device, count_parts(packs))
+        else:
+            yield filler(device)
 
-    def add(tokens, where, kind, tree, above):
-        nonlocal length
-        for known, new in zip(
-            (ids, positions, kinds, tree_of, parent),
-            (tokens, where, kind, tree, above),
-            strict=True,
-        ):
-            known.append(new)
-        spans.append((length, len(tokens)))
-        length += len(tokens)
 
-    for n, (t, chosen) in enumerate(part):
+def is_split(trees, budget):
+    """Whether `packs_of` spreads any of the trees over several packs."""
+    packs = plan(trees, budget, multiple_of=world())
+    return any(parts > 1 for parts in count_parts(packs).values())
+
+
+def count_parts(packs):
+    """In how many of the planned packs each tree stands: {number of the tree: packs}."""
+    return Counter(t for pack in packs for t, _ in pack)
+
+
+def plan(trees, budget, multiple_of=1):
+    """Divide trees into packs: for each pack a list of (number of a tree, its children's numbers).
+
+    No pack has more than `budget` tokens, unless one child (or a tree without children) is longer
+    by itself. The number of packs is a multiple of `multiple_of`, the ranks, among which the packs
+    are then evened out; with fewer children than that some packs are empty. A tree is split only
+    where a pack is full, and its root and shared children stand in each of its parts.
+    """
+    packs = _fill(trees, budget)
+    if multiple_of > 1 and packs:
+        number = multiple_of * math.ceil(len(packs) / multiple_of)
+        packs = _even_out(trees, budget, number)
+        packs += [[] for _ in range(number - len(packs))]
+    return packs
+
+
+def _even_out(trees, budget, number):
+    """At most `number` packs, the largest as small as can be: by bisection of its size."""
+    best = _fill(trees, budget)
+    low = sum(tree.tokens() for tree in trees) // number
+    high = budget
+    while high - low > max(1, low // 200):  # half a percent
+        size = (low + high) // 2
+        packs = _fill(trees, size)
+        if len(packs) <= number:
+            best = packs
+            high = size
+        else:
+            low = size
+    return best
+
+
+def _fill(trees, size):
+    """Packs of at most `size` tokens: one after the other, large pieces first."""
+    waiting = sorted(range(len(trees)), key=lambda t: (-trees[t].tokens(), t))
+    begun = None  # the tree that did not fit into the last pack whole ...
+    rest = []  # ... and its children that are still to be packed, the longest first
+    packs = []
+    while waiting or begun is not None:
+        pack = []
+        room = size
+        # 1) go on with the tree that was begun
+        if begun is not None:
+            taken, rest = _that_fit(trees[begun], rest, room, at_least=1)
+            room -= _add(trees, pack, begun, taken)
+        # 2) trees that fit whole, the largest first
+        if not rest:
+            begun = None
+            for t in list(waiting):
+                if trees[t].tokens() <= room:
+                    room -= _add(trees, pack, t, _longest_first(trees[t]))
+                    waiting.remove(t)
+        # 3) a part of one more
+        if not rest and waiting:
+            t = waiting[0]
+            needed = 0 if pack else 1
+            taken, stay = _that_fit(trees[t], _longest_first(trees[t]), room, at_least=needed)
+            if taken or not pack:
+                _add(trees, pack, t, taken)
+                waiting.remove(t)
+                rest = stay
+                begun = t if rest else None
+        packs.append(sorted(pack))
+    return packs
+
+
+def _longest_first(tree):
+    """The numbers of the children that are not shared."""
+    own = range(tree.shared, len(tree.children))
+    return sorted(own, key=lambda c: (-len(tree.children[c]), c))
+
+
+def _that_fit(tree, children, room, at_least):
+    """(children that fit into `room` tokens beside root and shared children, those that stay)."""
+    room -= tree.fixed_tokens()
+    taken = []
+    stay = []
+    for c in children:
+        if len(tree.children[c]) <= room:
+            taken.append(c)
+            room -= len(tree.children[c])
+        else:
+            stay.append(c)
+    if len(taken) < at_least and stay:
+        taken.append(stay.pop(0))
+    return taken, stay
+
+
+def _add(trees, pack, t, children):
+    """Put children of tree t, and its shared ones, into `pack` -> the tokens that this takes."""
+    tree = trees[t]
+    pack.append((t, [*range(tree.shared), *sorted(children)]))
+    return tree.fixed_tokens() + sum(len(tree.children[c]) for c in children)
+
+
+# ----------------------------------------------------------------------------- one pack
+def build_pack(trees, part, device="cpu", copies=None, pad_to=None):
+    """Lay `part` of `trees`, one element of `plan`, out as a Pack on `device`.
+
+    copies: {number of a tree: packs that it stands in}, by default one each. On CUDA the tail is
+    padded to a multiple of `pad_to` (128) with a segment of its own that is never scored, so that
+    compiled code sees few shapes.
+    """
+    device = torch.device(device)
+    segments = []
+    children = []
+    ends = []
+    scored = []  # (source, target, sequence) of each sequence, (n,) each
+    length = 0
+    for number, (t, chosen) in enumerate(part):
         tree = trees[t]
-        prompt, root, start = tree.prompt, len(parent), length
-        add(prompt.ids, prompt.positions, -1, n, -1)
+        prompt = tree.prompt
+        parts = copies[t] if copies else 1
+        root = Segment(length, prompt.ids, prompt.positions, number, -1, -1, parts)
+        root_number = len(segments)
+        segments.append(root)
+        length += root.length
         if tree.mask is not None:
             at = tree.mask.nonzero().squeeze(1)
-            source.append(start + at - 1)
-            target.append(prompt.ids[at])
-            sequence.append(torch.full((len(at),), n))
+            scored.append((root.start + at - 1, prompt.ids[at], torch.full_like(at, number)))
         for c in chosen:
-            child = torch.tensor(tree.children[c], dtype=torch.long)
-            at = torch.arange(len(child))
-            source.append(
-                torch.where(at == 0, start + len(prompt.ids), length + at) - 1
-            )  # the root predicts the first
-            target.append(child)
-            sequence.append(torch.full((len(child),), len(children)))
-            add(
-                child,
-                (prompt.next_position + at).expand(3, -1),
-                tree.kinds[c] if tree.kinds else 0,
-                n,
-                root,
-            )
+            ids = torch.tensor(tree.children[c], dtype=torch.long)
+            step = torch.arange(len(ids))
+            positions = (prompt.next_position + step).expand(3, -1)
+            kind = tree.kinds[c] if tree.kinds else 0
+            stands_in = parts if c < tree.shared else 1
+            child = Segment(length, ids, positions, number, kind, root_number, stands_in)
+            source = length + step - 1  # the token before it ...
+            source[:1] = root.start + root.length - 1  # ... which for the first is the root's last
+            scored.append((source, ids, torch.full_like(step, len(children))))
+            segments.append(child)
+            length += child.length
             ends.append(length - 1)
             children.append((t, c))
-    device = torch.device(device)
-    if tail := -length % (pad_to or (128 if device.type == "cuda" else 1)):
-        add(
-            torch.zeros(tail, dtype=torch.long), torch.arange(tail).expand(3, -1), -1, len(part), -1
-        )
-    segment = torch.repeat_interleave(torch.tensor([n for _, n in spans]))
-    images = [p for p in (trees[t].prompt for t, _ in part) if p.pixel_values is not None]
-    none = torch.zeros(0, dtype=torch.long)  # where nothing is scored
-    tensors = dict(
-        ids=torch.cat(ids),
-        positions=torch.cat(positions, 1),
-        segment=segment,
-        tree=torch.tensor(tree_of)[segment],
-        kind=torch.tensor(kinds)[segment],
-        ends=torch.tensor(ends, dtype=torch.long),
-        source=torch.cat([*source, none]),
-        target=torch.cat([*target, none]),
-        sequence=torch.cat([*sequence, none]),
-        pixel_values=torch.cat([p.pixel_values for p in images]) if images else None,
-        grid_thw=torch.cat([p.grid_thw for p in images]) if images else None,
+    multiple = pad_to or (128 if device.type == "cuda" else 1)
+    tail = -length % multiple
+    if tail:
+        positions = torch.arange(tail).expand(3, -1)
+        segments.append(Segment(length, torch.zeros(tail, dtype=torch.long), positions, len(part)))
+    return _to_pack(trees, [t for t, _ in part], segments, children, ends, scored, device)
+
+
+def filler(device):
+    """A pack of two tokens in which nothing is scored: for a rank that must run as many forward
+    passes as the others. Its loss is 0, with a gradient of zeros."""
+    ids = torch.zeros(2, dtype=torch.long)
+    segment = Segment(0, ids, torch.arange(2).expand(3, -1), tree=0)
+    return _to_pack([], [], [segment], [], [], [], torch.device(device))
+
+
+def _to_pack(trees, chosen, segments, children, ends, scored, device):
+    number = torch.repeat_interleave(torch.tensor([s.length for s in segments]))  # (T,)
+    tree = torch.tensor([segment.tree for segment in segments])
+    kind = torch.tensor([segment.kind for segment in segments])
+    copies = torch.tensor([segment.copies for segment in segments])
+    nothing = torch.zeros(0, dtype=torch.long)  # where nothing is scored
+    prompts = [trees[t].prompt for t in chosen]
+    images = [prompt for prompt in prompts if prompt.pixel_values is not None]
+    pixel_values = grid_thw = None
+    if images:
+        pixel_values = torch.cat([prompt.pixel_values for prompt in images]).to(device)
+        grid_thw = torch.cat([prompt.grid_thw for prompt in images]).to(device)
+    pack = Pack(
+        ids=torch.cat([segment.ids for segment in segments]).to(device),
+        positions=torch.cat([segment.positions for segment in segments], 1).to(device),
+        segment=number.to(device),
+        tree=tree[number].to(device),
+        kind=kind[number].to(device),
+        segments=segments,
+        children=children,
+        ends=torch.tensor(ends, dtype=torch.long, device=device),
+        source=torch.cat([*(source for source, _, _ in scored), nothing]).to(device),
+        target=torch.cat([*(target for _, target, _ in scored), nothing]).to(device),
+        sequence=torch.cat([*(sequence for _, _, sequence in scored), nothing]).to(device),
+        trees=chosen,
+        tree_tokens=torch.tensor([trees[t].tokens() for t in chosen], device=device),
+        copies=copies[number].to(device),
+        pixel_values=pixel_values,
+        grid_thw=grid_thw,
     )
-    tensors = {name: x if x is None else x.to(device) for name, x in tensors.items()}
-    pack = Pack(parent=parent, spans=spans, children=children, **tensors)
-    pack.layout = (FlexLayout if device.type == "cuda" else SegmentLayout)(pack)
+    pack.layout = attention.layout_of(pack)
     return pack
-
-
-def each(trees, budget, device, spare: Tree):
-    """The packs of this rank's `trees`, equally many on all ranks: one that has fewer, or no tree at all, runs `spare`
-    (any tree) at weight 0, or the collectives of sharded models would never meet."""
-    parts = plan(trees, budget)
-    for i in range(int(all_max(len(parts)))):
-        mine = i < len(parts)
-        pack = (
-            make(trees, parts[i], device)
-            if mine
-            else make([spare], [(0, list(range(len(spare.children))))], device)
-        )
-        pack.weight = float(mine)
-        yield pack
-
-
-# ------------------------------------------------------------------------------------------------------- attention
-class SegmentLayout:
-    """Attention segment by segment, each against its ancestors' keys and its own, batched by length."""
-
-    def __init__(self, pack):
-        device, batches = pack.ids.device, {}
-        for s in sorted(range(len(pack.parent)), key=lambda s: pack.spans[s][1]):
-            prefix = [
-                i for a in pack.ancestors(s) for i in range(pack.spans[a][0], sum(pack.spans[a]))
-            ]
-            alike = batches.setdefault(len(prefix), [])
-            if (
-                not alike or pack.spans[s][1] > 1.25 * alike[-1][0][2] + 8
-            ):  # than the batch's shortest: bounds padding
-                alike.append([])
-            alike[-1].append((prefix, *pack.spans[s]))
-        self.groups, rows, offset = [], torch.empty(len(pack.ids), dtype=torch.long), 0
-        for batch in [batch for alike in batches.values() for batch in alike]:
-            before, longest = len(batch[0][0]), batch[-1][2]
-            # Queries beyond a segment's end are its first token again: computed, never read. As keys they come after
-            # every real query of the row, so that the causal mask alone hides them.
-            own = torch.tensor(
-                [[s + i if i < n else s for i in range(longest)] for _, s, n in batch]
-            )
-            keys = torch.cat([torch.tensor([p for p, _, _ in batch], dtype=torch.long), own], 1)
-            for b, (_, s, n) in enumerate(batch):
-                rows[s : s + n] = offset + b * longest + torch.arange(n)
-            offset += len(batch) * longest
-            mask = (
-                torch.ones(longest, before + longest, dtype=torch.bool).tril(before).to(device)
-                if before
-                else None
-            )
-            self.groups.append(
-                (own.flatten().to(device), keys.flatten().to(device), len(batch), mask)
-            )
-        self.rows = rows.to(device)
-
-    def attend(self, query, key, value, scaling):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-        out = []
-        for own, keys, n, mask in self.groups:
-            qs, ks, vs = (
-                x.index_select(0, at).view(n, -1, *x.shape[1:]).transpose(1, 2)
-                for x, at in ((q, own), (k, keys), (v, keys))
-            )
-            o = F.scaled_dot_product_attention(
-                qs,
-                ks,
-                vs,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            out.append(o.transpose(1, 2).reshape(-1, *q.shape[1:]))
-        return torch.cat(out).index_select(0, self.rows).unsqueeze(0)
-
-
-class FlexLayout:
-    """The same through torch's FlexAttention: one kernel over the row, blocks that nobody attends to are skipped."""
-
-    kernel = None  # compiled at its first call
-
-    def __init__(self, pack):
-        sees, segment, size = pack.sees(), pack.segment, len(pack.ids)
-        rule = lambda b, h, q, k: (q >= k) & sees[segment[q], segment[k]]  # noqa: E731
-        self.mask = create_block_mask(rule, None, None, size, size, device=pack.ids.device)
-
-    def attend(self, query, key, value, scaling):
-        FlexLayout.kernel = FlexLayout.kernel or torch.compile(
-            flex_attention
-        )  # shapes become dynamic by themselves
-        gqa = query.shape[1] != key.shape[1]
-        return FlexLayout.kernel(
-            query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=gqa
-        ).transpose(1, 2)
-
-
-def attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """What transformers calls in the text layers, (1, H, T, d) -> (1, T, H, d); `layout` is handed through `run`."""
-    if layout is None or not module.is_causal:
-        if layout is None and module.is_causal:
-            raise RuntimeError(
-                "this model was loaded for packs: call it through packs.run or sampler.generate"
-            )
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    return layout.attend(query, key, value, scaling), None
-
-
-def image_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
-):
-    """What transformers calls in the vision tower, (1, H, P, d) -> (1, P, H, d): neighbouring images (or windows) of one
-    size at once. It hands over the whole row only to what is named like flash attention, and loops over images otherwise.
-    """
-    if not hasattr(
-        cu_seq_lens_q, "runs"
-    ):  # [(size, images)], once per forward: all layers get the same tensor
-        cu_seq_lens_q.runs = [
-            (n, len(list(same))) for n, same in groupby(cu_seq_lens_q.diff().tolist())
-        ]
-    out, parts = (
-        [],
-        [
-            x[0].split([n * images for n, images in cu_seq_lens_q.runs], 1)
-            for x in (query, key, value)
-        ],
-    )
-    for (size, images), *qkv in zip(cu_seq_lens_q.runs, *parts, strict=True):
-        q, k, v = (
-            x.unflatten(1, (images, size)).transpose(0, 1) for x in qkv
-        )  # (images, H, size, d)
-        out.append(
-            F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1)
-        )
-    return torch.cat(out).unsqueeze(0), None
-
-
-class _PatchProduct(nn.Conv3d):
-    """The patch embedding's convolution moves by its own size: a matrix product, which convolution kernels are slower at."""
-
-    def forward(self, x):  # (P, channels, time, height, width) -> (P, D)
-        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
-
-
-AttentionInterface.register("packs", attention)
-AttentionInterface.register("images-like-flash", image_attention)
-
-
-def adopt(model):
-    """Make a transformers Qwen-VL base model (the one without a head) run packs; its weights and their names stay."""
-    model.language_model.config._attn_implementation = "packs"
-    model.visual.config._attn_implementation = "images-like-flash"
-    patches = model.visual.patch_embed.proj
-    if type(patches) is nn.Conv3d and patches.kernel_size == patches.stride:
-        patches.__class__ = _PatchProduct
-    return model
-
-
-def run(model, pack: Pack, **kwargs) -> torch.Tensor:
-    """Final hidden states (T, D) of `pack` under a transformers Qwen-VL base model (the one without a head)."""
-    nothing = 0.0
-    if pack.pixel_values is None:
-        # All ranks run the vision tower in every forward, and first, or the collectives of a sharded one never meet. So does
-        # one alone: it then has a zero gradient, which AdamW treats otherwise than none, on any number of ranks.
-        cfg, side = model.config.vision_config, model.config.vision_config.spatial_merge_size
-        pixels = torch.zeros(
-            side**2,
-            cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2,
-            device=pack.ids.device,
-        )
-        blank = model.visual(pixels, grid_thw=torch.tensor([[1, side, side]], device=pixels.device))
-        nothing = 0.0 * sum(
-            x.sum() for x in (blank.pooler_output, *getattr(blank, "deepstack_features", ()))
-        )
-    out = model(
-        input_ids=pack.ids.unsqueeze(0),
-        position_ids=pack.positions.unsqueeze(1),
-        pixel_values=pack.pixel_values,
-        image_grid_thw=pack.grid_thw,
-        layout=pack.layout,
-        **kwargs,
-    ).last_hidden_state[0]
-    return out + nothing

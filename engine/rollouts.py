@@ -1,7 +1,12 @@
 """
-Groups of rollouts, which stages 2 and 3 share: sampled, verified, counted, and shown now and then.
+Groups of rollouts, for stages 2 and 3: sampled, counted, and shown now and then.
 
-Another reward goes into `verify`.    N rollouts of a prompt
+The rows of all groups are dealt out over the ranks one by one, not group by group, so that no rank
+idles where there are fewer prompts than ranks. What comes of them (ids, log-probs, texts, verdicts:
+small) is gathered: every rank then holds every group, and what follows is plain code on the same
+data everywhere.
+
+    N rollouts of a prompt   S spans   T tokens of a rollout
 """
 
 from __future__ import annotations
@@ -12,91 +17,125 @@ from dataclasses import dataclass, field
 
 import torch
 
-from data import Prompt
 from engine.packs import Tree
-from engine.ranks import all_sum, print0
+from engine.ranks import gather, print0, rank, world
 from engine.rows import open_image
-from engine.sampler import Rollout, generate
-from rewards import score
+from engine.sampler import Rollout, all_rows, generate
 
 
 @dataclass
 class Group:
-    """A prompt's rollouts and what is known of them."""
+    """A prompt, its rollouts, and all that a step learns of them, from the draw to the log."""
 
-    prompt: Prompt
-    rollouts: list[Rollout]
-    texts: list[str]
-    scores: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (N,)
+    prompt: object  # data.Prompt
+    rollouts: list[Rollout] = field(default_factory=list)  # N
+    texts: list[str] = field(default_factory=list)  # N
+    verdicts: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # accuracy, format, reward: (N,)
     advantage: torch.Tensor | None = None  # (N,)
-    old_logp: list[torch.Tensor] | None = (
-        None  # (T,) each, the trainer's, under the policy that sampled
-    )
+    old_logp: list[torch.Tensor] | None = None  # N of (T,): the trainer's, when they were sampled
+
+    # Stage 2. Spans stand in the order of the table of spans.
+    seen: object = None  # the prompt as the discriminator sees it
+    reference: list[list[int]] = field(default_factory=list)  # S, ids of the reference's spans
+    spans: list[list[list[int]] | None] = field(default_factory=list)  # N of S; None: malformed
+    well_formed: torch.Tensor | None = None  # (N,) bool
+    reference_score: torch.Tensor | None = None  # (S,) raw scores
+    score: torch.Tensor | None = None  # (S, N) raw scores, NaN where malformed
 
     def tree(self):
-        return Tree(self.prompt, [r.ids for r in self.rollouts])
+        """What the policy reads: the prompt, continued by the rollouts."""
+        return Tree(self.prompt, [rollout.ids for rollout in self.rollouts])
+
+    def tokens(self):
+        return sum(len(rollout.ids) for rollout in self.rollouts)
 
 
-def sample(hf, encoder, prompts, numbers, args, seed) -> list[Group]:
-    """`args.group_size` rollouts of each prompt."""
+def sample_groups(hf, encoder, groups, verify, args, seed):
+    """Sample args.group_size rollouts of each group's prompt from the transformers model `hf`, and
+    fill in their texts and verdicts. All ranks call it with the same groups.
+
+    verify(text, example) -> {name: number}. seed: ints that name this call (the run's seed, the
+    step, the draw): the same rollouts come out on any number of ranks.
+    """
+    rows = all_rows(groups, args.group_size)  # (group, k)
+    mine = rows[rank() :: world()]
     rollouts = generate(
         hf,
-        prompts,
-        args.group_size,
+        [group.prompt for group in groups],
+        mine,
         args.max_response,
         eos=encoder.eos_ids,
         banned=encoder.banned,
-        seed=seed,
         temperature=args.temperature,
-        numbers=numbers,
+        seeds=[(*seed, number) for number in range(len(groups))],
         slots=args.slots,
         pack_tokens=args.pack_tokens,
     )
-    return [
-        Group(p, g, [encoder.decode(r.ids) for r in g])
-        for p, g in zip(prompts, rollouts, strict=True)
-    ]
+    found = []
+    for (g, k), rollout in zip(mine, rollouts, strict=True):
+        text = encoder.decode(rollout.ids)
+        found.append((g, k, rollout, text, verify(text, groups[g].prompt.example)))
+    everywhere = sorted((row for part in gather(found) for row in part), key=lambda row: row[:2])
+    for g, group in enumerate(groups):
+        of_group = everywhere[g * args.group_size : (g + 1) * args.group_size]
+        group.rollouts = [rollout for _, _, rollout, _, _ in of_group]
+        group.texts = [text for _, _, _, text, _ in of_group]
+        verdicts = [verdict for _, _, _, _, verdict in of_group]
+        for name in verdicts[0]:
+            group.verdicts[name] = torch.tensor([verdict[name] for verdict in verdicts])
 
 
-def verify(group):
-    """Fill in accuracy, format and reward of a group (never trained on in stage 2: there they are a canary)."""
-    example = group.prompt.example
-    verdicts = [
-        score(text, example.answer, example.choices, example.equivalent) for text in group.texts
-    ]
-    for name in ("accuracy", "format", "reward"):
-        group.scores[name] = torch.tensor([v[name] for v in verdicts])
+def sampler_logps(pack, groups):
+    """The sampler's own log-probs (S,) of the scored tokens of a pack of groups' trees."""
+    logps = []
+    for g, k in pack.children:
+        logps.extend(groups[g].rollouts[k].logps)
+    return torch.tensor(logps, device=pack.ids.device)
 
 
 def rollout_metrics(groups):
-    """What both stages report of the rollouts of a step, over all ranks (NaN: no rollouts)."""
-    rollouts = [r for g in groups for r in g.rollouts]
-    flat = {
-        k: torch.cat([g.scores[k] for g in groups]) if groups else torch.zeros(0)
-        for k in ("reward", "accuracy", "format")
-    }
-    sums = {k: float(v.sum()) for k, v in flat.items()} | {
-        "length": sum(len(r.ids) for r in rollouts),
-        "truncated": sum(r.stop == "length" for r in rollouts),
-        "n": len(rollouts),
-        "groups": len(groups),
-        "informative": sum(bool(g.scores["reward"].std() > 0) for g in groups),
-    }
-    sums = all_sum(sums)
-    n, groups = sums.pop("n") or float("nan"), sums.pop("groups") or float("nan")
-    return {k: v / (groups if k == "informative" else n) for k, v in sums.items()}
+    """What stages 2 and 3 log of a step's rollouts; NaN where there is none."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    metrics = {}
+    for name in ("reward", "accuracy", "format"):
+        metrics[name] = _mean([float(x) for group in groups for x in group.verdicts[name]])
+    metrics["length"] = _mean([len(rollout.ids) for rollout in rollouts])
+    metrics["truncated"] = _mean([rollout.stop == "length" for rollout in rollouts])
+    rewards = [group.verdicts["reward"] for group in groups]
+    metrics["informative"] = _mean([bool(reward.max() > reward.min()) for reward in rewards])
+    return metrics
 
 
-def show_rollout(log, step, group, reference_scores=None):
-    """Print a rollout with its scores, now and then: nothing finds mistakes faster. `log` keeps the whole group, for
-    tools/report.py. reference_scores: {kind of span: the discriminator's raw score of the reference}."""
-    columns, example = group.scores | {"advantage": group.advantage}, group.prompt.example
-    rows = [
-        {k: round(float(v[i]), 4) for k, v in columns.items()} for i in range(len(group.rollouts))
-    ]
-    print0(
-        f"--- step {step}, {example.where}, answer {example.answer!r}\n{group.texts[0]}\n--- {rows[0]}"
-    )
+def _mean(values):
+    return sum(values) / len(values) if values else float("nan")
+
+
+# ----------------------------------------------------------------------------- to be looked at
+def show_rollouts(log, step, group, scores, reference_scores=None):
+    """Print one rollout of `group` with its scores: nothing finds mistakes faster. `log` keeps the
+    whole group, for tools/report.py.
+
+    scores: {name: (N,)}. reference_scores: {name: the reference's score}.
+    """
+    example = group.prompt.example
+    rollouts = []
+    for k, rollout in enumerate(group.rollouts):
+        rollouts.append(
+            {
+                "text": group.texts[k],
+                "tokens": len(rollout.ids),
+                "stop": rollout.stop,
+                "advantage": round(float(group.advantage[k]), 4),
+                "scores": {name: round(float(score[k]), 4) for name, score in scores.items()},
+            }
+        )
+    first = rollouts[0]
+    print0(f"--- step {step}, {example.where}, answer {example.answer!r}")
+    print0(first["text"])
+    print0("---", first["scores"] | {"advantage": first["advantage"]})
+    images = [_data_url(open_image(image, example.where)) for image in example.images]
     log.rollouts(
         step,
         {
@@ -105,25 +144,17 @@ def show_rollout(log, step, group, reference_scores=None):
             "answer": example.answer,
             "reference": example.response,
             "reference_scores": reference_scores or {},
-            "images": [_data_url(open_image(image, example.where)) for image in example.images],
-            "rollouts": [
-                {
-                    "text": text,
-                    "tokens": len(r.ids),
-                    "stop": r.stop,
-                    "advantage": row.pop("advantage"),
-                    "scores": row,
-                }
-                for text, r, row in zip(group.texts, group.rollouts, rows, strict=True)
-            ],
+            "images": images,
+            "rollouts": rollouts,
         },
     )
 
 
-def _data_url(
-    image, side=384
-):  # scaled down to `side` pixels; small drawings exactly, the rest as JPEG
+def _data_url(image, side=384):
+    """The image, at most `side` pixels wide and high, as a URL; small drawings exactly, the rest as
+    JPEG."""
     image.thumbnail((side, side))
     form = "png" if image.width * image.height <= 200 * 200 else "jpeg"
-    image.save(file := io.BytesIO(), form)
+    file = io.BytesIO()
+    image.save(file, form)
     return f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode()}"

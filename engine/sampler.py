@@ -1,34 +1,44 @@
 """
-Batched sampling for rollouts: prefill each prompt once, continue it N times, stop rows one by one.
+Batched sampling of rollouts: each prompt is read once and continued by all of its rows.
 
-    rollouts = generate(hf, prompts, group_size, max_tokens, banned=encoder.banned, eos=encoder.eos_ids, seed=(1, step))
-    rollouts[p][k].ids, .logps, .stop                                     # k-th rollout of the p-th prompt
+    rows = all_rows(prompts, 16)                        # [(0, 0), (0, 1), ..]: (prompt, k)
+    seeds = [(run_seed, step, number) for number in range(len(prompts))]
+    rollouts = generate(hf, prompts, rows, max_tokens, eos=.., banned=.., seeds=seeds)
+    rollouts[i].ids, rollouts[i].logps, rollouts[i].stop                # of rows[i]
 
-Samples from exactly the distribution that the trainer scores: temperature only, no top-k or top-p, and the same banned
-ids left out. One uniform number per (rollout, token) is drawn beforehand from (seed, prompt's number, k) and turned into
-a token through the inverse of the cumulative distribution, so that the same ids come out on any number of ranks and in
-any order of the rows. Rows are slots of one key-value store; a slot whose row ended takes the next waiting row. A step of
-all slots is made of tensor operations alone: on CUDA it is a captured graph, and the host looks only every few tokens.
+The sampler draws from exactly the distribution that the trainer scores: temperature only, no
+top-k and no top-p, and the same banned ids left out. Each row has one uniform number per token,
+drawn beforehand from the ints that name its prompt and from k, and turned into a token through the
+inverse of the cumulative distribution. Hence a row has the same ids on any number of ranks, in any
+order and beside any other rows (up to rounding).
 
-    B slots   S positions of the store   H key-value heads   d head width   V vocabulary
+Rows are decoded in slots of one key-value store; a slot whose row has ended takes the next row that
+waits. A step of all slots consists of tensor operations alone. On CUDA it is a captured graph, and
+the host looks only every few tokens which rows have ended.
+
+    B slots   S positions of the store   L layers   H key-value heads   Q query heads
+    d width of a head   D hidden   V vocabulary
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.attention import forward_pack
 from engine.logprob import logits, product
-from engine.packs import Tree, make, plan, run
+from engine.packs import Tree, build_pack, plan
 
-BLOCK = {
-    "cpu": 16,
-    "cuda": 256,
-}  # positions by which the store grows: on CUDA each time captures the step anew
+# The store grows by so many positions at a time. On CUDA each time means to capture the step anew.
+BLOCK = {"cpu": 16, "cuda": 256}
+
+# Once no row waits, slots without a row are given up where less than this share of them is busy.
+SHRINK_BELOW = 0.75
 
 
 @dataclass
@@ -38,272 +48,416 @@ class Rollout:
     stop: str  # "end": an end token was sampled; "length": cut at max_tokens
 
 
-def uniforms(seed, prompt, k, length) -> np.ndarray:
-    """The random numbers of one rollout, (length,) float64 in [0, 1)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, prompt, k]))).random(
-        length
-    )
-
-
-def pick(logits, u, block=256):
-    """Sample ids (B,) and their log-probs (B,) from logits (B, V) float32 with uniform numbers u (B,); None: the argmax.
-
-    The distribution is inverted in two steps, a block of ids and then an id, with sums in float64: 150,000 float32 terms
-    would lose the tail.
-    """
-    lse = logits.logsumexp(-1, keepdim=True)
-    if u is None:
-        ids = logits.argmax(-1, keepdim=True)
-    else:
-        p = F.pad((logits - lse).exp_(), (0, -logits.shape[1] % block)).view(len(logits), -1, block)
-        sums = p.sum(-1, dtype=torch.float64)
-        cdf = sums.cumsum(-1)
-        target = u.double().unsqueeze(1) * cdf[:, -1:]
-        b = _first_above(cdf, target)
-        inside = p.take_along_dim(b.unsqueeze(2), 1).squeeze(1).double().cumsum(-1)
-        ids = b * block + _first_above(inside, target - (cdf - sums).gather(1, b))
-    return ids.squeeze(1), (logits.gather(1, ids) - lse).squeeze(1)
-
-
-def _first_above(cdf, target):
-    """Index (B, 1) of the first entry of cdf (B, n) above target (B, 1): never one of probability 0. Where rounding put
-    the target at or above the end, the last entry that rises."""
-    rising = cdf > F.pad(cdf, (1, 0))[:, :-1]
-    last = cdf.shape[1] - 1 - rising.flip(-1).long().argmax(-1, keepdim=True)
-    return torch.minimum(torch.searchsorted(cdf, target, right=True), last)
-
-
-class _Prefill:
-    """Stands in for a transformers cache while prompts are read: keeps the keys and values of every layer, (H, T, d)."""
-
-    def __init__(self):
-        self.layers = {}
-
-    def update(self, key, value, layer, *_):
-        self.layers[layer] = key[0], value[0]
-        return key, value
-
-
-class _Slots:
-    """What is being decoded: keys and values, (B * H, S, d) in each layer, and, per slot, the token to feed next, its
-    rotary position, how many positions are filled, how many tokens were sampled, whether it is live, and the row's uniform
-    numbers and results. Stands in both for a transformers cache (`update`) and for a layout (`attend`).
-
-    `step` decodes one token in every slot and changes these tensors in place, without asking the host anything: on CUDA
-    it is captured as a graph and replayed. A slot that is not live computes too, where nobody reads. S grows with the
-    longest row, so that the store is as large as what is in it and attention reads no more.
-    """
-
-    def __init__(self, hf, slots, max_tokens, ends, banned, temperature):
-        self.text, self.head, self.rows = (
-            hf.model.language_model,
-            hf.lm_head.weight,
-            [None] * slots,
-        )  # a row: (prompt, k)
-        self.max_tokens, self.ends, self.banned, self.temperature = (
-            max_tokens,
-            ends,
-            banned,
-            temperature,
-        )
-        cfg, like, self.graph = self.text.config, dict(device=hf.device), None
-        self.heads, width = cfg.num_key_value_heads, self.text.layers[0].self_attn.head_dim
-        empty = torch.zeros(slots * self.heads, 0, width, dtype=hf.dtype, **like)
-        self.store = [[empty, empty] for _ in range(cfg.num_hidden_layers)]
-        self.token, self.position, self.filled, self.count = torch.zeros(
-            4, slots, dtype=torch.long, **like
-        )
-        self.live, self.all = (
-            torch.zeros(slots, dtype=torch.bool, **like),
-            torch.arange(slots, **like),
-        )
-        self.u = torch.zeros(
-            slots, max_tokens + 1, dtype=torch.float64, **like
-        )  # the last column is the idle slots'
-        self.ids = torch.zeros(slots, max_tokens + 1, dtype=torch.long, **like)
-        self.logps = torch.zeros(slots, max_tokens + 1, **like)
-
-    def fill(self, slots, prompt, prefill, start, u):
-        """Begin a row of `prompt` in each of `slots`, with uniform numbers u. Its last token is left out of the prefill
-        (which has the prompt at `start`) and fed by the first step, so that a fresh row needs no step of its own."""
-        length = len(prompt.ids) - 1
-        self.reserve(length + 1)
-        for layer, pair in prefill.layers.items():
-            for store, new in zip(self.store[layer], pair, strict=True):
-                store.unflatten(0, (-1, self.heads))[slots, :, :length] = new[
-                    :, start : start + length
-                ]
-        self.u[slots, : self.max_tokens] = torch.from_numpy(np.stack(u)).to(self.u.device)
-        self.token[slots], self.position[slots] = prompt.ids[-1].item(), prompt.next_position - 1
-        self.filled[slots], self.count[slots], self.live[slots] = length, 0, True
-
-    def reserve(self, length):
-        """Room for `length` positions in every slot."""
-        more = length - self.store[0][0].shape[1]
-        if more > 0:
-            block, self.graph = BLOCK[self.u.device.type], None
-            for pair in self.store:  # one after the other: never twice the store
-                pair[:] = [F.pad(pair.pop(0), (0, 0, 0, -(-more // block) * block)) for _ in "kv"]
-
-    def keep(self, slots):  # drop all others
-        self.rows, self.all, self.graph = (
-            [self.rows[s] for s in slots],
-            self.all[: len(slots)],
-            None,
-        )
-        for pair in self.store:
-            pair[:] = [
-                pair.pop(0).unflatten(0, (-1, self.heads))[slots].flatten(0, 1) for _ in "kv"
-            ]
-        for name in ("token", "position", "filled", "count", "live", "u", "ids", "logps"):
-            setattr(self, name, getattr(self, name)[slots])
-
-    def advance(self, steps):
-        """Decode `steps` tokens in every slot; then the host looks: slots whose row has ended."""
-        self.reserve(int(self.filled.max()) + steps)
-        for _ in range(steps):
-            if self.u.is_cuda and self.graph is None:
-                self.capture()
-            elif self.u.is_cuda:
-                self.graph.replay()
-            else:
-                self.step()
-        return (~self.live).nonzero().squeeze(1).tolist()
-
-    def capture(self):
-        """Run a step, then capture it: shapes stay until the store grows or shrinks."""
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            stream
-        ):  # libraries set themselves up in it, which a graph must not hold
-            self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
-            self.step()
-
-    def step(self):
-        size = self.store[0][0].shape[1]
-        self.hidden = (
-            torch.arange(size, device=self.u.device) > self.filled[:, None, None]
-        )  # (B, 1, S)
-        rows = self.all[:, None] * self.heads + torch.arange(self.heads, device=self.u.device)
-        self.where = (
-            rows * size + self.filled[:, None]
-        ).flatten()  # this token's, in the store's (B * H * S, d)
-        hidden = self.text(
-            inputs_embeds=self.text.embed_tokens(self.token).unsqueeze(1),
-            past_key_values=self,
-            layout=self,
-            position_ids=self.position.expand(3, -1).unsqueeze(2),
-        ).last_hidden_state[:, 0]
-        at = torch.where(self.live, self.count, self.max_tokens)
-        scores = logits(hidden, self.head, self.temperature or 1.0, self.banned)
-        token, logp = pick(scores, self.u[self.all, at] if self.temperature else None)
-        self.ids[self.all, at], self.logps[self.all, at] = token, logp
-        self.token.copy_(token)
-        for counter in (self.count, self.filled, self.position):
-            counter.add_(self.live)
-        self.live &= (token.unsqueeze(1) != self.ends).all(1) & (self.count < self.max_tokens)
-
-    def update(self, key, value, layer, *_):
-        for store, new in zip(self.store[layer], (key, value), strict=True):
-            store.flatten(0, 1).index_copy_(0, self.where, new.reshape(-1, new.shape[-1]))
-        return self.store[layer]
-
-    def attend(self, query, key, value, scaling):
-        # One query a row: two thin products that read each key and value once. SDPA would repeat them for each query head.
-        b, heads, _, d = query.shape
-        scores = product((query * scaling).view(len(key), -1, d), key.transpose(1, 2)).view(
-            b, heads, -1
-        )
-        p = scores.masked_fill_(self.hidden, -torch.inf).softmax(-1).to(value.dtype)
-        return (p.view(len(value), -1, key.shape[1]) @ value).view(b, 1, heads, d)
-
-    def take(self, slot):
-        """Free `slot`: its row and rollout."""
-        row, n, self.rows[slot] = self.rows[slot], int(self.count[slot]), None
-        ids = self.ids[slot, :n].tolist()
-        return row, Rollout(
-            ids, self.logps[slot, :n].tolist(), "end" if ids[-1] in self.ends.tolist() else "length"
-        )
+def all_rows(prompts, n):
+    """`n` rows of every prompt, rows of one prompt side by side: [(0, 0), (0, 1), ..]."""
+    return [(p, k) for p in range(len(prompts)) for k in range(n)]
 
 
 @torch.no_grad()
 def generate(
     hf,
     prompts,
-    n,
+    rows,
     max_tokens,
     *,
     eos,
     banned=(),
     temperature=1.0,
-    seed=(0,),
-    numbers=None,
+    seeds,
     slots=256,
     pack_tokens=16384,
     look_every=None,
 ):
-    """Sample `n` rollouts of each prompt from the transformers model `hf` (loaded by model.load, not sharded).
+    """Sample one rollout for each of `rows` and return them as a list, in the order of `rows`.
 
-    prompts: list of data.Prompt.  eos: ids that end a rollout.  banned: ids that are never sampled.
-    seed: ints that name this call (the run's seed, step, draw).  numbers: the prompts' numbers within it (by default
-    their positions; give the global ones where ranks share the prompts).  slots: rows decoded at once.
-    look_every: tokens between the host's looks at which rows have ended (1 on a CPU, 16 on CUDA, where looking waits).
-    Returns per prompt a list of n `Rollout`.
+    hf: a transformers model that model.load has loaded, not sharded.
+    prompts: list of data.Prompt.
+    rows: list of (p, k), each the k-th rollout of prompts[p]: any of them, in any order. A prompt
+        is kept from the first to the last of its rows: rows of one prompt should be neighbours.
+    max_tokens: the most ids of a rollout, its end token included.
+    eos: ids that end a rollout.  banned: ids that are never sampled.
+    temperature: 0 takes the most likely id (and reports log-probs at temperature 1).
+    seeds: for each prompt the tuple of ints that names it, such as (run's seed, step, number).
+    slots: rows decoded at once.  pack_tokens: tokens of prompts read at once.
+    look_every: tokens between two looks of the host at which rows have ended. The default is 1 on a
+        CPU and 16 on CUDA, where a look waits for the device.
     """
-    was_training, device = hf.training, hf.device
-    banned, ends = (torch.as_tensor(x, dtype=torch.long, device=device) for x in (banned, eos))
-    numbers = range(len(prompts)) if numbers is None else numbers
-    look_every = look_every or (16 if device.type == "cuda" else 1)
-    waiting = deque((p, k) for p in range(len(prompts)) for k in range(n))
-    if not waiting:
-        return [[] for _ in prompts]
+    if not rows:
+        return []
+    if look_every is None:
+        look_every = 16 if hf.device.type == "cuda" else 1
+    was_training = hf.training
     hf.eval()
-    out, read = (
-        [[None] * n for _ in prompts],
-        {},
-    )  # read: prompt -> its keys and values, as long as rows of it wait
-    state = _Slots(hf, min(slots, len(waiting)), max_tokens, ends, banned, temperature)
-    while waiting or any(state.rows):
-        free, taken = (
-            [s for s, row in enumerate(state.rows) if row is None],
-            {},
-        )  # taken: prompt -> [(slot, k)]
-        for slot in free[: len(waiting)]:
-            p, k = state.rows[slot] = waiting.popleft()
-            taken.setdefault(p, []).append((slot, k))
-        if new := [p for p in taken if p not in read]:
-            _read(
-                hf, prompts, [*new, *range(new[-1] + 1, len(prompts))], len(new), pack_tokens, read
-            )
-        for p, rows in taken.items():
-            u = [uniforms(seed, numbers[p], k, max_tokens) for _, k in rows]
-            state.fill([slot for slot, _ in rows], prompts[p], *read[p], u)
-        for p in [p for p in read if not waiting or p < waiting[0][0]]:
-            del read[p]
-        ended = [slot for slot in state.advance(look_every) if state.rows[slot]]
-        for slot in ended:
-            (p, k), rollout = state.take(slot)
-            out[p][k] = rollout
-        busy = [s for s, row in enumerate(state.rows) if row]
-        if not waiting and busy and len(busy) < 0.75 * len(state.rows):
-            state.keep(busy)  # go on with fewer rows
+    queue = _Queue(hf, prompts, rows, pack_tokens)
+    decoder = _Decoder(hf, min(slots, len(rows)), max_tokens, eos, banned, temperature)
+    rollouts = [None] * len(rows)
+    while queue.waiting or decoder.busy_slots():
+        _fill_free_slots(decoder, queue, seeds)
+        decoder.advance(look_every)
+        for slot in decoder.ended_slots():
+            row, rollout = decoder.take(slot)
+            rollouts[row] = rollout
+        if not queue.waiting:
+            decoder.shrink()
     hf.train(was_training)
-    return out
+    return rollouts
 
 
-def _read(hf, prompts, order, needed, pack_tokens, read):
-    """Prefill the first `needed` prompts of `order`, and what follows while one pack has room for it."""
-    room = pack_tokens - sum(len(prompts[p].ids) for p in order[:needed])
-    while needed < len(order) and len(prompts[order[needed]].ids) <= room:
-        room -= len(prompts[order[needed]].ids)
-        needed += 1
-    trees = [Tree(prompts[p]) for p in order[:needed]]
-    for part in plan(trees, pack_tokens):
-        pack, prefill = make(trees, part, hf.device), _Prefill()
-        run(hf.model, pack, past_key_values=prefill)
-        read |= {
-            order[t]: (prefill, start) for (t, _), (start, _) in zip(part, pack.spans, strict=False)
-        }
+def _fill_free_slots(decoder, queue, seeds):
+    """Give the rows that have waited longest to the slots that have none, prompt by prompt."""
+    free = decoder.free_slots()
+    taken = queue.take(len(free))
+    queue.read_prompts(taken)
+    for p, row_numbers in taken.items():
+        chosen = free[: len(row_numbers)]
+        free = free[len(row_numbers) :]
+        draws = []
+        for row in row_numbers:
+            _, k = queue.rows[row]
+            draws.append(uniforms(seeds[p], k, decoder.max_tokens))
+        decoder.fill(chosen, row_numbers, queue.prompts[p], queue.read[p], np.stack(draws))
+    queue.drop_finished(taken)
+
+
+# ---------------------------------------------------------------------------- from logits to tokens
+def uniforms(seed, k, length) -> np.ndarray:
+    """The random numbers of the k-th rollout of the prompt that the ints `seed` name.
+
+    Returns (length,) float64 in [0, 1). A longer rollout begins with the numbers of a shorter one.
+    """
+    sequence = np.random.SeedSequence([*seed, k])
+    return np.random.Generator(np.random.Philox(sequence)).random(length)
+
+
+def pick(logits, u):
+    """Sample an id for each row of logits (B, V) float32 with the uniform numbers u (B,).
+
+    Returns ids (B,) and their log-probs (B,). The cumulative distribution is inverted in two steps,
+    to a block of about sqrt(V) ids and then to an id in it, with sums in float64: float32 sums over
+    150,000 terms would lose the tail.
+    """
+    vocabulary = logits.shape[1]
+    block = math.isqrt(vocabulary)
+    top = logits.amax(-1, keepdim=True)
+    p = (logits - top).exp_()  # (B, V), not normalised
+    lse = top + p.sum(-1, keepdim=True).log_()  # (B, 1)
+    p = F.pad(p, (0, -vocabulary % block)).view(len(p), -1, block)  # (B, blocks, block)
+    mass = p.sum(-1, dtype=torch.float64)  # (B, blocks)
+    cdf = mass.cumsum(-1)
+    target = u.unsqueeze(1) * cdf[:, -1:]  # (B, 1)
+    chosen = _first_above(cdf, target)  # (B, 1), the block
+    before = (cdf - mass).gather(1, chosen)  # (B, 1), the mass of the blocks in front of it
+    p_inside = p.take_along_dim(chosen.unsqueeze(2), 1).squeeze(1)  # (B, block)
+    cdf_inside = p_inside.cumsum(-1, dtype=torch.float64)
+    ids = chosen * block + _first_above(cdf_inside, target - before)  # (B, 1)
+    ids = ids.clamp_(max=vocabulary - 1)  # of NaN: an id, not an index error on the device
+    logp = logits.gather(1, ids) - lse
+    return ids.squeeze(1), logp.squeeze(1)
+
+
+def pick_most_likely(logits):
+    """The most likely id of each row of logits (B, V): ids (B,) and their log-probs (B,)."""
+    ids = logits.argmax(-1, keepdim=True)
+    logp = logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
+    return ids.squeeze(1), logp.squeeze(1)
+
+
+def _first_above(cdf, target):
+    """Index (B, 1) of the first entry of cdf (B, n) that is above target (B, 1).
+
+    A target that rounding has put below 0 or at the end is moved inside. So there always is such an
+    entry, and it is one where cdf rises: never an id of probability 0. Of NaN it is the last one.
+    """
+    below_end = cdf[:, -1:] * (1 - 2**-52)
+    inside = torch.minimum(target.clamp(min=0), below_end)
+    return torch.searchsorted(cdf, inside, right=True).clamp_(max=cdf.shape[1] - 1)
+
+
+# ---------------------------------------------------------------------- rows that wait, and prefill
+class _PromptCache:
+    """The keys and values of tokens that lie side by side in a pack, per layer.
+
+    While a pack is read it stands in for a transformers cache, which calls `update`.
+    """
+
+    def __init__(self):
+        self.keys = []  # L of (H, T, d)
+        self.values = []  # L of (H, T, d)
+
+    def update(self, key, value, layer, *_):
+        """Keep a layer's key and value (1, H, T, d); attention over the pack goes on with them."""
+        self.keys.append(key[0])
+        self.values.append(value[0])
+        return key, value
+
+    def cut(self, start, length):
+        """The tokens from `start` on, as a cache of their own that shares the memory."""
+        part = _PromptCache()
+        part.keys = [key[:, start : start + length] for key in self.keys]
+        part.values = [value[:, start : start + length] for value in self.values]
+        return part
+
+
+class _Queue:
+    """The rows that wait for a slot, and the keys and values of the prompts that they continue.
+
+    A prompt is read when the first of its rows gets a slot, together with those that are needed
+    next as far as they fit into the same pack. It is dropped when its last row has got a slot.
+    """
+
+    def __init__(self, hf, prompts, rows, pack_tokens):
+        self.hf = hf
+        self.prompts = prompts
+        self.rows = rows
+        self.pack_tokens = pack_tokens
+        prompts_of_rows = [p for p, _ in rows]
+        self.waiting = deque(range(len(rows)))  # numbers of rows
+        self.waiting_of = Counter(prompts_of_rows)  # prompt -> how many of its rows wait
+        self.unread = deque(dict.fromkeys(prompts_of_rows))  # prompts in the order of need
+        self.read = {}  # prompt -> _PromptCache
+
+    def take(self, count):
+        """The next rows, `count` of them where so many wait: {prompt: numbers of its rows}."""
+        taken = {}
+        for _ in range(min(count, len(self.waiting))):
+            row = self.waiting.popleft()
+            p, _ = self.rows[row]
+            taken.setdefault(p, []).append(row)
+            self.waiting_of[p] -= 1
+        return taken
+
+    def read_prompts(self, needed):
+        """Read those of the prompts `needed` that are unread, and what the pack has room for."""
+        if all(p in self.read for p in needed):
+            return
+        chosen = []
+        tokens = 0
+        while self.unread:
+            p = self.unread[0]
+            tokens += len(self.prompts[p].ids)
+            if p not in needed and tokens > self.pack_tokens:
+                break
+            chosen.append(self.unread.popleft())
+        trees = [Tree(self.prompts[p]) for p in chosen]
+        for part in plan(trees, self.pack_tokens):
+            pack = build_pack(trees, part, self.hf.device)
+            cache = _PromptCache()
+            forward_pack(self.hf.model, pack, past_key_values=cache)
+            # The segments are the part's prompts, on CUDA with the padding behind them.
+            for (t, _), segment in zip(part, pack.segments, strict=False):
+                self.read[chosen[t]] = cache.cut(segment.start, segment.length)
+
+    def drop_finished(self, prompts):
+        """Forget the keys and values of those of `prompts` of which no row waits any more."""
+        for p in prompts:
+            if self.waiting_of[p] == 0:
+                del self.read[p]
+
+
+# ----------------------------------------------------------------------------------------- decoding
+class _Store:
+    """The keys and values of all slots, each row's from position 0 on.
+
+    S grows with the longest row, so that the store is as large as what is in it and attention reads
+    no more. In the model's forward it stands in for two things: for a transformers cache, of which
+    `update` is called, and for the layout of a pack, of which `attend` is called.
+    """
+
+    def __init__(self, hf, slots):
+        config = hf.config.text_config
+        self.heads = config.num_key_value_heads
+        width = hf.model.language_model.layers[0].self_attn.head_dim
+        empty = torch.zeros(slots * self.heads, 0, width, dtype=hf.dtype, device=hf.device)
+        self.keys = [empty] * config.num_hidden_layers  # L of (B * H, S, d)
+        self.values = [empty] * config.num_hidden_layers  # L of (B * H, S, d)
+        self.bias = None  # (B * H, 1, S) of this step: 0 where its queries may look, else -inf
+        self.place = None  # (B * H,) where its keys and values go, counted in (B * H * S, d)
+
+    @property
+    def size(self):
+        """S, the positions that each slot has."""
+        return self.keys[0].shape[1]
+
+    def grow(self, positions):
+        """Append `positions` to every slot, layer after layer: there are never two whole stores."""
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                store[layer] = F.pad(old, (0, 0, 0, positions))
+
+    def keep(self, slots):
+        """Keep only `slots`, which are then numbered from 0."""
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                store[layer] = old.unflatten(0, (-1, self.heads))[slots].flatten(0, 1)
+
+    def write_prompt(self, slots, cache, length):
+        """Copy the first `length` tokens of a prompt into each of `slots`."""
+        for store, prompt in ((self.keys, cache.keys), (self.values, cache.values)):
+            for old, new in zip(store, prompt, strict=True):
+                old.unflatten(0, (-1, self.heads))[slots, :, :length] = new[:, :length]
+
+    def begin_step(self, filled):
+        """Prepare for one token more in each slot, at position filled (B,)."""
+        filled = filled[:, None].expand(-1, self.heads).reshape(-1, 1)  # (B * H, 1)
+        positions = torch.arange(self.size, device=filled.device)
+        self.bias = torch.where(positions <= filled, 0.0, -torch.inf).unsqueeze(1)
+        rows = torch.arange(len(filled), device=filled.device)
+        self.place = rows * self.size + filled.squeeze(1)
+
+    def update(self, key, value, layer, *_):
+        """Add this step's key and value (B, H, 1, d), and return all of the layer's."""
+        for store, new in ((self.keys[layer], key), (self.values[layer], value)):
+            store.flatten(0, 1).index_copy_(0, self.place, new.reshape(-1, new.shape[-1]))
+        return self.keys[layer], self.values[layer]
+
+    def attend(self, query, key, value, scaling):
+        """Attention of one query (B, Q, 1, d) per slot over its keys and values -> (B, 1, Q, d).
+
+        Two thin matrix products read each key and value once. torch's own attention would repeat
+        them for each query head.
+        """
+        slots, query_heads, _, width = query.shape
+        by_head = (query * scaling).view(len(key), -1, width)  # (B * H, Q / H, d)
+        scores = product(by_head, key.transpose(1, 2)).add_(self.bias)  # (B * H, Q / H, S)
+        out = scores.softmax(-1).to(value.dtype) @ value  # (B * H, Q / H, d)
+        return out.view(slots, 1, query_heads, width)
+
+
+class _Decoder:
+    """The rows that are being decoded, one in each slot, and the step that decodes them.
+
+    `step` decodes one token in every slot and changes these tensors in place, without asking the
+    host anything: on CUDA it is captured as a graph and replayed. A slot that is not live computes
+    too, and writes where nobody reads.
+    """
+
+    def __init__(self, hf, slots, max_tokens, eos, banned, temperature):
+        device = hf.device
+        self.text = hf.model.language_model
+        self.head = hf.lm_head.weight  # (V, D)
+        self.max_tokens = max_tokens
+        self.ends = torch.as_tensor(eos, dtype=torch.long, device=device)
+        self.banned = torch.as_tensor(banned, dtype=torch.long, device=device)
+        self.greedy = temperature == 0
+        self.temperature = 1.0 if self.greedy else temperature
+        self.graph = None  # the captured step, on CUDA
+
+        self.store = _Store(hf, slots)
+        self.rows = [None] * slots  # number of the row in each slot; None: free
+        self.token = torch.zeros(slots, dtype=torch.long, device=device)  # (B,) to feed next
+        self.position = torch.zeros_like(self.token)  # (B,) its rotary position
+        self.filled = torch.zeros_like(self.token)  # (B,) positions of the store that are in use
+        self.count = torch.zeros_like(self.token)  # (B,) tokens sampled so far
+        self.live = torch.zeros_like(self.token, dtype=torch.bool)  # (B,)
+        # Column max_tokens of the next three is for slots that are not live.
+        table = torch.zeros(slots, max_tokens + 1, device=device)
+        self.u = table.double()  # (B, max_tokens + 1) the row's uniform numbers
+        self.ids = table.long()  # (B, max_tokens + 1) what was sampled
+        self.logps = table  # (B, max_tokens + 1)
+
+    def free_slots(self):
+        return [slot for slot, row in enumerate(self.rows) if row is None]
+
+    def busy_slots(self):
+        return [slot for slot, row in enumerate(self.rows) if row is not None]
+
+    def ended_slots(self):
+        """Slots whose row has ended and was not taken yet. The host waits for the device."""
+        live = self.live.tolist()
+        return [slot for slot in self.busy_slots() if not live[slot]]
+
+    def fill(self, slots, row_numbers, prompt, cache, u):
+        """Begin a row of `prompt` in each of `slots`.
+
+        row_numbers: of these rows.  cache: the prompt's prefill.  u: (rows, max_tokens).
+        The last token's keys and values are not copied: the first step feeds it to the model, since
+        what it predicts is the row's first token. So a fresh row needs no step of its own.
+        """
+        for slot, row in zip(slots, row_numbers, strict=True):
+            self.rows[slot] = row
+        length = len(prompt.ids) - 1
+        self.reserve(length + 1)
+        self.store.write_prompt(slots, cache, length)
+        self.u[slots, : self.max_tokens] = torch.from_numpy(u).to(self.u.device)
+        self.token[slots] = prompt.ids[-1].item()
+        self.position[slots] = prompt.next_position - 1
+        self.filled[slots] = length
+        self.count[slots] = 0
+        self.live[slots] = True
+
+    def take(self, slot):
+        """Free `slot`: the number of its row, and its rollout."""
+        row = self.rows[slot]
+        self.rows[slot] = None
+        count = int(self.count[slot])
+        ids = self.ids[slot, :count].tolist()
+        logps = self.logps[slot, :count].tolist()
+        stop = "end" if ids[-1] in self.ends.tolist() else "length"
+        return row, Rollout(ids, logps, stop)
+
+    def reserve(self, length):
+        """Make room for `length` positions in every slot."""
+        missing = length - self.store.size
+        if missing > 0:
+            block = BLOCK[self.u.device.type]
+            self.store.grow(-(-missing // block) * block)
+            self.graph = None
+
+    def shrink(self):
+        """Go on with the busy slots alone, where that is worth the copy."""
+        busy = self.busy_slots()
+        if not busy or len(busy) >= SHRINK_BELOW * len(self.rows):
+            return
+        self.store.keep(busy)
+        self.rows = [self.rows[slot] for slot in busy]
+        for name in ("token", "position", "filled", "count", "live", "u", "ids", "logps"):
+            setattr(self, name, getattr(self, name)[busy])
+        self.graph = None
+
+    def advance(self, steps):
+        """Decode `steps` tokens in every slot."""
+        self.reserve(int(self.filled.max()) + steps)
+        for _ in range(steps):
+            if not self.u.is_cuda:
+                self.step()
+            elif self.graph is None:
+                self.capture()
+            else:
+                self.graph.replay()
+
+    def capture(self):
+        """Make a step, and capture one as a graph. It holds until the store grows or shrinks."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # The step made here counts. Libraries set themselves up in it, which no graph may hold.
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # records, and computes nothing
+            self.step()
+
+    def step(self):
+        """Decode one token in every slot."""
+        self.store.begin_step(self.filled)
+        embedded = self.text.embed_tokens(self.token).unsqueeze(1)  # (B, 1, D)
+        output = self.text(
+            inputs_embeds=embedded,
+            position_ids=self.position.expand(3, -1).unsqueeze(2),  # (3, B, 1)
+            past_key_values=self.store,
+            layout=self.store,
+        )
+        hidden = output.last_hidden_state[:, 0]  # (B, D)
+        scores = logits(hidden, self.head, self.temperature, self.banned)  # (B, V)
+        column = torch.where(self.live, self.count, self.max_tokens).unsqueeze(1)  # (B, 1)
+        if self.greedy:
+            token, logp = pick_most_likely(scores)
+        else:
+            token, logp = pick(scores, self.u.gather(1, column).squeeze(1))
+        self.ids.scatter_(1, column, token.unsqueeze(1))
+        self.logps.scatter_(1, column, logp.unsqueeze(1))
+        self.token.copy_(token)
+        for counter in (self.count, self.filled, self.position):
+            counter.add_(self.live)
+        at_an_end = (token.unsqueeze(1) == self.ends).any(1)  # (B,)
+        self.live &= ~at_an_end & (self.count < self.max_tokens)

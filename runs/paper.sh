@@ -1,58 +1,74 @@
 #!/usr/bin/env bash
-# The paper's three stages for Qwen3-VL-4B on 8 x 80 GB. Never run: there was no such machine. What it takes is counted.
-#   bash runs/paper.sh DATA [OUT]               DATA: sft.json, pairs.jsonl, align.parquet, rl.parquet; OUT: ckpt/paper
-#   bash runs/paper.sh --dry_run [CONFIGS]      memory tables alone, of 2B, 4B and 8B; CONFIGS: a folder with their config.json
-#                                               in 2B/, 4B/ and 8B/ (the hub's, without it); takes a minute on a laptop
-# Started again it goes on from its last checkpoints. Other sizes: POLICY=Qwen/Qwen3-VL-8B-Instruct; other numbers: GPUS=16.
+# The paper's three stages for Qwen3-VL-4B on 8 x 80 GB. Never run: there was no such machine. What
+# it takes is counted.
+#   bash runs/paper.sh DATA [OUT]           DATA: a folder with sft.json, pairs.jsonl, align.parquet
+#                                           and rl.parquet; OUT: ckpt/paper
+#   bash runs/paper.sh --memory [CONFIGS]   the memory accounts alone, of 2B, 4B and 8B; CONFIGS: a
+#                                           folder with their config.json in 2B/, 4B/ and 8B/ (the
+#                                           hub's, without it); takes a minute on a laptop
+# Started again it goes on from its last checkpoints. Other sizes and numbers:
+#   POLICY=Qwen/Qwen3-VL-8B-Instruct GPUS=16 bash runs/paper.sh DATA
 #
 # The paper's settings are the defaults, so that few flags stand here:
-#   SFT        AdamW, lr 1e-5, cosine, 10 % warm-up, 1 epoch, 2048 + 6144 = 8192 tokens; batch 128, weight decay 0: our choice
-#   warm-up    120,000 pairs, 128 a step (940 steps at most), lr 1e-5, cosine, 10 % warm-up, weight decay 0.01, clip 1
-#   alignment  4 prompts of 16 rollouts, temperature 1, lr 1e-6 for both players, weight decay 0.01, alpha 0.5, 500 steps
-#   RLVR       GRPO (ALGO=dapo, gspo), 32 prompts of 16 rollouts of at most 8192 tokens, lr 1e-6, 1500 steps
-# and those given: the discriminator is upcycled from the 2B model; sides of 560 pixels at most in the warm-up; prompts for
-# RLVR that the aligned policy sometimes solves. What fits in 80 GB: bfloat16, checkpointing, and --slots, below the rows
-# that a rank has to decode where their keys and values would not fit.
+#   SFT        AdamW, lr 1e-5, cosine, 10 % warm-up, 1 epoch, 2048 + 6144 = 8192 tokens; batch 128
+#              and weight decay 0 are our choice
+#   warm-up    120,000 pairs, 128 a step (940 steps at most), lr 1e-5, cosine, 10 % warm-up, weight
+#              decay 0.01, clip 1
+#   alignment  4 prompts of 16 rollouts, temperature 1, lr 1e-6 for both players, weight decay 0.01,
+#              alpha 0.5, 500 steps
+#   RLVR       GRPO (ALGO=dapo, gspo), 32 prompts of 16 rollouts of at most 8192 tokens, lr 1e-6,
+#              1500 steps
+# and those given: the discriminator is upcycled from the 2B model; sides of 560 pixels at most in
+# the warm-up; RLVR takes the prompts that the aligned policy solves in 20 to 80 % of 16 tries.
+# What fits in 80 GB: bfloat16, checkpointing, and --slots below the rows that a rank has to decode
+# where their keys and values would not fit.
 set -euo pipefail
-DRY= CONFIGS=
-if [ "${1:-}" = --dry_run ]; then
-    DRY=yes CONFIGS=${2:+$(realpath "$2")}
+MEMORY="" CONFIGS=""
+if [ "${1:-}" = --memory ]; then
+    MEMORY=yes CONFIGS=${2:+$(realpath "$2")}
 else
-    DATA=$(realpath "${1:?the folder with sft.json, pairs.jsonl, align.parquet, rl.parquet (or --dry_run)}")
+    DATA=${1:?the folder with sft.json, pairs.jsonl, align.parquet, rl.parquet (or --memory)}
+    DATA=$(realpath "$DATA")
 fi
 EXTRAS=math,parquet
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-POLICY=${POLICY:-Qwen/Qwen3-VL-4B-Instruct} DISC=${DISC:-Qwen/Qwen3-VL-2B-Instruct} GPUS=${GPUS:-8} ALGO=${ALGO:-grpo}
-OUT=${2:-ckpt/paper}
+POLICY=${POLICY:-Qwen/Qwen3-VL-4B-Instruct} DISC=${DISC:-Qwen/Qwen3-VL-2B-Instruct}
+GPUS=${GPUS:-8} ALGO=${ALGO:-grpo} OUT=${2:-ckpt/paper}
 fit="--dtype bfloat16 --checkpointing"
-game="--slots 16" # 4 prompts of 16 on 8 ranks: no rank has more rows
-rl="--slots 24 --algo $ALGO" # of 32 / 8 * 16 = 64 rows; more do not fit beside the 8B model
+game="--slots 16"             # of 4 * 16 / 8 = 8 rows
+rl="--slots 24 --algo $ALGO"  # of 32 * 16 / 8 = 64 rows: more do not fit beside the 8B model
 
-table() { # of a stage, from the configuration alone
+account() { # of a stage, from the configuration alone
     echo "=== $*"
-    WORLD_SIZE=$GPUS python "$@" $fit --data none --out none --dry_run
+    WORLD_SIZE=$GPUS python tools/memory.py "$@" $fit
 }
 
-tables() { # policy, discriminator
-    table sft.py --policy "$1"
-    table align.py --policy "$1" --disc_init "$2" $game
-    table rlvr.py --policy "$1" $rl
+accounts() { # policy, discriminator
+    account sft --policy "$1"
+    account align --policy "$1" --disc_init "$2" $game
+    account rlvr --policy "$1" $rl
 }
 
-if [ $DRY ]; then
+if [ $MEMORY ]; then
     for size in 2B 4B 8B; do
-        if [ "$CONFIGS" ]; then tables "$CONFIGS/$size" "$CONFIGS/2B"; else tables Qwen/Qwen3-VL-$size-Instruct "$DISC"; fi
+        if [ "$CONFIGS" ]; then
+            accounts "$CONFIGS/$size" "$CONFIGS/2B"
+        else
+            accounts "Qwen/Qwen3-VL-$size-Instruct" "$DISC"
+        fi
     done
     exit
 fi
-tables "$POLICY" "$DISC"
+accounts "$POLICY" "$DISC"
 
 run() { torchrun --nproc_per_node="$GPUS" "$@"; }
 run sft.py --policy "$POLICY" --data "$DATA/sft.json" --out "$OUT/sft" $fit --resume
-run align.py --policy "$OUT/sft" --disc_init "$DISC" --pairs "$DATA/pairs.jsonl" --data "$DATA/align.parquet" \
-    --out "$OUT/warmup" --warmup_only --max_pixels $((560 * 560)) $fit $game --resume
-run align.py --policy "$OUT/sft" --disc_path "$OUT/warmup/warmup/last" --data "$DATA/align.parquet" --out "$OUT/align" \
+run align.py --policy "$OUT/sft" --disc_init "$DISC" --pairs "$DATA/pairs.jsonl" --warmup_only \
+    --max_pixels $((560 * 560)) --data "$DATA/align.parquet" --out "$OUT/warmup" \
     $fit $game --resume
-[ -f "$OUT/rl.parquet" ] || run eval.py --policy "$OUT/align" --data "$DATA/rl.parquet" --no-greedy --samples 16 --slots 24 \
-    --max_response 8192 --filter 0.05 0.95 --filter_out "$OUT/rl.parquet"
+run align.py --policy "$OUT/sft" --disc_path "$OUT/warmup/warmup/last" \
+    --data "$DATA/align.parquet" --out "$OUT/align" $fit $game --resume
+[ -f "$OUT/rl.parquet" ] || run eval.py --policy "$OUT/align" --data "$DATA/rl.parquet" \
+    --no-greedy --samples 16 --slots 24 --max_response 8192 \
+    --filter 0.2 0.8 --filter_out "$OUT/rl.parquet"
 run rlvr.py --policy "$OUT/align" --data "$OUT/rl.parquet" --out "$OUT/rlvr-$ALGO" $fit $rl --resume

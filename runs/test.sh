@@ -10,4 +10,5 @@ if [ "${1:-}" = --slow ]; then
     set -- -m "slow or not slow" "$@"
 fi
 python -m ruff check .
+python -m ruff format --check .
 OMP_NUM_THREADS=1 python -m pytest -q -n 2 "$@" # one thread for each of the two workers

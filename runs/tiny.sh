@@ -1,19 +1,47 @@
 #!/usr/bin/env bash
-# The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both, and one table of every
-# checkpoint, greedy and at temperature 1; last, a page with table, curves and rollouts: out/tiny-0/report.html.
+# The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both, and one
+# table of every checkpoint, greedy and at temperature 1; last, a page with table, curves and
+# rollouts: out/tiny-0/report.html.
 #   bash runs/tiny.sh             base within 20 minutes, the rest within 20, on two cores
-#   bash runs/tiny.sh --quick     everything smaller, within 5 minutes: shows that it runs, not that it works
-# SEED=1 bash runs/tiny.sh       other pictures and questions for every stage and test, other rollouts, the same base
+#   bash runs/tiny.sh --quick     everything smaller, within 5 minutes: shows that it runs, not that
+#                                 it works
+#   SEED=1 bash runs/tiny.sh      other pictures and questions for every stage and test, other
+#                                 rollouts, the same base
+# The stages' settings are in runs/tiny-{sft,align,rlvr}.json, which the stages read by themselves
+# where no --data is given. Runs are kept in out/. With seed 0 the weights of the three stages are
+# also left in ckpt/sft, ckpt/align and ckpt/rlvr, so that any stage can be run again by itself:
+#   torchrun --nproc_per_node=8 align.py --policy ckpt/sft
 set -euo pipefail
 EXTRAS=
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 SEED=${SEED:-0}
+NAME=tiny SIZE="" ALIGN="" RLVR="" LIMIT=500
 if [ "${1:-}" = --quick ]; then
-    NAME=quick ALIGN="--warmup_steps 20 --steps 6" RLVR="--steps 6" LIMIT=30
-else
-    NAME=tiny ALIGN="--warmup_steps 80 --steps 40" RLVR="--steps 100" LIMIT=500
+    NAME=quick SIZE=--quick
+    ALIGN="--warmup_steps 20 --steps 6" RLVR="--steps 6" LIMIT=30
 fi
 BASE=ckpt/base-$NAME OUT=out/$NAME-$SEED DATA=data/$NAME
+
+# Leave the weights of a run where the stages look: leave RUN STAGE
+leave() {
+    local to=ckpt/$2
+    if [ -e "$to" ] && ! is_ours "$to"; then
+        echo "$to stays as it is: it holds a run that is not of this script"
+        return
+    fi
+    rm -rf "$to"
+    mkdir -p "$to/last"
+    touch "$to/last/.from-tiny"
+    cp -r "$1/last/." "$to/last/"
+    rm -rf "$to/last/resume" # a run of one's own starts there, it does not go on with this one
+}
+
+# A folder with nothing but what this script left. A run of one's own adds its log, and replaces
+# last/ with the mark in it.
+is_ours() {
+    [ -f "$1/last/.from-tiny" ] && [ "$(ls -A "$1")" = last ]
+}
+
 rm -rf "$OUT"
 begin=$SECONDS
 bash runs/base.sh $NAME
@@ -21,20 +49,27 @@ echo "=== base: $((SECONDS - begin)) s (next to nothing where it was there)"
 begin=$SECONDS
 if [ "$SEED" != 0 ]; then
     DATA=data/$NAME-$SEED
-    python tools/scenes.py --out "$DATA" --seed "$SEED" $([ $NAME = quick ] && echo --quick)
+    python tools/scenes.py --out "$DATA" --seed "$SEED" $SIZE
 fi
-common="--seed $SEED --device cpu --max_response 128 --save_every 0"
 
-python sft.py --policy $BASE --data "$DATA/sft.json" --out "$OUT/sft" \
-    --batch 32 --lr 1e-3 --warmup 0.05 --log_every 10 --sample_every 100 $common
-python align.py --policy "$OUT/sft" --disc_init $BASE --data "$DATA/align.jsonl" --out "$OUT/align" $ALIGN \
-    --warmup_lr 5e-4 --prompts_per_step 16 --group_size 8 --lr 1.5e-4 --disc_lr 5e-4 --probe_every 10 \
-    --sample_every 10 $common
+python sft.py --config runs/tiny-sft.json --seed "$SEED" --policy $BASE \
+    --data "$DATA/sft.json" --out "$OUT/sft"
+python align.py --config runs/tiny-align.json --seed "$SEED" --policy "$OUT/sft" --disc_init $BASE \
+    --data "$DATA/align.jsonl" --out "$OUT/align" $ALIGN
 for start in sft align; do
-    python rlvr.py --policy "$OUT/$start" --data "$DATA/rl.jsonl" --out "$OUT/$start-grpo" $RLVR \
-        --prompts_per_step 24 --group_size 8 --lr 1.5e-4 --sample_every 25 $common
+    python rlvr.py --config runs/tiny-rlvr.json --seed "$SEED" --policy "$OUT/$start" \
+        --data "$DATA/rl.jsonl" --out "$OUT/$start-grpo" $RLVR
 done
-python eval.py --policy $BASE "$OUT"/{sft,sft-grpo,align,align-grpo} --data "$DATA"/test_{id,hard,ood}.jsonl \
-    --limit $LIMIT --samples 1 --device cpu --max_response 128 --out "$OUT/eval.json"
-python tools/report.py "$OUT"/{sft,align,sft-grpo,align-grpo} --eval "$OUT/eval.json" --out "$OUT/report.html"
-echo "=== stages and evaluation: $((SECONDS - begin)) s; figures in $OUT/eval.json, logs in $OUT/*/log.jsonl, a page in $OUT/report.html"
+python eval.py --policy $BASE "$OUT"/{sft,sft-grpo,align,align-grpo} \
+    --data "$DATA"/test_{id,hard,ood}.jsonl --limit $LIMIT --samples 1 --device cpu \
+    --max_response 128 --out "$OUT/eval.json"
+python tools/report.py "$OUT"/{sft,align,sft-grpo,align-grpo} --eval "$OUT/eval.json" \
+    --out "$OUT/report.html"
+
+if [ "$NAME-$SEED" = tiny-0 ]; then
+    leave "$OUT/sft" sft
+    leave "$OUT/align" align
+    leave "$OUT/align-grpo" rlvr
+fi
+echo "=== stages and evaluation: $((SECONDS - begin)) s"
+echo "figures: $OUT/eval.json   logs: $OUT/*/log.jsonl   a page: $OUT/report.html"

@@ -1,4 +1,4 @@
-"""A tiny Qwen3-VL (real architecture, random weights), prompts with and without images, shared paths."""
+"""A tiny Qwen3-VL (real architecture, random weights), prompts with and without images, paths."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
 
-from engine.packs import adopt  # noqa: E402
+from engine.attention import adopt  # noqa: E402
 
 torch.set_num_threads(1)
 VOCAB, IMAGE, VIDEO, START, STOP, PAD, EOS = 64, 60, 61, 58, 59, 0, 1

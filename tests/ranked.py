@@ -1,8 +1,7 @@
-"""
-A process of test_ranks.py: python ranked.py JOBS.json [PORT…] runs the jobs, each a stage with its flags, one after the
-other as one of WORLD_SIZE ranks, each on a port of its own. Of a job, <out>/probe.pt keeps the gradients of all updates,
-the ids of all rollouts, and the mesh that its parameters are on.
-"""
+"""A process of test_ranks.py: python ranked.py JOBS.json [PORT...] runs the jobs, each a stage
+with its flags, one after the other as one of WORLD_SIZE ranks, each on a port of its own. Of a job,
+<out>/probe.pt keeps the gradients of all updates, the ids of all rollouts, and the mesh that its
+parameters are on."""
 
 import json
 import os
@@ -18,7 +17,7 @@ import align
 import rlvr
 import sft
 from engine import optimiser, ranks
-from engine.rollouts import sample as plain_sample
+from engine.rollouts import sample_groups as plain_sample
 
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
 close, job, gradients, rollouts, meshes = ranks.Ranks.close, {}, [], {}, set()
@@ -33,11 +32,9 @@ def step_if_finite(optimizer, loss, max_norm, who):
     if job.get("fail") == [torch.distributed.get_rank(), len(gradients)]:
         print("planted at", time.time(), flush=True)
         raise ValueError("a planted error")
-    named = [
-        pair
-        for g in optimizer.param_groups
-        for pair in zip(g["param_names"], g["params"], strict=True)
-    ]
+    named = []
+    for g in optimizer.param_groups:
+        named += zip(g["param_names"], g["params"], strict=True)
     meshes.update(tuple(p.device_mesh.shape) for _, p in named if hasattr(p, "device_mesh"))
     gradients.append(
         {
@@ -49,21 +46,22 @@ def step_if_finite(optimizer, loss, max_norm, who):
     return optimiser.step_if_finite(optimizer, loss, max_norm, who)
 
 
-def sample(hf, encoder, prompts, numbers, args, seed):
-    groups = plain_sample(hf, encoder, prompts, numbers, args, seed)
-    for number, group in zip(numbers, groups, strict=True):
+def sample_groups(hf, encoder, groups, verify, args, seed):
+    plain_sample(hf, encoder, groups, verify, args, seed)
+    for number, group in enumerate(groups):
         rollouts[str((*seed, number))] = [r.ids for r in group.rollouts]
-        if number in job.get(
-            "malformed", ()
-        ):  # cut short: no rollout of this prompt has its three parts
+        if number in job.get("malformed", ()):  # cut short: none has its three parts
             for r in group.rollouts:
-                r.ids, r.logps = r.ids[:3], r.logps[:3]
+                r.ids = r.ids[:3]
+                r.logps = r.logps[:3]
             group.texts = [encoder.decode(r.ids) for r in group.rollouts]
-    return groups
+            for name in group.verdicts:
+                group.verdicts[name] = torch.zeros(len(group.rollouts))
 
 
 def keep_and_close(self):
-    everywhere = {k: v for part in ranks.gather(rollouts) for k, v in part.items()}
+    everywhere = dict(rollouts)  # every rank has them all
+    assert all(part == rollouts for part in ranks.gather(rollouts))
     if ranks.is_main():
         found = {"gradients": gradients, "rollouts": everywhere, "meshes": list(meshes)}
         torch.save(found, Path(job["flags"]["out"], "probe.pt"))
@@ -72,7 +70,8 @@ def keep_and_close(self):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    ranks.Ranks.close, align.sample, rlvr.sample = keep_and_close, sample, sample
+    ranks.Ranks.close = keep_and_close
+    align.sample_groups = rlvr.sample_groups = sample_groups
     for stage in STAGES.values():
         stage.step_if_finite = step_if_finite
     ports = sys.argv[2:] or [os.environ["MASTER_PORT"]]  # torchrun's

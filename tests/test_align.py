@@ -1,4 +1,5 @@
-"""Stage 2: parity of loss and advantage, the discriminator's invariances, upcycling, load balance, spans."""
+"""Stage 2: parity of loss and advantage, the discriminator's invariances, upcycling, load balance,
+spans."""
 
 import json
 from itertools import permutations
@@ -11,24 +12,28 @@ import torch.nn.functional as F
 from conftest import EOS, tiny_hf, tiny_prompt
 
 from align import (
-    PERCEPTION,
-    REASONING,
     Discriminator,
-    Item,
     alignment_advantage,
     bradley_terry,
-    disc_pass,
+    discriminator_pass,
     encode_spans,
     load_balance,
     load_discriminator,
+    mean_of_trees,
     save_discriminator,
+    span_advantage,
+    spans_tree,
+    with_spans,
 )
+from data import SPANS, WHOLE
 from engine import health
-from engine.packs import Tree, make, plan
+from engine.packs import Tree, build_pack, plan
+from engine.rollouts import Group
 from model import recompute
 
 CASES = json.loads((Path(__file__).parent / "reference.json").read_text())
-ARGS = SimpleNamespace(pack_tokens=10**6, score_l2=1e-3, balance=0.01, score_clip=10.0, disc="moe")
+PERCEPTION, REASONING = 0, 1  # numbers of the spans
+ARGS = SimpleNamespace(pack_tokens=10**6, score_l2=1e-3, balance=0.01, spans="both")
 
 
 def near(a, b, atol=1e-7):
@@ -37,7 +42,7 @@ def near(a, b, atol=1e-7):
     )
 
 
-# ------------------------------------------------------------------------------------------------ loss and advantage
+# ----------------------------------------------------------------------------- loss and advantage
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"seed{c['seed']}")
@@ -116,7 +121,24 @@ def test_advantage_switches():
             alignment_advantage(v, r, ok, size)
 
 
-# -------------------------------------------------------------------------------------------------- the discriminator
+@pytest.mark.parametrize("size", [2, 7, 8, 10, 12, 16, 24])
+@pytest.mark.parametrize("normalize", ["span", "sum"])
+def test_equal_scores_have_no_advantage(size, normalize):
+    """0.2 is no binary fraction: a mean of 16 of them differs from it by a rounding."""
+    score, ok = torch.full((size,), 0.2), torch.ones(size, dtype=torch.bool)
+    advantage = alignment_advantage(score, score, ok, size, alpha=0.3, normalize=normalize)
+    assert not advantage.any()
+
+
+def test_any_number_of_spans():
+    torch.manual_seed(0)
+    scores, ok = torch.randn(3, 6), torch.tensor([True, True, False, True, True, True])
+    one = [span_advantage(score[None], [1.0], ok, malformed_penalty=0.0) for score in scores]
+    three = span_advantage(scores, [0.2, 0.3, 0.5], ok)
+    near(three, 0.2 * one[0] + 0.3 * one[1] + 0.5 * one[2] - 1.5 * ~ok)
+
+
+# ----------------------------------------------------------------------------- the discriminator
 
 
 def disc(form="moe", seed=0, noise=0.3):
@@ -133,12 +155,12 @@ def score(d, trees, budget=10**6):
     """{(tree, child): score}"""
     out = {}
     for part in plan(trees, budget):
-        pack = make(trees, part)
+        pack = build_pack(trees, part)
         out |= dict(zip(pack.children, d(pack)[0].tolist(), strict=True))
     return out
 
 
-SPANS = [[3, 4, 5, EOS], [7, 8, EOS], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, EOS], [3, 4, 5, EOS]]
+TEXTS = [[3, 4, 5, EOS], [7, 8, EOS], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, EOS], [3, 4, 5, EOS]]
 KINDS = [PERCEPTION, REASONING, PERCEPTION, PERCEPTION]
 
 
@@ -150,16 +172,16 @@ def test_scores_do_not_depend_on_company(form):
     alone = [
         score(d, [Tree(p, [s], [k])])[0, 0]
         for p in prompts
-        for s, k in zip(SPANS, KINDS, strict=True)
+        for s, k in zip(TEXTS, KINDS, strict=True)
     ]
     assert len({round(a, 4) for a in alone}) == 6  # they differ, but for the repeated span
-    together = score(d, [Tree(p, SPANS, KINDS) for p in prompts])
+    together = score(d, [Tree(p, TEXTS, KINDS) for p in prompts])
     near(list(together.values()), alone, atol=2e-6)
     near(
         [together[0, 0]], [together[0, 3]], atol=1e-6
     )  # identical text, identical score, wherever it stands
     for order in list(permutations(range(4)))[::7]:
-        moved = score(d, [Tree(prompts[0], [SPANS[i] for i in order], [KINDS[i] for i in order])])
+        moved = score(d, [Tree(prompts[0], [TEXTS[i] for i in order], [KINDS[i] for i in order])])
         near([moved[0, order.index(i)] for i in range(4)], alone[:4], atol=2e-6)
 
 
@@ -167,7 +189,7 @@ def test_forms_differ_where_they_should():
     hf = SimpleNamespace(model=disc("experts").model)
     prompt = tiny_prompt(hf, 5)
     for form, differ in (("experts", True), ("moe", False), ("dense", False)):
-        s = score(disc(form), [Tree(prompt, [SPANS[0], SPANS[0]], [PERCEPTION, REASONING])])
+        s = score(disc(form), [Tree(prompt, [TEXTS[0], TEXTS[0]], [PERCEPTION, REASONING])])
         assert (abs(s[0, 0] - s[0, 1]) > 1e-3) == differ, form
 
 
@@ -176,7 +198,7 @@ def test_upcycled_without_noise_is_dense(form):
     d, dense = disc(form, noise=0.0), disc("dense")
     d.v_head[1].weight.data[:] = dense.v_head[1].weight.data
     prompt = tiny_prompt(SimpleNamespace(model=dense.model), 5)
-    trees = [Tree(prompt, SPANS, KINDS)]
+    trees = [Tree(prompt, TEXTS, KINDS)]
     near(list(score(d, trees).values()), list(score(dense, trees).values()), atol=1e-5)
     assert abs(score(disc(form, noise=0.3), trees)[0, 0] - score(dense, trees)[0, 0]) > 1e-4
 
@@ -197,10 +219,25 @@ def test_experts_reference():
 
 
 def test_load_balance():
-    probs, tree = torch.full((6, 4), 0.25), torch.tensor([0, 0, 0, 0, 1, 1])
-    near(load_balance(probs, probs, tree, 2), [1.0, 1.0])
-    one = F.one_hot(torch.zeros(6, dtype=torch.long), 4).float()
-    near(load_balance(one, one, tree, 2), [4.0, 4.0])
+    """Two trees of four and two tokens, one layer: 1 where balanced, E where one expert has all; a
+    token that stands in several packs counts a share of one."""
+    tree = torch.tensor([0, 0, 0, 0, 1, 1])
+    pack = SimpleNamespace(
+        tree=tree, trees=[0, 1], tree_tokens=torch.tensor([4, 2]), copies=torch.ones(6)
+    )
+    even = mean_of_trees(torch.full((1, 6, 4), 0.25), pack)
+    near(load_balance(even, even), [1.0, 1.0])
+    one = mean_of_trees(F.one_hot(torch.zeros(1, 6, dtype=torch.long), 4).float(), pack)
+    near(load_balance(one, one), [4.0, 4.0])
+    near(load_balance(torch.zeros(0, 2, 1), torch.zeros(0, 2, 1)), [0.0, 0.0])
+    pack.copies = torch.tensor([2, 2, 1, 1, 1, 1])
+    near(mean_of_trees(torch.ones(1, 6, 4), pack)[0, :, 0], [3 / 4, 1.0])
+
+
+def balance_of(d, trees):
+    pack = build_pack(trees, plan(trees, 10**6)[0])
+    _, probability, routed = d(pack)
+    return load_balance(mean_of_trees(routed, pack), mean_of_trees(probability, pack))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -208,81 +245,86 @@ def test_load_balance_has_a_gradient(checkpointing):
     d = disc().train()
     if checkpointing:
         recompute(d.model)
-    trees = [Tree(tiny_prompt(SimpleNamespace(model=d.model), 5), SPANS, KINDS)]
-    d(make(trees, plan(trees, 10**6)[0]))[1].sum().backward()
+    trees = [Tree(tiny_prompt(SimpleNamespace(model=d.model), 5), TEXTS, KINDS)]
+    balance_of(d, trees).sum().backward()
     grads = torch.stack([mlp.gate.weight.grad for mlp in d.mlps])
     assert grads.abs().sum() > 0
     if checkpointing:
         plain = disc().train()
-        plain(make(trees, plan(trees, 10**6)[0]))[1].sum().backward()
+        balance_of(plain, trees).sum().backward()
         near(grads, torch.stack([mlp.gate.weight.grad for mlp in plain.mlps]), atol=1e-6)
 
 
-def items(d):
+def groups(d):
+    """Three prompts with five, one and no well-formed rollouts."""
     hf = SimpleNamespace(model=d.model)
-    reference = {PERCEPTION: [20, 21, EOS], REASONING: [22, 23, 24, EOS]}
-    rows = [
-        (k, kind, [3 + k, 4 + kind, 5, EOS][: 3 + k % 2] + [EOS])
-        for k in range(5)
-        for kind in (0, 1)
-    ]
+    reference = [[20, 21, EOS], [22, 23, 24, EOS]]
+    spans = [[[3 + k, 4 + s, 5, EOS][: 3 + k % 2] + [EOS] for s in (0, 1)] for k in range(5)]
     prompts = (
         tiny_prompt(hf, 5, (1, 4, 4), 0),
         tiny_prompt(hf, 9, None, 1),
         tiny_prompt(hf, 4, None, 2),
     )
-    return [
-        Item(p, p, reference, mine) for p, mine in zip(prompts, (rows, rows[:2], []), strict=True)
-    ]
+    chosen = spans, [None, spans[0]], [None, None]
+    made = []
+    for prompt, of_group in zip(prompts, chosen, strict=True):
+        made.append(with_spans(Group(prompt, seen=prompt, reference=reference), of_group))
+    return made
 
 
-def test_disc_pass_is_the_written_loss():
-    """One forward over packs against the formula, span by span; a group without well-formed rollouts takes no part."""
+def test_discriminator_pass_is_the_written_loss():
+    """One forward over packs against the formula, span by span; a group without well-formed
+    rollouts takes no part."""
     d = disc()
-    scored = items(d)
-    loss, load = disc_pass(d, scored, ARGS, "cpu", scored[0])
-    expected, squares = 0.0, []
-    for kind in (0, 1):
+    scored = groups(d)
+    loss, load = discriminator_pass(d, scored, ARGS, "cpu")
+    expected = 0.0
+    squares = []
+    for s in (0, 1):
         terms = []
-        for item in scored[:2]:
-            for k, _, ids in (s for s in item.policy if s[1] == kind):
-                both = score(d, [Tree(item.prompt, [item.reference[kind], ids], [kind, kind])])
-                near(
-                    [item.score[kind][None], item.score[kind][k]],
-                    [both[0, 0], both[0, 1]],
-                    atol=2e-6,
-                )
+        for group in scored[:2]:
+            for k in group.well_formed.nonzero().flatten().tolist():
+                spans = [group.reference[s], group.spans[k][s]]
+                both = score(d, [Tree(group.prompt, spans, [s, s])])
+                near([group.reference_score[s], group.score[s, k]], [both[0, 0], both[0, 1]], 2e-6)
                 terms.append(F.softplus(torch.tensor(both[0, 1] - both[0, 0])))
                 squares += [both[0, 0] ** 2, both[0, 1] ** 2]
         expected += float(sum(terms)) / len(terms)
     balance = 0.0
-    for item, share in zip(items(d)[:2], (10 / 12, 2 / 12), strict=False):
-        tree = item.tree()
-        balance += share * d(make([tree], plan([tree], 10**6)[0]))[1].item()
+    for group, share in zip(scored[:2], (5 / 6, 1 / 6), strict=True):
+        balance += share * balance_of(d, [spans_tree(group)]).item()
     near(loss, expected + 1e-3 * sum(squares) / len(squares) + 0.01 * balance, atol=1e-5)
-    assert scored[2].score == {} and load.shape == (2, 2, 4) and load[PERCEPTION].sum() > 0
+    assert scored[1].score[:, 0].isnan().all() and not scored[1].score[:, 1].isnan().any()
+    assert scored[2].score.isnan().all() and scored[2].reference_score.isnan().all()
+    assert load.shape == (2, 2, 4)
+    tokens = [sum(len(g.reference[s]) for g in scored[:2]) for s in (0, 1)]
+    for s in (0, 1):
+        tokens[s] += sum(
+            len(g.spans[k][s]) for g in scored for k in g.well_formed.nonzero().flatten()
+        )
+    near(load.sum(2), [[tokens[0]] * 2, [tokens[1]] * 2], atol=1e-4)
 
 
-def test_disc_pass_gradient_does_not_depend_on_packs():
-    whole, parts = disc(), disc()
-    args = SimpleNamespace(**vars(ARGS) | {"pack_tokens": 40, "balance": 0.0})
-    a, _ = disc_pass(
-        whole,
-        items(whole),
-        SimpleNamespace(**vars(ARGS) | {"balance": 0.0}),
-        "cpu",
-        items(whole)[0],
-    )
-    b, _ = disc_pass(parts, items(parts), args, "cpu", items(parts)[0])
+@pytest.mark.parametrize("form", ["moe", "experts"])
+def test_discriminator_pass_does_not_depend_on_packs(form):
+    """A group that is split over packs gives the same loss, gradient, scores and load: of load
+    balance too, which is per prompt."""
+    whole, parts = disc(form), disc(form)
+    args = SimpleNamespace(**vars(ARGS) | {"pack_tokens": 40})
+    one, two = groups(whole), groups(parts)
+    a, a_load = discriminator_pass(whole, one, ARGS, "cpu")
+    b, b_load = discriminator_pass(parts, two, args, "cpu")
     near(a, b, atol=1e-6)
-    split = plan([items(parts)[0].tree()], 40)
-    assert len(split) > 1 and all(
-        cs[:2] == [0, 1] for part in split for _, cs in part
-    )  # the references in each part
-    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+    near(a_load, b_load, atol=1e-4)
+    split = plan([spans_tree(one[0])], 40)
+    assert len(split) > 1 and all(cs[:2] == [0, 1] for pack in split for _, cs in pack)
+    for x, y in zip(one[:2], two[:2], strict=True):
+        torch.testing.assert_close(x.score, y.score, atol=2e-6, rtol=1e-5, equal_nan=True)
+        near(x.reference_score, y.reference_score, atol=2e-6)
+    for (name, p), q in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         if p.grad is not None:
             torch.testing.assert_close(
-                p.grad, q.grad, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+                p.grad, q[1].grad, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
@@ -291,7 +333,7 @@ def test_saved_discriminator_scores_the_same(form, tmp_path):
     d = disc(form)
     save_discriminator(d, tmp_path / "none", tmp_path / "disc")
     again = load_discriminator(SimpleNamespace(disc=form, disc_path=tmp_path / "disc")).eval()
-    trees = [Tree(tiny_prompt(SimpleNamespace(model=d.model), 5), SPANS, KINDS)]
+    trees = [Tree(tiny_prompt(SimpleNamespace(model=d.model), 5), TEXTS, KINDS)]
     assert list(score(d, trees).values()) == list(score(again, trees).values())
     with pytest.raises(ValueError, match="give --disc"):
         load_discriminator(SimpleNamespace(disc="other", disc_path=tmp_path / "disc"))
@@ -304,7 +346,7 @@ def test_saved_discriminator_scores_the_same(form, tmp_path):
             load_discriminator(SimpleNamespace(disc=form, disc_path=tmp_path / "disc"))
 
 
-# -------------------------------------------------------------------------------------------------- spans and leaks
+# ----------------------------------------------------------------------------- spans and leaks
 
 
 class Words:
@@ -317,10 +359,10 @@ class Words:
 def test_white_space_gives_nothing_away():
     a = "<caption>\n- a red dot\n</caption>\n<think>\none\n</think>\n<answer>\n1\n</answer>"
     b = "  <caption>- a red dot</caption><think> one</think>\n\n\n<answer>1 </answer>\n"
-    for spans in ("both", "whole"):
-        assert encode_spans(Words(), a, spans) == encode_spans(Words(), b, spans)
-        assert all(ids[-1] == EOS for ids in encode_spans(Words(), a, spans).values())
-    assert encode_spans(Words(), a + a, "both") is None
+    for table in (SPANS, WHOLE):
+        assert encode_spans(Words(), a, table) == encode_spans(Words(), b, table)
+        assert all(ids[-1] == EOS for ids in encode_spans(Words(), a, table))
+    assert encode_spans(Words(), a + a, SPANS) is None
 
 
 def test_leak_probe_is_at_chance_and_finds_a_planted_leak():
@@ -335,8 +377,9 @@ def test_leak_probe_is_at_chance_and_finds_a_planted_leak():
         for _ in range(4):
             prompts.append(prompt)
             for s, side in enumerate(sides):
-                response = f"<caption>{text(9)}</caption><think>{text(5 + 6 * s)}</think><answer>{text(1)}</answer>"
-                side.append(encode_spans(Words(), response, "both")[REASONING])
+                think = f"<think>{text(5 + 6 * s)}</think>"
+                response = f"<caption>{text(9)}</caption>{think}<answer>{text(1)}</answer>"
+                side.append(encode_spans(Words(), response, SPANS)[REASONING])
     assert abs(health.leak_probe(prompts, *sides) - 0.5) <= 0.05
     planted = [ids + [57] for ids in sides[1]]  # another end token on one side only
     assert health.leak_probe(prompts, sides[0], planted) > 0.95

@@ -1,4 +1,7 @@
-"""tools/curate.py against a server of its own that behaves badly, and badly written answers. No network."""
+"""tools/curate.py against a server of its own that behaves badly, and badly written answers.
+
+No network is needed.
+"""
 
 import base64
 import io
@@ -21,9 +24,7 @@ from PIL import Image
 
 from data import SYSTEM_PROMPT, read
 from engine.arguments import parse
-
-sys.path.insert(0, str(ROOT / "tools"))
-import curate  # noqa: E402
+from tools import curate
 
 KEY = "sk-very-secret-0123456789"
 
@@ -32,14 +33,17 @@ def response(answer, caption="- a square", think="1. I look."):
     return f"<caption>{caption}</caption>\n\n<think>\n{think}</think> <answer>{answer}</answer>"
 
 
-def completion(text, **more):
-    return json.dumps(
-        {
-            "choices": [
-                {"message": {"role": "assistant", "content": text}, "finish_reason": "stop", **more}
-            ]
-        }
+def canonical(answer):
+    """The same response as it is to be written."""
+    return (
+        "<caption>\n- a square\n</caption>\n<think>\n1. I look.\n</think>\n"
+        f"<answer>\n{answer}\n</answer>"
     )
+
+
+def completion(text, **more):
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"choices": [{"message": message, "finish_reason": "stop", **more}]})
 
 
 def asked(request):
@@ -49,19 +53,17 @@ def asked(request):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers rightly, unless `behave(problem's number, how often it was asked, request)` gives another text (str) or does
-    something to the handler (a function of it)."""
+    """Answers rightly, unless `behave(problem's number, how often it was asked, request)` gives
+    another text (str) or does something to the handler (a function of it)."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.times, self.lock, self.behave = (
-            [],
-            Counter(),
-            threading.Lock(),
-            lambda *_: None,
-        )
+        self.requests = []
+        self.times = Counter()
+        self.lock = threading.Lock()
+        self.behave = lambda *_: None
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -78,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         number = asked(request)[0]
         with self.server.lock:
             self.server.requests.append((self.path, self.headers["authorization"], request))
-            times = self.server.times[number] = self.server.times[number] + 1
+            self.server.times[number] += 1
+            times = self.server.times[number]
         told = self.server.behave(number, times, request)
         if callable(told):
             return told(self)
@@ -126,38 +129,22 @@ def lines(path):
 
 
 def arguments(server, problems, *flags):
-    flags = [
-        "--data",
-        problems,
-        "--out",
-        problems.parents[1] / "out",
-        "--base_url",
-        server.url,
-        "--teacher",
-        "T",
-        "--first_delay",
-        0.01,
-        *flags,
-    ]
-    return [str(flag) for flag in flags]
+    given = ["--data", problems, "--out", problems.parents[1] / "out"]
+    given += ["--base_url", server.url, "--teacher", "T", "--first_delay", 0.01]
+    return [str(flag) for flag in (*given, *flags)]
 
 
 def run(server, problems, *flags):
-    """A run, and what always holds: every row has one fate, and what is kept is in one of the files."""
+    """A run, and what always holds: every row has one fate, what is kept is in one of the files."""
     curate.main(parse(curate.Args, arguments(server, problems, *flags)))
     out = problems.parents[1] / "out"
     report = json.loads((out / "report.json").read_text())
-    froms = [
-        row["extra_info"]["from"]
-        for kind in report["files"]
-        for row in lines(out / f"{kind}.jsonl")
-    ]
-    assert (
-        len(froms)
-        == len(set(froms))
-        == sum(report["files"].values())
-        == report["fates"].get("kept", 0)
-    )
+    kept = []
+    for kind, size in report["files"].items():
+        rows = lines(out / f"{kind}.jsonl")
+        assert len(rows) == size
+        kept += [row["extra_info"]["from"] for row in rows]
+    assert len(kept) == len(set(kept)) == report["fates"].get("kept", 0)
     assert report["rows"] == sum(report["fates"].values())
     return report
 
@@ -166,11 +153,9 @@ def run(server, problems, *flags):
 def test_three_files_that_the_stages_open(server, problems, tmp_path):
     report = run(server, problems, "--shares", 0.25, 0.2)
     out = tmp_path / "out"
-    assert (
-        report["rows"] == 20
-        and report["fates"] == {"kept": 20}
-        and report["files"] == {"align": 5, "rl": 4, "sft": 11}
-    )
+    assert report["rows"] == 20
+    assert report["fates"] == {"kept": 20}
+    assert report["files"] == {"align": 5, "rl": 4, "sft": 11}
     seen = []
     for kind, size in report["files"].items():
         data = read(str(out / f"{kind}.jsonl"), kind)
@@ -183,10 +168,7 @@ def test_three_files_that_the_stages_open(server, problems, tmp_path):
             assert Image.open(example.images[0]).getpixel((0, 0)) == (10 * number, 0, 99)
             assert example.images[0].startswith(str(out / "images"))
             text = example.messages[-1]["content"] if kind == "sft" else example.response
-            assert (
-                text
-                == f"<caption>\n- a square\n</caption>\n<think>\n1. I look.\n</think>\n<answer>\n{number}\n</answer>"
-            )
+            assert text == canonical(number)
     assert sorted(seen) == list(range(20))  # none twice, none lost
 
 
@@ -194,21 +176,19 @@ def test_what_the_api_is_asked(server, problems, tmp_path):
     run(server, problems, "--limit", 1, "--request", '{"temperature": 0.5, "max_tokens": 7}')
     ((path, authorization, request),) = server.requests
     assert path == "/v1/chat/completions" and authorization == f"Bearer {KEY}"
-    (system, user) = request.pop("messages")
+    system, user = request.pop("messages")
     assert request == {"model": "T", "temperature": 0.5, "max_tokens": 7}
     assert system == {"role": "system", "content": SYSTEM_PROMPT}
     image, text = user["content"]
     head, data = image["image_url"]["url"].split(",")
-    assert (
-        head == "data:image/png;base64"
-        and base64.b64decode(data) == (tmp_path / "in/0.png").read_bytes()
-    )
+    assert head == "data:image/png;base64"
+    assert base64.b64decode(data) == (tmp_path / "in/0.png").read_bytes()
     assert text == {"type": "text", "text": "\nWhat is number 0?"}
 
 
 def test_images_stand_where_the_turns_have_them_and_options_are_kept(server, tmp_path):
-    for name in "ab":
-        Image.new("RGB", (8, 8), {"a": "red", "b": "blue"}[name]).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "b.png")
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "First <image> number 1 then <image>?"},
@@ -227,16 +207,12 @@ def test_images_stand_where_the_turns_have_them_and_options_are_kept(server, tmp
     assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url", "text"]
     assert server.requests[0][2]["messages"][0]["content"] == SYSTEM_PROMPT
     example = read(str(tmp_path / "out/align.jsonl"), "align")[0]
-    assert (example.answer, example.equivalent, example.choices) == (
-        "B",
-        ("azure",),
-        ("red", "blue"),
-    )
+    assert example.answer == "B"
+    assert example.equivalent == ("azure",)
+    assert example.choices == ("red", "blue")
     assert example.messages[1]["content"] == turns[1]["content"] and example.source == "mine"
-    assert [Image.open(image).getpixel((0, 0)) for image in example.images] == [
-        (255, 0, 0),
-        (0, 0, 255),
-    ]
+    colours = [Image.open(image).getpixel((0, 0)) for image in example.images]
+    assert colours == [(255, 0, 0), (0, 0, 255)]
 
 
 def test_the_split_is_the_seeds_and_moves_little_when_problems_are_added(
@@ -267,11 +243,9 @@ def test_nobody_sees_the_key(server, problems, tmp_path, capsys):
     assert "your key [key] is tired" in str(stop.value) and KEY not in str(stop.value)
     shown = "".join(capsys.readouterr())
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert (
-        len(files) > 40
-        and KEY not in shown
-        and not any(KEY.encode() in path.read_bytes() for path in files)
-    )
+    assert len(files) > 40
+    assert KEY not in shown
+    assert not any(KEY.encode() in path.read_bytes() for path in files)
 
 
 def test_without_a_key_none_is_sent(server, problems, monkeypatch):
@@ -282,15 +256,15 @@ def test_without_a_key_none_is_sent(server, problems, monkeypatch):
         run(server, problems, "--limit", 2)
     assert {authorization for _, authorization, _ in server.requests} == {None}
     server.behave = lambda *_: None
-    monkeypatch.setenv(
-        "OTHER", "o\n"
-    )  # short ones, as local servers want them, are words: they stay in what is answered
+    # Short ones, as local servers want them, are words: they stay in what is answered.
+    monkeypatch.setenv("OTHER", "o\n")
     run(server, problems, "--limit", 1, "--teacher", "U", "--key_env", "OTHER")
     assert server.requests[-1][1] == "Bearer o" and len(server.requests) == 3
 
 
 def test_pictures_are_sent_as_the_policy_sees_them(tmp_path):
-    """Bytes as they are where that is the same; else a PNG: turned by EXIF, transparent, an unusual format."""
+    """Bytes as they are where that is the same; else a PNG: turned by EXIF, transparent, of an
+    unusual format."""
     image = Image.radial_gradient("L").convert("RGB").resize((24, 16))
     image.putpixel((0, 0), (255, 0, 0))
     turned = Image.Exif()
@@ -302,22 +276,15 @@ def test_pictures_are_sent_as_the_policy_sees_them(tmp_path):
     image.convert("RGBA").save(tmp_path / "clear.png")
     image.save(tmp_path / "hole.png", transparency=(255, 0, 0))
     names = ("a.png", "a.jpg", "a.bmp", "turned.jpg", "clear.png", "hole.png")
-    data = read(
-        str(
-            save(
-                tmp_path / "p.jsonl",
-                [{"image": name, "question": "?", "answer": "1"} for name in names],
-            )
-        ),
-        "eval",
-    )
-    seen = {
-        Path(example.images[0]).name: curate.look(example)[0][0] for example in data.fetch(range(6))
-    }
+    rows = [{"image": name, "question": "?", "answer": "1"} for name in names]
+    data = read(str(save(tmp_path / "p.jsonl", rows)), "eval")
+    seen = {}  # the file's name -> (path by the pixels, bytes)
+    for example in data.fetch(range(6)):
+        pictures, _ = curate.look(example)
+        seen[Path(example.images[0]).name] = pictures[0]
     assert all(seen[name][1] == (tmp_path / name).read_bytes() for name in ("a.png", "a.jpg"))
-    assert seen["a.jpg"][0].endswith(".jpeg") and all(
-        seen[n][0].endswith(".png") for n in seen if n != "a.jpg"
-    )
+    assert seen["a.jpg"][0].endswith(".jpeg")
+    assert all(seen[n][0].endswith(".png") for n in seen if n != "a.jpg")
     assert seen["a.png"][0] == seen["a.bmp"][0] == seen["clear.png"][0] != seen["turned.jpg"][0]
     upright = Image.open(io.BytesIO(seen["turned.jpg"][1]))
     assert Image.open(io.BytesIO(seen["hole.png"][1])).getpixel((0, 0)) == (255, 255, 255)
@@ -326,26 +293,16 @@ def test_pictures_are_sent_as_the_policy_sees_them(tmp_path):
 
 # ----------------------------------------------------------------------------- which problems
 def rollouts(problems, rates, policy="p", mode="T=1"):
-    return [
-        {
-            "policy": policy,
-            "data": str(problems),
-            "mode": mode,
-            "row": row,
-            "accuracy": accuracy,
-            "where": "",
-            "text": [],
-        }
-        for row, accuracy in rates.items()
-    ]
+    same = {"policy": policy, "data": str(problems), "mode": mode, "where": "", "text": []}
+    return [{**same, "row": row, "accuracy": accuracy} for row, accuracy in rates.items()]
 
 
 def test_only_what_the_policy_fails_is_asked(server, problems, tmp_path):
-    """Of several policies the best counts; greedy decoding does not; a row without a record is counted, not guessed."""
+    """Of several policies the best counts; greedy decoding does not; a row without a record is
+    counted, not guessed."""
     records = rollouts(problems, {0: [0, 0], 1: [0, 1], 2: [1, 1], 3: [0.0, 0.0], 4: [0, 0]})
-    records += rollouts(problems, {3: [0, 0], 4: [0, 1]}, policy="q") + rollouts(
-        problems, {0: [1], 5: [0]}, mode="greedy"
-    )
+    records += rollouts(problems, {3: [0, 0], 4: [0, 1]}, policy="q")
+    records += rollouts(problems, {0: [1], 5: [0]}, mode="greedy")
     flags = ("--pass_rates", save(tmp_path / "rollouts.jsonl", records))
     report = run(server, problems, *flags)
     assert report["fates"] == {"kept": 2, "passed too often": 3, "no pass rate": 15}
@@ -361,14 +318,16 @@ def test_a_file_without_rollouts_is_refused(server, problems, tmp_path, record):
 
 
 def test_rollouts_of_other_data_leave_nothing_to_ask(server, problems, tmp_path):
-    flags = (
-        "--pass_rates",
-        save(tmp_path / "r.jsonl", rollouts(tmp_path / "other.jsonl", {0: [0]})),
-    )
-    assert run(server, problems, *flags)["fates"] == {"no pass rate": 20} and not server.requests
+    records = rollouts(tmp_path / "other.jsonl", {0: [0]})
+    report = run(server, problems, "--pass_rates", save(tmp_path / "r.jsonl", records))
+    assert report["fates"] == {"no pass rate": 20}
+    assert not server.requests
 
 
-LONG = "In the figure a train of length 12 m leaves the station at noon, and a second one follows after 5 minutes. How far"
+LONG = (
+    "In the figure a train of length 12 m leaves the station at noon, and a second one follows "
+    "after 5 minutes. How far"
+)
 
 
 @pytest.mark.parametrize(
@@ -389,13 +348,13 @@ def test_near_duplicates(tmp_path, one, other, near):
     path = save(tmp_path / "p.jsonl", [{"question": q, "answer": "1"} for q in (one, other, one)])
     args = curate.Args(data=(str(path),), out="", base_url="http://h", teacher="T")
     problems, fates = curate.select(args)
-    assert [p.row for p in problems] == ([0] if near else [0, 1]) and fates == {
-        "near-duplicate": 1 + near
-    }
+    assert [p.row for p in problems] == ([0] if near else [0, 1])
+    assert fates == {"near-duplicate": 1 + near}
 
 
 def test_duplicates_have_the_same_pixels(server, problems, tmp_path):
-    """The same picture in another file, in another format, in another data file: the first row stays. Another picture: both."""
+    """The same picture in another file, in another format, in another data file: the first row
+    stays. Another picture: both."""
     Image.open(tmp_path / "in/0.png").save(tmp_path / "in/again.bmp")
     rows = lines(problems)[:3] + [
         {"image": "again.bmp", "question": "what is number 0", "answer": "0"},
@@ -404,7 +363,8 @@ def test_duplicates_have_the_same_pixels(server, problems, tmp_path):
         {"question": "What is number 0?", "answer": "0"},
         {"question": "What is number 0!", "answer": "0"},
     ]
-    first, second = save(problems, rows), save(tmp_path / "in/second.jsonl", lines(problems)[2:3])
+    second = save(tmp_path / "in/second.jsonl", lines(problems)[2:3])
+    first = save(problems, rows)
     report = run(server, problems, "--data", first, second)
     assert report["fates"] == {"kept": 6, "near-duplicate": 3} and len(server.requests) == 6
 
@@ -447,16 +407,16 @@ def test_malformed_and_wrong_answers_are_asked_again_up_to_samples(server, probl
     report = run(server, problems, "--samples", 3, "--limit", 10)
     assert report["fates"] == {"kept": 8, "malformed": 1, "wrong": 1}
     assert [server.times[i] for i in range(10)] == [2, 2, 2, 3, 3, 2, 2, 2, 2, 2]
-    assert report["requests"] == {"answered": 22} and report["answers"] == {
+    assert report["requests"] == {"answered": 22}
+    assert report["answers"] == {
         "malformed": 11,
         "wrong": 3,
         "right": 8,
     }
     server.behave = lambda *_: None
     assert run(server, problems, "--samples", 4, "--limit", 10)["fates"] == {"kept": 10}
-    assert [server.times[i] for i in (3, 4)] == [4, 4] and sum(
-        server.times.values()
-    ) == 24  # only what is missing
+    assert [server.times[i] for i in (3, 4)] == [4, 4]
+    assert sum(server.times.values()) == 24  # only what is missing
 
 
 def test_a_longer_limit_asks_cut_answers_again(server, problems):
@@ -464,10 +424,8 @@ def test_a_longer_limit_asks_cut_answers_again(server, problems):
     server.behave = lambda *_: (
         lambda handler: handler.reply(completion(cut, finish_reason="length"))
     )
-    assert (
-        run(server, problems, "--limit", 1, "--samples", 2)["fates"] == {"malformed": 1}
-        and len(server.requests) == 2
-    )
+    assert run(server, problems, "--limit", 1, "--samples", 2)["fates"] == {"malformed": 1}
+    assert len(server.requests) == 2
     server.behave = lambda *_: None
     for flags, requests in (((), 2), (("--request", '{"max_tokens": 9999}'), 3)):
         run(server, problems, "--limit", 1, "--samples", 2, *flags)
@@ -475,7 +433,8 @@ def test_a_longer_limit_asks_cut_answers_again(server, problems):
 
 
 def test_the_judge(server, problems, tmp_path):
-    """It may call right what rewards.py calls wrong, not the reverse; such a row is never in rl.jsonl; grades rank."""
+    """It may call right what rewards.py calls wrong, not the reverse; such a row is never in
+    rl.jsonl; grades rank."""
     grades = {0: 5, 1: 1, 2: 0, 3: 4, 4: 0, 5: 5, 6: 2}  # answers to 4, 5, 6 are not rewards.py's
 
     def behave(number, times, request):
@@ -484,50 +443,39 @@ def test_the_judge(server, problems, tmp_path):
         return response("the fifth" if number > 3 else number)
 
     server.behave = behave
-    rows = [
-        row | {"equivalent_answers": ["or so"]} if row["answer"] == "4" else row
-        for row in lines(problems)
-    ]
+    rows = lines(problems)
+    rows[4]["equivalent_answers"] = ["or so"]
     save(problems, rows)
     flags = ("--judge", "J", "--limit", 7, "--samples", 1, "--shares", 0.34, 0.51)
     report = run(server, problems, *flags)
-    assert report["fates"] == {"kept": 6, "wrong": 1} and report["files"] == {
+    assert report["fates"] == {"kept": 6, "wrong": 1}
+    assert report["files"] == {
         "align": 2,
         "rl": 3,
         "sft": 1,
     }
-    assert (
-        report["requests"] == {"answered": 14, "TypeError": 1}
-        and report["answers"]["right, graded 0"] == 1
-    )
+    assert report["requests"] == {"answered": 14, "TypeError": 1}
+    assert report["answers"]["right, graded 0"] == 1
     got = {
         kind: [row["extra_info"]["from"] for row in lines(tmp_path / f"out/{kind}.jsonl")]
         for kind in report["files"]
     }
     assert set(got["align"]) == {"problems.jsonl:1", "problems.jsonl:6"}
-    assert got["rl"] == ["problems.jsonl:4", "problems.jsonl:2", "problems.jsonl:3"] and got[
-        "sft"
-    ] == ["problems.jsonl:7"]
-    judged = next(
-        request
-        for *_, request in server.requests
-        if request["model"] == "J" and asked(request)[0] == 4
-    )
-    assert (
-        judged["messages"][0]["content"] == curate.JUDGE_PROMPT
-        and "Reference: 4 or or so\n" in asked(judged)[1]
-    )
-    assert (
-        "<answer>\nthe fifth" in asked(judged)[1]
-        and judged["messages"][1]["content"][0]["type"] == "image_url"
-    )
+    assert got["rl"] == ["problems.jsonl:4", "problems.jsonl:2", "problems.jsonl:3"]
+    assert got["sft"] == ["problems.jsonl:7"]
+    judged = [request for *_, request in server.requests if request["model"] == "J"]
+    judged = next(request for request in judged if asked(request)[0] == 4)
+    assert judged["messages"][0]["content"] == curate.JUDGE_PROMPT
+    assert "Reference: 4 or or so\n" in asked(judged)[1]
+    assert "<answer>\nthe fifth" in asked(judged)[1]
+    assert judged["messages"][1]["content"][0]["type"] == "image_url"
     before = len(server.requests)
     assert run(server, problems, *flags)["files"] == report["files"]
     assert len(server.requests) == before  # its grades are known, too
 
 
-# ----------------------------------------------------------------------------- a server that behaves badly
-MISDEEDS = {
+# --------------------------------------------------------------------- a server that behaves badly
+MISDEEDS = {  # how it is counted -> what the server does
     "HTTP 500": lambda handler: handler.reply("<html>oops</html>", 500),
     "HTTP 429": lambda handler: handler.reply("{}", 429, Retry_After="0"),
     "HTTP 503": lambda handler: handler.reply(
@@ -541,7 +489,6 @@ MISDEEDS = {
     "TypeError": lambda handler: handler.reply(completion(["a", "list"])),
     "RecursionError": lambda handler: handler.reply("[" * 100_000),
 }
-# how it is counted -> what the server does
 
 
 @pytest.mark.parametrize("kind", MISDEEDS)
@@ -572,17 +519,9 @@ def test_what_is_not_answered_is_counted_and_asked_in_the_next_run(server, probl
 
 
 def test_nobody_there(server, problems):
-    with pytest.raises(SystemExit, match="ConnectError from http://127.0.0.1:9/v1"):
-        run(
-            server,
-            problems,
-            "--base_url",
-            "http://127.0.0.1:9/v1",
-            "--retries",
-            1,
-            "--max_failures",
-            3,
-        )
+    url = "http://127.0.0.1:9/v1"
+    with pytest.raises(SystemExit, match=f"ConnectError from {url}"):
+        run(server, problems, "--base_url", url, "--retries", 1, "--max_failures", 3)
 
 
 @pytest.mark.parametrize("code", [301, 401, 403, 404])
@@ -604,7 +543,8 @@ def test_many_failures_in_a_row_stop_the_run(server, problems):
     flags = ("--retries", 0, "--max_failures", 3, "--concurrency", 1)
     server.behave = lambda number, *_: None if number % 4 == 3 else MISDEEDS["HTTP 500"]
     assert run(server, problems, *flags)["fates"] == {"kept": 5, "unanswered: HTTP 500": 15}
-    server.behave, before = lambda *_: MISDEEDS["HTTP 500"], len(server.requests)
+    server.behave = lambda *_: MISDEEDS["HTTP 500"]
+    before = len(server.requests)
     with pytest.raises(SystemExit, match="HTTP 500"):
         run(server, problems, *flags)
     assert len(server.requests) == before + 4
@@ -628,16 +568,13 @@ def test_delays_double(server, problems, waits):
     server.behave = lambda *_: MISDEEDS["HTTP 500"]
     run(server, problems, "--limit", 1, "--first_delay", 8, "--retries", 5)
     assert len(waits) == 5 == len(set(waits)) and len(server.requests) == 6
-    assert all(
-        0.5 * mean <= wait <= 1.5 * mean
-        for wait, mean in zip(waits, (8, 16, 32, 60, 60), strict=True)
-    )
+    for wait, mean in zip(waits, (8, 16, 32, 60, 60), strict=True):
+        assert 0.5 * mean <= wait <= 1.5 * mean
 
 
 def test_retry_after_is_honoured(server, problems, waits):
-    server.behave = lambda number, times, _: (
-        (lambda h: h.reply("{}", 429, Retry_After="7")) if times == 1 else None
-    )
+    busy = lambda handler: handler.reply("{}", 429, Retry_After="7")  # noqa: E731
+    server.behave = lambda number, times, _: busy if times == 1 else None
     assert run(server, problems, "--limit", 2)["fates"] == {"kept": 2} and waits == [7, 7]
     server.behave = lambda *_: lambda handler: handler.reply("daily quota", 429, Retry_After="3600")
     with pytest.raises(SystemExit, match=r"HTTP 429.*wait: 3600 s.*daily quota"):
@@ -646,18 +583,22 @@ def test_retry_after_is_honoured(server, problems, waits):
 
 
 def test_requests_are_at_once_but_not_more_than_allowed(server, problems):
-    together, now, most, lock = threading.Barrier(4), [0], [0], threading.Lock()
+    together = threading.Barrier(4)
+    lock = threading.Lock()
+    now = most = 0
 
     def behave(*_):
+        nonlocal now, most
         with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
+            now += 1
+            most = max(most, now)
         together.wait(10)
         with lock:
-            now[0] -= 1
+            now -= 1
 
     server.behave = behave
-    assert run(server, problems, "--concurrency", 4)["fates"] == {"kept": 20} and most[0] == 4
+    assert run(server, problems, "--concurrency", 4)["fates"] == {"kept": 20}
+    assert most == 4
 
 
 # ----------------------------------------------------------------------------- stopped and resumed
@@ -668,11 +609,9 @@ def test_a_broken_last_line_is_asked_again(server, problems, tmp_path):
     for cut in (1, 40):
         cache.write_bytes(whole[:-cut])
         report = run(server, problems)
-        assert (
-            report["requests"] == {"answered": 1}
-            and report["fates"] == {"kept": 20}
-            and len(lines(cache)) == 20
-        )
+        assert report["requests"] == {"answered": 1}
+        assert report["fates"] == {"kept": 20}
+        assert len(lines(cache)) == 20
 
 
 def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
@@ -683,18 +622,19 @@ def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
         return MISDEEDS["HTTP 500"] if number == 4 else None
 
     server.behave = behave
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a test run in the background does not have
+    # A test run in the background does not have this handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(server, problems, "--concurrency", 2, "--first_delay", 30)  # nobody waits for a retry
     signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 12  # of the 15 s or more before the retry
-    server.behave, before = lambda *_: None, len(lines(tmp_path / "out/answers.jsonl"))
-    assert 5 <= before < 20
+    server.behave = lambda *_: None
+    answered = len(lines(tmp_path / "out/answers.jsonl"))
+    assert 5 <= answered < 20
     report = run(server, problems)
-    assert report["requests"] == {"answered": 20 - before} and report["fates"] == {"kept": 20}
+    assert report["requests"] == {"answered": 20 - answered}
+    assert report["fates"] == {"kept": 20}
 
 
 def test_two_runs_do_not_share_a_folder(server, problems, tmp_path):
@@ -706,14 +646,18 @@ def test_two_runs_do_not_share_a_folder(server, problems, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(server, problems, tmp_path):
-    """kill -9 in the middle, from the command line, with the key only in the environment; what was answered is not asked."""
-    cache, gate = tmp_path / "out/answers.jsonl", threading.Event()
-    server.behave = lambda number, *_: gate.wait(60) and None if number >= 7 else None
-    command = [
-        sys.executable,
-        str(ROOT / "tools/curate.py"),
-        *arguments(server, problems, "--concurrency", 2),
-    ]
+    """kill -9 in the middle, from the command line, with the key only in the environment; what was
+    answered is not asked."""
+    cache = tmp_path / "out/answers.jsonl"
+    gate = threading.Event()
+
+    def behave(number, *_):
+        if number >= 7:
+            gate.wait(60)
+
+    server.behave = behave
+    flags = arguments(server, problems, "--concurrency", 2)
+    command = [sys.executable, str(ROOT / "tools/curate.py"), *flags]
     child = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
     )
@@ -727,11 +671,9 @@ def test_a_killed_run_goes_on(server, problems, tmp_path):
     with open(cache, "a") as file:
         file.write('{"of": ["half a li')
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (
-        done.returncode == 0
-        and "Counter({'answered': 13})" in done.stdout
-        and KEY not in done.stdout + done.stderr
-    )
+    assert done.returncode == 0
+    assert "Counter({'answered': 13})" in done.stdout
+    assert KEY not in done.stdout + done.stderr
     assert json.loads((tmp_path / "out/report.json").read_text())["fates"] == {"kept": 20}
 
 
@@ -766,10 +708,8 @@ def test_the_help_is_the_manual(capsys):
     assert curate.__doc__.splitlines()[0] in text and "python tools/curate.py --data" in text
     for name in curate.Args.__dataclass_fields__:
         assert re.search(rf"\n  --{name} .+", text), name
-    options = [
-        re.sub(r"\(default:.*", "", option, flags=re.DOTALL).split()
-        for option in text.split("\n  --")[1:]
-    ]
-    assert all(len(words) > 3 for words in options) and len(options) == len(
-        curate.Args.__dataclass_fields__
-    )
+    options = text.split("\n  --")[1:]
+    assert len(options) == len(curate.Args.__dataclass_fields__)
+    for option in options:
+        explained = re.sub(r"\(default:.*", "", option, flags=re.DOTALL)
+        assert len(explained.split()) > 3, option

@@ -1,4 +1,4 @@
-"""Evaluation: metrics by hand, a real run on a tiny model, shares of ranks, the pass-rate filter."""
+"""Evaluation: metrics by hand, runs on a tiny model, shares of ranks, the pass-rate filter."""
 
 import importlib
 import json
@@ -20,12 +20,16 @@ evaluation = importlib.import_module("eval")
 
 
 def response(caption="- a cat\n- a mat", think="1. look\n2. count", answer="2"):
-    return f"<caption>\n{caption}\n</caption>\n<think>\n{think}\n</think>\n<answer>\n{answer}\n</answer>"
+    parts = {"caption": caption, "think": think, "answer": answer}
+    return "\n".join(f"<{tag}>\n{text}\n</{tag}>" for tag, text in parts.items())
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A checkpoint of random weights and a file of 5 rows: references in all but the last, a bad row in the middle."""
+    """
+    A checkpoint of random weights and a file of 5 rows, with references in all but the last and a
+    bad row in the middle.
+    """
     folder = tmp_path_factory.mktemp("eval")
     Image.new("RGB", (16, 16), "red").save(folder / "a.png")
     rows = [{"image": "a.png", "question": f"how many {i}", "answer": str(i)} for i in range(5)]
@@ -39,16 +43,8 @@ def place(tmp_path_factory):
 
 
 def arguments(place, *more):
-    line = [
-        "--policy",
-        place / "model",
-        "--data",
-        place / "rows.jsonl",
-        "--device",
-        "cpu",
-        "--max_response",
-        12,
-    ]
+    line = ["--policy", place / "model", "--data", place / "rows.jsonl"]
+    line += ["--device", "cpu", "--max_response", 12]
     return parse(evaluation.Args, [str(x) for x in [*line, *more]])
 
 
@@ -59,50 +55,54 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
         assert evaluation.pass_at_k(5, right, k) == pytest.approx(sum(map(max, draws)) / len(draws))
 
 
-def test_judge_and_summarise():
-    example = SimpleNamespace(
-        response=response(), answer="2", choices=(), equivalent=(), row=3, where="f:4"
+def an_example(response, row=0):
+    return SimpleNamespace(
+        response=response, answer="2", choices=(), equivalent=(), row=row, where=f"f:{row + 1}"
     )
+
+
+def test_judge_and_summarise():
     texts = [
         response(),
         response("- one cat", "1. look", "3"),
         "2",
         response(caption="-  a cat -  a mat"),
     ]
-    rollouts = [Rollout([1] * n, [0.0] * n, "length" if n == 9 else "end") for n in (3, 5, 9, 7)]
-    right = evaluation.judge(example, rollouts, texts)
-    bare = SimpleNamespace(response=None, answer="2", choices=(), equivalent=(), row=0, where="f:1")
-    m = evaluation.summarise([right, evaluation.judge(bare, rollouts, texts)], [1, 4])
-    assert (m["accuracy"], m["pass@1"], m["pass@4"], m["format"], m["truncated"]) == (
-        0.5,
-        0.5,
-        1,
-        0.75,
-        0.25,
-    )
+    lengths_and_stops = [(3, "end"), (5, "end"), (9, "length"), (7, "end")]
+    rollouts = [Rollout([1] * n, [0.0] * n, stop) for n, stop in lengths_and_stops]
+    with_reference = evaluation.judge(an_example(response(), row=3), rollouts, texts)
+    assert with_reference["accuracy"] == [1, 0, 0, 1]
+    assert with_reference["items"] == [2, 1, None, 1]
+    assert with_reference["same_caption"] == [True, False, False, True]
+    assert (with_reference["row"], with_reference["where"]) == (3, "f:4")
+
+    without_reference = evaluation.judge(an_example(None), rollouts, texts)
+    m = evaluation.summarise([with_reference, without_reference], [1, 4])
+    assert (m["accuracy"], m["pass@1"], m["pass@4"]) == (0.5, 0.5, 1)
+    assert (m["format"], m["truncated"]) == (0.75, 0.25)
     assert (m["length"], m["prompts"]) == (6, 2)
     assert m["items"] == pytest.approx((2 + 1 + 1) / 3)  # the malformed one has no caption
     assert m["steps"] == pytest.approx((2 + 1 + 2) / 3)
-    assert (m["reference_items"], m["reference_steps"], m["same_caption"]) == (
-        2,
-        2,
-        0.5,
-    )  # only where there is one
-    only_bare = evaluation.summarise([evaluation.judge(bare, rollouts[2:3], ["2"])])
-    assert all(
-        math.isnan(only_bare[k]) for k in ("items", "steps", "reference_items", "same_caption")
-    )
-    assert all(math.isnan(v) for k, v in evaluation.summarise([], [1]).items() if k != "prompts")
+    # only where there is a reference
+    assert (m["reference_items"], m["reference_steps"], m["same_caption"]) == (2, 2, 0.5)
+
+
+def test_a_mean_of_nothing_is_nan():
+    malformed = evaluation.judge(an_example(None), [Rollout([1], [0.0], "end")], ["2"])
+    summary = evaluation.summarise([malformed])
+    for name in ("items", "steps", "reference_items", "same_caption"):
+        assert math.isnan(summary[name])
+    nothing = evaluation.summarise([], [1])
+    assert nothing.pop("prompts") == 0
+    assert all(math.isnan(value) for value in nothing.values())
 
 
 def test_table_is_aligned_and_without_empty_columns():
     first = {"data": "a", "accuracy": 0.5, "items": math.nan, "left_out": {}}
     second = {"data": "long name", "accuracy": 1, "pass@4": 0.25, "left_out": {}}
     lines = evaluation.table([first, second]).splitlines()
-    assert [line.split() for line in lines[:2]] == [
-        ["data", "accuracy", "pass@4"],
-        ["a", "0.500", "nan"],
-    ]
+    assert lines[0].split() == ["data", "accuracy", "pass@4"]
+    assert lines[1].split() == ["a", "0.500", "nan"]
     assert len({len(line) for line in lines}) == 1
 
 
@@ -126,94 +126,119 @@ def test_combinations_that_make_no_sense(flags, says, place, capsys):
 def test_run_writes_results_and_rollouts(place, tmp_path, capsys):
     out = ["--out", tmp_path / "new/r.json", "--rollouts_out", tmp_path / "r.jsonl"]
     results = evaluation.main(arguments(place, *out, "--samples", 2, "--pass_at", 1, 2, 4))
+    missing = {"an image is missing": 1}
     assert [(r["mode"], r["prompts"], r["left_out"]) for r in results] == [
-        ("greedy", 4, {"an image is missing": 1}),
-        ("T=1", 4, {"an image is missing": 1}),
+        ("greedy", 4, missing),
+        ("T=1", 4, missing),
     ]
     greedy, sampled = results
     assert "pass@2" in sampled and "pass@4" not in sampled and "pass@1" not in greedy
-    assert (
-        0 < greedy["length"] <= 12
-        and 0 <= greedy["truncated"] <= 1
-        and greedy["reference_items"] == 2
-    )
+    assert 0 < greedy["length"] <= 12
+    assert 0 <= greedy["truncated"] <= 1
+    assert greedy["reference_items"] == 2
+
     written = json.loads((tmp_path / "new/r.json").read_text())
-    assert written["results"][1]["length"] == sampled["length"] and {"commit", "args"} <= set(
-        written
-    )
+    assert written["results"][1]["length"] == sampled["length"]
+    assert {"commit", "args"} <= set(written)
     rollouts = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [(r["mode"], r["row"], len(r["text"])) for r in rollouts] == [
-        *[("greedy", i, 1) for i in (0, 1, 3, 4)],
-        *[("T=1", i, 2) for i in (0, 1, 3, 4)],
+        *[("greedy", row, 1) for row in (0, 1, 3, 4)],
+        *[("T=1", row, 2) for row in (0, 1, 3, 4)],
     ]
     assert "left out 1 rows" in capsys.readouterr().out
 
 
 def test_same_rollouts_on_any_number_of_ranks(place):
-    args, policy = arguments(place, "--samples", 3), load(place / "model")
-    path = args.data[0]
+    args = arguments(place)
+    policy = load(place / "model")
+    modes = (evaluation.GREEDY, evaluation.Mode("T=1", 3, 1.0))
 
     def texts(rank, world):
-        records, left_out = evaluation.evaluate(
-            policy, path, args, SimpleNamespace(rank=rank, world=world)
-        )
-        return {(mode, r["row"]): r["text"] for mode in records for r in records[mode]}, left_out
+        """{(mode, row): texts} of one rank's part of the file, and what it left out."""
+        data = read(args.data[0], "eval")
+        ranks = SimpleNamespace(rank=rank, world=world)
+        records = evaluation.evaluate(policy.hf, policy.encoder, data, args, ranks, modes)
+        found = {}
+        for mode in records:
+            for record in records[mode]:
+                found[mode, record["row"]] = record["text"]
+        return found, evaluation.left_out_of(data)
 
     whole, left_out = texts(0, 1)
     parts = [texts(rank, 3) for rank in range(3)]
-    assert len(whole) == 8 and sum(len(part) for part, _ in parts) == 8
-    assert {k: v for part, _ in parts for k, v in part.items()} == whole
-    assert [bool(bad) for _, bad in parts] == [False, False, True] and left_out == parts[2][1]
+    assert len(whole) == 8
+    assert sum(len(part) for part, _ in parts) == 8
+    assert {key: text for part, _ in parts for key, text in part.items()} == whole
+    assert [bool(bad) for _, bad in parts] == [False, False, True]
+    assert left_out == parts[2][1]
     assert texts(7, 8)[0] == {}  # a rank without rows
+
+
+def test_a_stage_can_evaluate_with_its_own_arguments(place):
+    """Of the arguments only those are read that every stage has; greedy decoding by default."""
+    args = SimpleNamespace(seed=0, max_response=12, pack_tokens=1024)
+    policy = load(place / "model")
+    data = read(place / "rows.jsonl", "eval")
+    ranks = SimpleNamespace(rank=0, world=1)
+    records = evaluation.evaluate(policy.hf, policy.encoder, data, args, ranks, limit=2)
+    assert [record["row"] for record in records["greedy"]] == [0, 1]
+    assert evaluation.summarise(records["greedy"])["prompts"] == 2
+
+
+def write_parquet(path, rows):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_filter_keeps_rows_in_the_band(place, tmp_path, monkeypatch, suffix, capsys):
     source = place / "rows.jsonl"
     if suffix == "parquet":
-        pa = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
         rows = [json.loads(line) for line in source.read_text().splitlines()]
-        parquet.write_table(pa.Table.from_pylist(rows), source := place / "rows.parquet")
+        source = write_parquet(place / "rows.parquet", rows)
 
-    def fake(hf, prompts, n, *_, eos, numbers, **__):
-        """Row i gets i right answers out of 4."""
-        return [
-            [Rollout([number, k < number, eos[0]], [0.0] * 3, "end") for k in range(n)]
-            for number in numbers
-        ]
+    def fake(hf, prompts, rows, max_tokens, *, eos, seeds, **_):
+        """Row i of the file gets i right answers out of 4."""
+        rollouts = []
+        for p, k in rows:
+            _, row = seeds[p]
+            rollouts.append(Rollout([row, k < row, eos[0]], [0.0] * 3, "end"))
+        return rollouts
+
+    def decode(self, ids):
+        row, right, _ = ids
+        return response(answer=str(row if right else "no"))
 
     monkeypatch.setattr(evaluation, "generate", fake)
-    monkeypatch.setattr(
-        "data.Encoder.decode", lambda self, ids: response(answer=str(ids[0] if ids[1] else "no"))
-    )
+    monkeypatch.setattr("data.Encoder.decode", decode)
     out = tmp_path / f"kept.{suffix}"
     flags = ["--no-greedy", "--samples", 4, "--filter", 0.25, 0.75, "--filter_out", out]
     (result,) = evaluation.main(arguments(place, *flags, "--data", source))
-    assert result["accuracy"] == pytest.approx((0 + 1 + 3 + 4) / 16) and result["same_caption"] == 1
+    assert result["accuracy"] == pytest.approx((0 + 1 + 3 + 4) / 16)
+    assert result["same_caption"] == 1
     kept = read(out, "eval", image_root=place)
     assert [kept[i].answer for i in range(len(kept))] == ["1", "3"]
     assert f"--image_root {place}" in capsys.readouterr().out
 
 
 def test_published_benchmark_is_evaluated_and_filtered(place, tmp_path):
-    """Parquet as on the hub: pictures as structs of bytes, options as a list in a string, `image_1` to `image_7`."""
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
+    """
+    Parquet as on the hub: pictures as structs of bytes, options as a list in a string, `image_1` to
+    `image_7`.
+    """
     picture = {"bytes": (place / "a.png").read_bytes(), "path": "a.png"}
-    rows = [
-        {
-            "id": f"v_{i}",
-            "question": "how many <image 1>",
-            "options": "['0', '1']",
-            "answer": "AB"[i % 2],
-            **{f"image_{k}": picture if k == 1 else None for k in range(1, 8)},
-        }
-        for i in range(4)
-    ]
-    parquet.write_table(pa.Table.from_pylist(rows), path := tmp_path / "mmmu.parquet")
+    rows = []
+    for i in range(4):
+        row = {"id": f"v_{i}", "question": "how many <image 1>", "options": "['0', '1']"}
+        row["answer"] = "AB"[i % 2]
+        row["image_1"] = picture
+        for k in range(2, 8):
+            row[f"image_{k}"] = None
+        rows.append(row)
+    path = write_parquet(tmp_path / "mmmu.parquet", rows)
     flags = ["--samples", 2, "--filter", 0, 1, "--filter_out", tmp_path / "kept.parquet"]
     results = evaluation.main(arguments(place, *flags, "--data", path))
     assert [(r["mode"], r["prompts"], r["left_out"]) for r in results] == [
@@ -221,6 +246,5 @@ def test_published_benchmark_is_evaluated_and_filtered(place, tmp_path):
         ("T=1", 4, {}),
     ]
     kept = read(tmp_path / "kept.parquet", "rl")
-    assert [(e.answer, e.choices, len(e.images)) for e in kept.fetch(range(4))] == [
-        (x, ("0", "1"), 1) for x in "ABAB"
-    ]
+    found = [(e.answer, e.choices, len(e.images)) for e in kept.fetch(range(4))]
+    assert found == [(answer, ("0", "1"), 1) for answer in "ABAB"]

@@ -1,4 +1,5 @@
-"""token_logps equals log_softmax and gather, in one sweep and in two, and never holds what they hold."""
+"""token_logps equals log_softmax and gather, in one sweep and in two, and never holds what they
+hold."""
 
 import pytest
 import torch
@@ -24,17 +25,21 @@ def test_token_logps(monkeypatch, temperature, banned, rows, sweeps):
         hidden, weight, targets, temperature, banned, entropy=True, coefficient=ahead
     )
     got = torch.autograd.grad((logp * up).sum(), (hidden, weight))
-    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    logits = h @ w.T / temperature
-    logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long), -torch.inf)
-    ref = logits.log_softmax(-1)
-    expected = ref.gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=1e-5)
-    expected_entropy = -(ref.exp() * ref.masked_fill(ref == -torch.inf, 0)).sum(-1)
-    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
-    for a, b in zip(got, torch.autograd.grad((expected * up.double()).sum(), (h, w)), strict=True):
-        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
     assert not entropy.requires_grad
+
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact_weight = weight.detach().double().requires_grad_()
+    logits = exact_hidden @ exact_weight.T / temperature
+    logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long), -torch.inf)
+    log_softmax = logits.log_softmax(-1)
+    expected = log_softmax.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=1e-5)
+    finite = log_softmax.masked_fill(log_softmax == -torch.inf, 0)
+    expected_entropy = -(log_softmax.exp() * finite).sum(-1)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad((expected * up.double()).sum(), (exact_hidden, exact_weight))
+    for mine, exact in zip(got, gradients, strict=True):
+        torch.testing.assert_close(mine.double(), exact, atol=1e-4, rtol=1e-4)
 
 
 def test_token_logps_banned_target_and_empty():
@@ -47,11 +52,9 @@ def test_token_logps_banned_target_and_empty():
 
 def inputs(t=12, d=8, v=400):
     torch.manual_seed(0)
-    return (
-        torch.randn(t, d, requires_grad=True),
-        torch.randn(v, d, requires_grad=True),
-        torch.randint(v, (t,)),
-    )
+    hidden = torch.randn(t, d, requires_grad=True)
+    weight = torch.randn(v, d, requires_grad=True)
+    return hidden, weight, torch.randint(v, (t,))
 
 
 def test_another_gradient_than_the_coefficient_is_an_error():
@@ -63,23 +66,52 @@ def test_another_gradient_than_the_coefficient_is_an_error():
         assert not token_logps(hidden, weight, targets, coefficient=torch.ones(12)).requires_grad
 
 
-def test_zero_and_nan_coefficients():
-    """An advantage of 0 is a gradient of 0; one that is NaN must reach the optimiser's check, not end the run here."""
+def test_a_second_backward_pass_of_one_sweep_is_an_error():
     hidden, weight, targets = inputs()
-    zeros, nans = torch.zeros(12), torch.ones(12).index_fill(0, torch.tensor([3]), torch.nan)
+    loss = 3 * token_logps(hidden, weight, targets, coefficient=torch.ones(12)).sum()
+    loss.backward(retain_graph=True)  # which scales the gradient that the forward pass made
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+def test_zero_and_nan_coefficients():
+    """An advantage of 0 is a gradient of 0; one that is NaN must reach the optimiser's check, not
+    end the run here."""
+    hidden, weight, targets = inputs()
+    zeros = torch.zeros(12)
     (token_logps(hidden, weight, targets, coefficient=zeros) * zeros).sum().backward()
     assert not hidden.grad.any() and not weight.grad.any()
+    nans = torch.ones(12)
+    nans[3] = torch.nan
     (token_logps(hidden, weight, targets, coefficient=nans) * nans).sum().backward()
     assert weight.grad.isnan().any()
 
 
+@pytest.mark.parametrize("sweeps", [1, 2])
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_where_one_of_the_two_is_frozen(sweeps, trained):
+    hidden, weight, targets = inputs()
+    up = torch.randn(12)
+    both = torch.autograd.grad((token_logps(hidden, weight, targets) * up).sum(), (hidden, weight))
+    frozen = weight if trained == "hidden" else hidden
+    frozen.requires_grad_(False)
+    logp = token_logps(hidden, weight, targets, coefficient=up if sweeps == 1 else None)
+    (logp * up).sum().backward()
+    assert frozen.grad is None
+    found = hidden.grad if trained == "hidden" else weight.grad
+    torch.testing.assert_close(found, both[0] if trained == "hidden" else both[1])
+
+
 class Widest(TorchDispatchMode):
+    """Counts the numbers of the largest tensor that is made."""
+
     numbers = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else [out]:
-            self.numbers = max(self.numbers, x.numel() if isinstance(x, torch.Tensor) else 0)
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
         return out
 
 
@@ -87,10 +119,9 @@ class Widest(TorchDispatchMode):
 def test_nothing_of_the_logits_size_is_made(monkeypatch, sweeps):
     hidden, weight, targets = inputs(t=64)
     monkeypatch.setitem(logprob.CHUNK, "cpu", 5 * 400)
+    ahead = torch.ones(64) if sweeps == 1 else None
     with Widest() as widest:
-        logp, _ = token_logps(
-            hidden, weight, targets, 0.5, (1,), True, torch.ones(64) if sweeps == 1 else None
-        )
+        logp, _ = token_logps(hidden, weight, targets, 0.5, (1,), True, ahead)
         logp.sum().backward()
     assert widest.numbers == 8 * 400  # the head itself; all logits would be 64 * 400
 
@@ -99,33 +130,36 @@ def test_nothing_of_the_logits_size_is_made(monkeypatch, sweeps):
 def test_under_compile_and_checkpoint(sweeps):
     hidden, weight, targets = inputs()
     up = torch.randn(12)
+    ahead = up if sweeps == 1 else None
 
     def loss(hidden, weight):
-        logp = token_logps(
-            hidden.tanh(), weight, targets, 0.7, (5,), coefficient=up if sweeps == 1 else None
-        )
+        logp = token_logps(hidden.tanh(), weight, targets, 0.7, (5,), coefficient=ahead)
         return (logp * up).sum()
 
     expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
-    for run in (
-        lambda: checkpoint(loss, hidden, weight, use_reentrant=False),
-        lambda: torch.compile(loss, backend="aot_eager")(hidden, weight),
-    ):
-        for a, b in zip(torch.autograd.grad(run(), (hidden, weight)), expected, strict=True):
-            torch.testing.assert_close(a, b)
+    checkpointed = checkpoint(loss, hidden, weight, use_reentrant=False)
+    compiled = torch.compile(loss, backend="aot_eager")(hidden, weight)
+    for other in (checkpointed, compiled):
+        found = torch.autograd.grad(other, (hidden, weight))
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_half_precision_inputs_accumulate_in_float32(sweeps):
     hidden, weight, targets = inputs(t=300, d=16, v=50)
-    h, w = hidden.detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    weight = weight.detach().bfloat16().requires_grad_()
     up = torch.randn(300)
-    logp = token_logps(h, w, targets % 50, coefficient=up if sweeps == 1 else None)
-    got = torch.autograd.grad((logp * up).sum(), (h, w))
-    a, b = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    exact = (a @ b.T).log_softmax(-1).gather(1, (targets % 50)[:, None]).squeeze(1)
-    assert logp.dtype == torch.float32 and [g.dtype for g in got] == [torch.bfloat16] * 2
-    for mine, expected in zip(
-        (logp, *got), (exact, *torch.autograd.grad((exact * up).sum(), (a, b))), strict=True
-    ):
-        assert float((mine.double() - expected).detach().norm() / expected.detach().norm()) < 0.01
+    logp = token_logps(hidden, weight, targets, coefficient=up if sweeps == 1 else None)
+    got = torch.autograd.grad((logp * up).sum(), (hidden, weight))
+    assert logp.dtype == torch.float32
+    assert [gradient.dtype for gradient in got] == [torch.bfloat16] * 2
+
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact_weight = weight.detach().double().requires_grad_()
+    log_softmax = (exact_hidden @ exact_weight.T).log_softmax(-1)
+    exact = log_softmax.gather(1, targets[:, None]).squeeze(1)
+    gradients = torch.autograd.grad((exact * up).sum(), (exact_hidden, exact_weight))
+    for mine, expected in zip((logp, *got), (exact, *gradients), strict=True):
+        difference = (mine.double() - expected).detach().norm()
+        assert float(difference / expected.detach().norm()) < 0.01

@@ -1,4 +1,4 @@
-"""The loader: what opens, what is refused and how, and that what is saved opens in plain transformers."""
+"""The loader: what opens, what is refused and how, that what is saved opens in transformers."""
 
 import json
 import random
@@ -23,8 +23,8 @@ from transformers import (
 import model
 from data import Example
 from engine import files
-from engine.packs import Tree, make, plan
-from engine.sampler import generate
+from engine.packs import Tree, build_pack, plan
+from engine.sampler import all_rows, generate
 from tools.init import SPECIAL, init
 
 RESPONSE = "<caption> tl red square </caption>"
@@ -66,8 +66,9 @@ def checkpoint(request, corpus, tmp_path_factory):
 def logps(policy, text="<image>count red"):
     prompt = policy.encoder.prompt(example(text))
     tree = Tree(prompt, [policy.encoder.response(RESPONSE)])
+    (part,) = plan([tree], 10_000)
     with torch.no_grad():
-        return policy(make([tree], plan([tree], 10_000)[0])), prompt
+        return policy(build_pack([tree], part)), prompt
 
 
 def plain_logps(folder, prompt, answer):
@@ -80,9 +81,8 @@ def plain_logps(folder, prompt, answer):
             pixel_values=prompt.pixel_values,
             image_grid_thw=prompt.grid_thw,
         ).logits[0]
-    return (
-        logits[-len(answer) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-    )
+    logp = logits[-len(answer) - 1 : -1].log_softmax(-1)
+    return logp.gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("text", ["<image>count red", "count red", "<image> or <image>"])
@@ -93,10 +93,9 @@ def test_init_load_save_and_plain_transformers_agree(checkpoint, tmp_path, text)
     assert mine.shape == (len(answer),) and mine.std() > 0.1
     torch.testing.assert_close(mine, plain_logps(checkpoint, prompt, answer), rtol=1e-5, atol=1e-5)
     model.save(policy, tmp_path / "saved")
-    assert torch.equal(
-        plain_logps(tmp_path / "saved", prompt, answer), plain_logps(checkpoint, prompt, answer)
-    )
-    torch.testing.assert_close(logps(model.load(tmp_path / "saved"), text)[0], mine, rtol=0, atol=0)
+    saved = tmp_path / "saved"
+    assert torch.equal(plain_logps(saved, prompt, answer), plain_logps(checkpoint, prompt, answer))
+    torch.testing.assert_close(logps(model.load(saved), text)[0], mine, rtol=0, atol=0)
 
 
 def test_trained_weights_are_what_is_saved(checkpoint, tmp_path):
@@ -114,14 +113,13 @@ def test_trained_weights_are_what_is_saved(checkpoint, tmp_path):
 def test_sharded_files_open(checkpoint, tmp_path):
     hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
     hf.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert (
-        len(list(tmp_path.glob("model-*.safetensors"))) > 2
-        and not (tmp_path / "model.safetensors").exists()
-    )
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
     files.copy_processor(checkpoint, tmp_path)
-    assert torch.equal(logps(model.load(tmp_path))[0], logps(model.load(checkpoint))[0])
+    expected = logps(model.load(checkpoint))[0]
+    assert torch.equal(logps(model.load(tmp_path))[0], expected)
     model.save(model.load(tmp_path), tmp_path / "saved")
-    assert torch.equal(logps(model.load(tmp_path / "saved"))[0], logps(model.load(checkpoint))[0])
+    assert torch.equal(logps(model.load(tmp_path / "saved"))[0], expected)
 
 
 def test_what_is_saved_holds_all_files_and_no_trace_of_packs(checkpoint, tmp_path):
@@ -141,18 +139,17 @@ def test_what_is_saved_holds_all_files_and_no_trace_of_packs(checkpoint, tmp_pat
     config = (tmp_path / "config.json").read_text()
     assert "packs" not in config and "attn" not in config
     assert json.loads(config)["tie_word_embeddings"] == policy.hf.config.tie_word_embeddings
-    assert "packs" not in str(
-        AutoModelForImageTextToText.from_pretrained(tmp_path).config._attn_implementation
-    )
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert "packs" not in str(plain.config._attn_implementation)
     turns = [{"role": "user", "content": "count red"}]
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), policy.encoder.tokenizer
-    assert theirs.apply_chat_template(turns, tokenize=False) == ours.apply_chat_template(
-        turns, tokenize=False
-    )
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turns, tokenize=False)
+    ours = policy.encoder.tokenizer.apply_chat_template(turns, tokenize=False)
+    assert theirs == ours
 
 
 def test_legacy_chat_template_file(checkpoint, tmp_path):
-    """transformers 4 kept the template of processors in chat_template.json; Qwen3-VL's hub folders have it."""
+    """transformers 4 kept the template of processors in chat_template.json; Qwen3-VL's hub folders
+    have it."""
     shutil.copytree(checkpoint, tmp_path / "ckpt")
     template = (tmp_path / "ckpt/chat_template.jinja").read_text()
     (tmp_path / "ckpt/chat_template.jinja").unlink()
@@ -169,23 +166,20 @@ def test_init_is_seeded_and_its_ids_are_the_configuration_s(corpus, tmp_path):
         init(tmp_path / "config.json", tmp_path / str(i), [corpus], seed)
         for i, seed in enumerate((0, 0, 1))
     ]
-    a, b, c = (load_file(f / "model.safetensors") for f in folders)
-    assert all(torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(a[k], c[k]) for k in a)
-    policy, settings = model.load(folders[0]), json.loads((folders[0] / "config.json").read_text())
+    a, b, c = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+    policy = model.load(folders[0])
+    settings = json.loads((folders[0] / "config.json").read_text())
     tokenizer = policy.encoder.tokenizer
     words = {"count", "red", "<caption>", "tl", "square", "</caption>"}
-    assert set(tokenizer.get_vocab()) - {"user"} == {
-        *SPECIAL,
-        "<unk>",
-        *words,
-    }  # image paths are no text
-    assert (
-        settings["text_config"]["vocab_size"] == len(tokenizer) == policy.hf.lm_head.weight.shape[0]
-    )
+    found = set(tokenizer.get_vocab()) - {"user"}
+    assert found == {*SPECIAL, "<unk>", *words}  # image paths are no text
+    rows = settings["text_config"]["vocab_size"]
+    assert rows == len(tokenizer) == policy.hf.lm_head.weight.shape[0]
     assert settings["image_token_id"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert (
-        policy.encoder.prompt(example()).image_mask.sum() == 9
-    )  # 24 x 24 pixels, patch 4, merge 2
+    # 24 x 24 pixels, patch 4, merge 2
+    assert policy.encoder.prompt(example()).image_mask.sum() == 9
 
 
 def test_init_without_tokenizer_or_corpus(tmp_path):
@@ -209,15 +203,11 @@ def test_a_model_that_packs_cannot_run(checkpoint, tmp_path):
     small = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
     text = LlamaConfig(vocab_size=32, **small)
     vision = CLIPVisionConfig(image_size=8, patch_size=4, **small)
-    other = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
-    )
-    other.save_pretrained(tmp_path / "llava")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
     files.copy_processor(checkpoint, tmp_path / "llava")
-    with pytest.raises(
-        ValueError,
-        match="LlavaForConditionalGeneration.*packs need a Qwen-VL model.*full_attention",
-    ):
+    says = "LlavaForConditionalGeneration.*packs need a Qwen-VL model.*full_attention"
+    with pytest.raises(ValueError, match=says):
         model.load(tmp_path / "llava")
     LlamaForCausalLM(text).save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="config.json is .*text_config, vision_config"):
@@ -227,13 +217,19 @@ def test_a_model_that_packs_cannot_run(checkpoint, tmp_path):
 def test_weights_that_are_no_safetensors_are_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "ckpt")
     (tmp_path / "ckpt/model.safetensors").unlink()
-    torch.save(
-        tiny_hf().state_dict(), tmp_path / "ckpt/pytorch_model.bin"
-    )  # a pickle: opening it would run code
-    with pytest.raises(
-        ValueError, match="model.safetensors is missing.*only from whole safetensors"
-    ):
+    # A pickle: opening it would run code.
+    torch.save(tiny_hf().state_dict(), tmp_path / "ckpt/pytorch_model.bin")
+    says = "model.safetensors is missing.*only from whole safetensors"
+    with pytest.raises(ValueError, match=says):
         model.load(tmp_path / "ckpt")
+
+
+def test_skeleton_has_shapes_and_no_weights(checkpoint):
+    for path in (checkpoint, checkpoint / "config.json"):
+        bones = model.skeleton(path)
+        assert {p.device.type for p in bones.parameters()} == {"meta"}
+        shapes = {name: p.shape for name, p in bones.named_parameters()}
+        assert shapes == {name: p.shape for name, p in model.load(checkpoint).named_parameters()}
 
 
 def test_checkpointing_changes_no_gradient(checkpoint):
@@ -243,11 +239,9 @@ def test_checkpointing_changes_no_gradient(checkpoint):
         args = SimpleNamespace(dtype="float32", checkpointing=on, offload=False)
         model.shard(policy, policy.hf.model, args, SimpleNamespace(device="cpu"))
         tree = Tree(policy.encoder.prompt(example()), [policy.encoder.response(RESPONSE)])
-        policy(make([tree], [(0, [0])])).sum().backward()
+        policy(build_pack([tree], [(0, [0])])).sum().backward()
         found.append([p.grad for p in policy.parameters()])
-    assert all(
-        g is not None and g.abs().sum() > 0 for g in found[0] if g is not None and g.ndim > 1
-    )
+    assert all(gradient.abs().sum() > 0 for gradient in found[0] if gradient.ndim > 1)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -255,28 +249,26 @@ def test_checkpointing_changes_no_gradient(checkpoint):
 def test_rollout_copy_casts_parameters_alone(checkpoint):
     """Rotary frequencies in bfloat16 are off by 0.2 %: some radians at position 2000."""
     policy = model.load(checkpoint)
-    hf = model.RolloutCopy(
-        policy, SimpleNamespace(dtype="bfloat16", offload=False), "cpu"
-    ).refresh()
-    assert {p.dtype for p in hf.parameters()} == {torch.bfloat16} and not any(
-        p.requires_grad for p in hf.parameters()
-    )
+    args = SimpleNamespace(dtype="bfloat16", offload=False)
+    hf = model.RolloutCopy(policy, args, "cpu").refresh()
+    assert {p.dtype for p in hf.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in hf.parameters())
     buffers = dict(policy.hf.named_buffers())
-    assert buffers and all(
-        torch.equal(b, buffers[name]) and b.dtype == torch.float32 for name, b in hf.named_buffers()
-    )
+    assert buffers
+    for name, buffer in hf.named_buffers():
+        assert torch.equal(buffer, buffers[name]) and buffer.dtype == torch.float32
     tied = policy.hf.lm_head.weight is policy.hf.get_input_embeddings().weight
     assert (hf.lm_head.weight is hf.get_input_embeddings().weight) == tied
     for ours, theirs in zip(hf.parameters(), policy.hf.parameters(), strict=True):
         assert ours is not theirs and torch.equal(ours, theirs.bfloat16())
 
 
-# --------------------------------------------------------------------------------------------------- the real settings
-
-
+# ---------------------------------------------------------------------------- the real settings
 def small(config):
-    """A real configuration with small dimensions: deepstack, grouped queries, tying, rotary sections stay as they are."""
-    text, vision = config["text_config"], config["vision_config"]
+    """A real configuration with small dimensions: deepstack, grouped queries, tying and rotary
+    sections stay as they are."""
+    text = config["text_config"]
+    vision = config["vision_config"]
     ratio = text["num_attention_heads"] // text["num_key_value_heads"]
     text |= dict(
         num_key_value_heads=2,
@@ -286,8 +278,10 @@ def small(config):
         intermediate_size=48,
         num_hidden_layers=4,
     )
-    text["rope_scaling"]["mrope_section"] = [n // 8 for n in text["rope_scaling"]["mrope_section"]]
-    text["rope_scaling"]["mrope_section"][0] += 8 - sum(text["rope_scaling"]["mrope_section"])
+    rope = text["rope_scaling"]
+    sections = [size // 8 for size in rope["mrope_section"]]
+    sections[0] += 8 - sum(sections)
+    rope["mrope_section"] = sections
     levels = len(vision["deepstack_visual_indexes"])
     vision |= dict(
         hidden_size=32,
@@ -302,50 +296,42 @@ def small(config):
 
 @pytest.fixture(scope="module", params=["2B", "4B", "8B"])
 def real(request, shared, tmp_path_factory):
-    """A folder as runs/puzzlevqa.sh makes it: a real configuration, made small, beside the real tokenizer."""
-    folder, source = tmp_path_factory.mktemp(request.param), shared / "data/qwen3vl"
+    """A folder as runs/puzzlevqa.sh makes it: a real configuration, made small, beside the real
+    tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = shared / "data/qwen3vl"
     config = small(json.loads((source / request.param / "config.json").read_text()))
     (folder / "config.json").write_text(json.dumps(config))
-    for file in [
-        *(source / "tokenizer").glob("*"),
-        *(source / "30B-A3B-Thinking").glob("*config.json"),
-    ]:
+    settings = (source / "30B-A3B-Thinking").glob("*config.json")
+    for file in (*(source / "tokenizer").glob("*"), *settings):
         if file.name not in ("config.json", "golden.json"):
             shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(
-        source / "chat_templates/qwen3vl_instruct.jinja", folder / "chat_template.jinja"
-    )
+    template = source / "chat_templates/qwen3vl_instruct.jinja"
+    shutil.copyfile(template, folder / "chat_template.jinja")
     return init(folder / "config.json", folder / "ckpt")
 
 
 def test_real_settings(real, tmp_path):
     policy = model.load(real)
-    config, text = policy.hf.config, policy.hf.config.text_config
-    assert text.vocab_size == 151936 and len(config.vision_config.deepstack_visual_indexes) == 3
+    config = policy.hf.config
+    assert config.text_config.vocab_size == 151936
+    assert len(config.vision_config.deepstack_visual_indexes) == 3
     tied = policy.hf.lm_head.weight is policy.hf.model.language_model.embed_tokens.weight
-    assert (
-        tied
-        == json.loads((real / "config.json").read_text())["tie_word_embeddings"]
-        == ("8B" not in str(real))
-    )
-    prompt = policy.encoder.prompt(example())
-    assert policy.encoder.tokenizer.decode(prompt.ids).startswith(
-        "<|im_start|>user\n<|vision_start|><|image_pad|>"
-    )
+    assert tied == json.loads((real / "config.json").read_text())["tie_word_embeddings"]
+    assert tied == ("8B" not in str(real))
+    encoder = policy.encoder
+    prompt = encoder.prompt(example())
+    begin = "<|im_start|>user\n<|vision_start|><|image_pad|>"
+    assert encoder.tokenizer.decode(prompt.ids).startswith(begin)
     mine, _ = logps(policy)
-    answer = policy.encoder.response(RESPONSE)
+    answer = encoder.response(RESPONSE)
     assert torch.isfinite(mine).all() and answer[-1] == 151645
     torch.testing.assert_close(mine, plain_logps(real, prompt, answer), rtol=1e-4, atol=1e-4)
-    (rollouts,) = generate(
-        policy.hf, [prompt], 2, 6, eos=policy.encoder.eos_ids, banned=policy.encoder.banned
-    )
-    assert all(i < 151669 and i not in policy.encoder.banned for r in rollouts for i in r.ids)
+    options = dict(eos=encoder.eos_ids, banned=encoder.banned, seeds=[(0,)])
+    for rollout in generate(policy.hf, [prompt], all_rows([prompt], 2), 6, **options):
+        assert all(i < 151669 and i not in encoder.banned for i in rollout.ids)
     model.save(policy, tmp_path)
     assert torch.equal(plain_logps(tmp_path, prompt, answer), plain_logps(real, prompt, answer))
-    for name in (
-        "vocab.json",
-        "merges.txt",
-        "video_preprocessor_config.json",
-        "generation_config.json",
-    ):
+    copied = ["vocab.json", "merges.txt", "video_preprocessor_config.json"]
+    for name in (*copied, "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (real / name).read_bytes(), name

@@ -1,6 +1,7 @@
 """Packs equal separate rows under transformers' own forward, vision tower included."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
 from torch.nn.attention.flex_attention import flex_attention
 
 from engine.logprob import token_logps
-from engine.packs import FlexLayout, Tree, adopt, make, plan, run
+from engine.attention import FlexLayout, adopt, forward_pack
+from engine.packs import Tree, build_pack, filler, plan
 from model import recompute
 
 
@@ -41,8 +43,8 @@ def whole(trees):
 def test_logits_equal_separate_rows(tied):
     hf = tiny_hf(tie_word_embeddings=tied)
     trees = forest(hf)
-    pack = make(trees, whole(trees))
-    logits = hf.lm_head(run(hf.model, pack))
+    pack = build_pack(trees, whole(trees))
+    logits = hf.lm_head(forward_pack(hf.model, pack))
     for k, (t, c) in enumerate(pack.children):
         mine = pack.source[pack.sequence == k]
         ids = trees[t].children[c]
@@ -54,22 +56,22 @@ def test_logits_equal_separate_rows(tied):
 
 def test_roots_equal_separate_rows(hf):
     trees = forest(hf)
-    pack = make(trees, whole(trees))
-    logits = hf.lm_head(run(hf.model, pack))
+    pack = build_pack(trees, whole(trees))
+    logits = hf.lm_head(forward_pack(hf.model, pack))
     for s, tree in ((0, trees[0]), (4, trees[1]), (6, trees[2])):
-        start, length = pack.spans[s]
-        torch.testing.assert_close(
-            logits[start : start + length], plain_logits(hf, tree.prompt, []), atol=1e-5, rtol=1e-5
-        )
+        segment = pack.segments[s]
+        mine = logits[segment.start : segment.start + segment.length]
+        torch.testing.assert_close(mine, plain_logits(hf, tree.prompt, []), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_equal_separate_rows(hf):
     trees = forest(hf)
     other = copy.deepcopy(hf)
-    pack = make(trees, whole(trees))
+    pack = build_pack(trees, whole(trees))
     weights = torch.linspace(-1, 1, len(pack.target))
     (
-        token_logps(run(hf.model, pack)[pack.source], hf.lm_head.weight, pack.target) * weights
+        token_logps(forward_pack(hf.model, pack)[pack.source], hf.lm_head.weight, pack.target)
+        * weights
     ).sum().backward()
     for k, (t, c) in enumerate(pack.children):
         ids = trees[t].children[c]
@@ -88,10 +90,10 @@ def test_gradient_checkpointing_changes_nothing(hf):
     trees = forest(hf)
     other = copy.deepcopy(hf).train()
     recompute(other)
-    pack = make(trees, whole(trees))
+    pack = build_pack(trees, whole(trees))
     for model in (hf, other):
         token_logps(
-            run(model.model, pack)[pack.source], model.lm_head.weight, pack.target
+            forward_pack(model.model, pack)[pack.source], model.lm_head.weight, pack.target
         ).sum().backward()
     for a, b in zip(hf.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
@@ -99,7 +101,7 @@ def test_gradient_checkpointing_changes_nothing(hf):
 
 def test_layout_is_the_dense_mask(hf):
     trees = forest(hf)
-    pack = make(trees, whole(trees), pad_to=64)  # with a tail
+    pack = build_pack(trees, whole(trees), pad_to=64)  # with a tail
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, len(pack.ids), 8, generator=g) for h in (4, 2, 2))
     expected = F.scaled_dot_product_attention(
@@ -115,7 +117,7 @@ def test_flex_layout_is_the_dense_mask(hf, monkeypatch):
     """The CUDA layout, run without its compiled kernel."""
     monkeypatch.setattr(FlexLayout, "kernel", staticmethod(flex_attention))
     trees = forest(hf)
-    pack = make(trees, whole(trees), pad_to=128)
+    pack = build_pack(trees, whole(trees), pad_to=128)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, len(pack.ids), 16, generator=g) for h in (4, 2, 2))
     expected = F.scaled_dot_product_attention(
@@ -128,20 +130,32 @@ def test_flex_layout_is_the_dense_mask(hf, monkeypatch):
 
 def test_children_see_root_and_themselves_only(hf):
     trees = forest(hf)
-    pack = make(trees, whole(trees))
+    pack = build_pack(trees, whole(trees))
     mask = dense_mask(pack)
-    (a, n), (b, m) = pack.spans[1], pack.spans[3]
-    assert mask[a + n - 1, : pack.spans[0][1]].all() and not mask[b : b + m, a : a + n].any()
-    assert not mask[pack.spans[4][0], : pack.spans[3][0]].any()  # another tree
+    root, first, _, third, other = pack.segments[:5]
+    of_first = slice(first.start, first.start + first.length)
+    of_third = slice(third.start, third.start + third.length)
+    assert mask[of_first.stop - 1, : root.length].all()
+    assert not mask[of_third, of_first].any()
+    assert not mask[other.start, : third.start].any()  # another tree
 
 
 def test_root_scored_by_mask(hf):
     prompt = tiny_prompt(hf, 8)
     mask = torch.zeros(len(prompt.ids), dtype=torch.bool)
     mask[-3:] = True
-    pack = make([Tree(prompt, mask=mask)], [(0, [])])
+    pack = build_pack([Tree(prompt, mask=mask)], [(0, [])])
     assert pack.target.tolist() == prompt.ids[-3:].tolist()
     assert pack.source.tolist() == [len(prompt.ids) - 4 + i for i in range(3)]
+
+
+def sizes(trees, packs):
+    """Tokens of each planned pack."""
+    found = []
+    for pack in packs:
+        roots = sum(len(trees[t].prompt.ids) for t, _ in pack)
+        found.append(roots + sum(len(trees[t].children[c]) for t, cs in pack for c in cs))
+    return found
 
 
 def test_plan_splits_and_fills(hf):
@@ -151,15 +165,62 @@ def test_plan_splits_and_fills(hf):
     seen = sorted((t, c) for part in parts for t, cs in part for c in cs)
     assert seen == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert {t for part in parts for t, _ in part} == {0, 1, 2}  # a root without children is run too
-    for part in parts:
-        assert (
-            sum(
-                len(trees[t].prompt.ids) + sum(len(trees[t].children[c]) for c in cs)
-                for t, cs in part
-            )
-            <= root + 14
-        )
+    assert max(sizes(trees, parts)) <= root + 14
     assert len(plan(trees, 10**6)) == 1 and plan(trees, 1) and parts == plan(trees, root + 14)
+
+
+def of_lengths(prompt, lengths, shared=0):
+    return Tree(SimpleNamespace(ids=torch.zeros(prompt)), [[0] * n for n in lengths], shared=shared)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_plan_evens_the_ranks_out(ranks):
+    """The paper's shape, ragged: every child once, shared ones in each part, no pack too large, as
+    many packs for each rank, and no rank with a tenth more than the mean."""
+    g = torch.Generator().manual_seed(0)
+    trees = []
+    for mean in (300, 900, 1200, 2000):
+        lengths = (mean * (torch.randn(16, generator=g) * 0.4).exp()).int().tolist()
+        trees.append(of_lengths(500, [40, 60, *lengths], shared=2))
+    packs = plan(trees, 16384, ranks)
+    assert len(packs) % ranks == 0 and max(sizes(trees, packs)) <= 16384
+    own = [(t, c) for pack in packs for t, cs in pack for c in cs[2:]]
+    assert sorted(own) == [(t, c) for t in range(4) for c in range(2, 18)]
+    assert all(cs[:2] == [0, 1] for pack in packs for _, cs in pack)
+    tokens = sizes(trees, packs)
+    of_rank = [sum(tokens[rank::ranks]) for rank in range(ranks)]
+    assert max(of_rank) <= 1.1 * sum(of_rank) / ranks
+    split_roots = sum(len(pack) for pack in packs) - len(trees)
+    assert split_roots < len(packs)  # a tree is split only where a pack ends
+
+
+def test_plan_of_little_and_of_much():
+    nothing_to_split = [of_lengths(n, []) for n in (50, 10, 30, 7)]
+    assert [sum(len(p) for p in plan(nothing_to_split, 60, ranks)) for ranks in (1, 3)] == [4, 4]
+    assert plan([], 100, 3) == [] and plan([], 100) == []
+    few = plan([of_lengths(5, [3, 3])], 100, 4)
+    assert len(few) == 4 and sum(map(bool, few)) == 2  # two ranks get a filler
+    long = plan([of_lengths(5, [500, 2, 2])], 100)
+    assert len(long) == 2 and sizes([of_lengths(5, [500, 2, 2])], long) == [505, 9]
+
+
+def test_a_split_root_counts_once(hf):
+    """`copies`: over all packs each token of a tree counts as one."""
+    trees = [Tree(tiny_prompt(hf, 5), [[3, 4], [5, 6, 7], [8] * 6], [0, 1, 0], shared=1)]
+    packs = plan(trees, 20)
+    assert len(packs) > 1
+    built = [build_pack(trees, part, copies={0: len(packs)}) for part in packs]
+    assert sum((1 / pack.copies).sum() for pack in built) == pytest.approx(trees[0].tokens())
+    assert all(pack.tree_tokens.tolist() == [trees[0].tokens()] for pack in built)
+
+
+def test_a_filler_has_a_gradient_of_zeros(hf):
+    pack = filler("cpu")
+    hidden = forward_pack(hf.model, pack)[pack.source]
+    logp = token_logps(hidden, hf.lm_head.weight, pack.target, coefficient=torch.zeros(0))
+    assert logp.shape == (0,) and pack.rows(logp).shape == (0, 0)
+    logp.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in hf.parameters())
 
 
 @pytest.mark.slow
@@ -173,10 +234,10 @@ def test_compiled_flex_attention_is_the_dense_mask_and_compiled_few_times(hf, mo
             Tree(tiny_prompt(hf, 5 + n, (1, 4, 4), 0), [[3] * k for k in range(2, 2 + n)]),
             *forest(hf),
         ]
-        pack = make(trees, whole(trees), pad_to=128)
+        pack = build_pack(trees, whole(trees), pad_to=128)
         with torch.no_grad():
-            expected, pack.layout = run(hf.model, pack), FlexLayout(pack)
-            torch.testing.assert_close(run(hf.model, pack), expected, atol=1e-5, rtol=1e-4)
+            expected, pack.layout = forward_pack(hf.model, pack), FlexLayout(pack)
+            torch.testing.assert_close(forward_pack(hf.model, pack), expected, atol=1e-5, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 

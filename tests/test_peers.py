@@ -1,10 +1,12 @@
-"""What users have, and what their other tools open: released files, hub names, other models, LoRA, servers, benchmarks."""
+"""What users have, and what their other tools open: released files, hub names, other models, LoRA,
+servers, benchmarks."""
 
 import fnmatch
 import json
 import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,10 +29,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 import align
 import model
 import rewards
-from data import SYSTEM_PROMPT, BadRow, read, to_example
+from data import SPANS, SYSTEM_PROMPT, open_encoder, read, to_example
 from engine import files
-from engine.packs import Tree, make, plan
-from engine.sampler import generate
+from engine.packs import Tree, build_pack, plan
+from engine.rows import BadRow
+from engine.sampler import all_rows, generate
 from tools.init import init
 
 RESPONSE = "<caption> tl red square </caption> <think> so 1 . </think> <answer> 1 </answer>"
@@ -60,12 +63,13 @@ VISION = dict(
 )
 MOE = dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 V3 = tiny_config().to_dict()["vision_config"]
+GLM_ROPE = ROPE | {"partial_rotary_factor": 1.0}
 OTHERS = {  # model type -> text and vision fields of a small one
     "qwen2_vl": ({}, VISION | dict(embed_dim=32, mlp_ratio=2)),
-    "qwen2_5_vl": (
+    "qwen2_5_vl": (  # windows in vision
         {},
         VISION | dict(window_size=16, fullatt_block_indexes=[1], tokens_per_second=4),
-    ),  # windows in vision
+    ),
     "qwen3_vl_moe": (
         MOE
         | dict(
@@ -75,18 +79,9 @@ OTHERS = {  # model type -> text and vision fields of a small one
         ),
         V3 | {"model_type": "qwen3_vl_moe"},
     ),
-    "glm4v": (
-        dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}),
-        VISION | {"image_size": 32},
-    ),
-    "glm46v": (
-        dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}),
-        VISION | {"image_size": 32},
-    ),
-    "glm_ocr": (
-        dict(head_dim=8, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}),
-        VISION | {"image_size": 32},
-    ),
+    "glm4v": (dict(head_dim=8, rope_parameters=GLM_ROPE), VISION | {"image_size": 32}),
+    "glm46v": (dict(head_dim=8, rope_parameters=GLM_ROPE), VISION | {"image_size": 32}),
+    "glm_ocr": (dict(head_dim=8, rope_parameters=GLM_ROPE), VISION | {"image_size": 32}),
     "glm4v_moe": (
         MOE
         | dict(
@@ -95,7 +90,7 @@ OTHERS = {  # model type -> text and vision fields of a small one
             first_k_dense_replace=1,
             n_group=1,
             topk_group=1,
-            rope_parameters=ROPE | {"partial_rotary_factor": 1.0},
+            rope_parameters=GLM_ROPE,
         ),
         VISION | {"image_size": 32},
     ),
@@ -107,19 +102,17 @@ OTHERS = {  # model type -> text and vision fields of a small one
             linear_num_key_heads=2,
             linear_key_head_dim=8,
             linear_value_head_dim=8,
-            rope_parameters=ROPE | {"partial_rotary_factor": 1.0, "mrope_interleaved": True},
+            rope_parameters=GLM_ROPE | {"mrope_interleaved": True},
         ),
-        {k: v for k, v in V3.items() if k != "deepstack_visual_indexes"}
+        {key: value for key, value in V3.items() if key != "deepstack_visual_indexes"}
         | {"model_type": "qwen3_5"},
     ),
 }
 
 
 def example(text="<image>count red", **row):
-    return to_example(
-        {"question": text, "image": PICTURE if "<image>" in text else None, "answer": "1"} | row,
-        "here:1",
-    )
+    image = PICTURE if "<image>" in text else None
+    return to_example({"question": text, "image": image, "answer": "1"} | row, "here:1")
 
 
 @pytest.fixture(scope="module")
@@ -163,116 +156,110 @@ def tiny(corpus, tmp_path_factory):
 def logps(policy, text="<image>count red"):
     prompt = policy.encoder.prompt(example(text))
     tree = Tree(prompt, [policy.encoder.response(RESPONSE), policy.encoder.response("red red")])
+    (part,) = plan([tree], 10_000)
     with torch.no_grad():
-        return policy(make([tree], plan([tree], 10_000)[0])), tree
+        return policy(build_pack([tree], part)), tree
 
 
 def plain(hf, prompt, ids):
     """transformers' own inputs for a row."""
     ids = torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None]
-    images = (
-        {}
-        if prompt.pixel_values is None
-        else dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw)
-    )
+    images = {}
+    if prompt.pixel_values is not None:
+        images = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw)
     return dict(input_ids=ids, mm_token_type_ids=(ids == hf.config.image_token_id).int(), **images)
 
 
-# ------------------------------------------------------------------------------------------- the released discriminator
+# -------------------------------------------------------------------- the released discriminator
 def released(corpus, folder, D=32, I=48, version="4.57.0"):  # noqa: E741
-    """A small discriminator in the released layout, in two shards -> (transformers' model with its weights, head)."""
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    """A small discriminator in the released layout, in two shards -> (transformers' model with its
+    weights, head)."""
     base = checkpoint(tiny_config().to_dict(), corpus, folder / "of")  # for its tokenizer
-    settings = json.loads((base / "config.json").read_text())
-    text = (
-        TEXT
-        | MOE
-        | dict(
-            hidden_size=D,
-            moe_intermediate_size=I,
-            intermediate_size=6144,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-            norm_topk_prob=True,
-            rope_theta=1e4,
-            rope_scaling=rope,
-            model_type="qwen3_vl_moe_text",
-            vocab_size=settings["text_config"]["vocab_size"],
-        )
-    )
-    ids = {k: v for k, v in settings.items() if k.endswith("_token_id")}
-    config = {
-        "model_type": "qwen3_vl_moe",
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "text_config": text,
-        **ids,
-        "vision_config": V3 | {"out_hidden_size": D, "model_type": "qwen3_vl_moe"},
-        "tie_word_embeddings": True,
-        "transformers_version": version,
-    }
+    config = released_config(json.loads((base / "config.json").read_text()), D, I, version)
     hf = Qwen3VLMoeForConditionalGeneration(AutoConfig.for_model(**config)).eval()
     torch.manual_seed(3)
     for p in hf.parameters():
         p.data.normal_(1 if p.ndim == 1 else 0, 0.15)
     head = torch.randn(1, D)
-    state = {
-        k: v.transpose(1, 2).contiguous() if ".experts." in k else v
-        for k, v in hf.state_dict().items()
-    }
-    state = {k: v.clone().bfloat16().float() for k, v in state.items()} | {"v_head.1.weight": head}
+    state = {}
+    for key, value in hf.state_dict().items():
+        if ".experts." in key:
+            value = value.transpose(1, 2).contiguous()
+        state[key] = value.clone().bfloat16().float()
     assert state["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (4, D, 2 * I)
-    names, parts = sorted(state), {}
-    for n, some in enumerate((names[::2], names[1::2]), 1):
-        parts |= dict.fromkeys(some, f"model-{n:05}-of-00002.safetensors")
-        save_file({k: state[k] for k in some}, folder / f"model-{n:05}-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": parts})
-    )
+    write_in_two_shards(state | {"v_head.1.weight": head}, folder)
     (folder / "config.json").write_text(json.dumps(config))
     files.copy_processor(base, folder)
-    hf.load_state_dict(
-        {
-            k: v.transpose(1, 2) if ".experts." in k else v
-            for k, v in state.items()
-            if "v_head" not in k
-        }
-    )
+    for key, value in state.items():
+        hf.state_dict()[key].copy_(value.transpose(1, 2) if ".experts." in key else value)
     return hf, head
 
 
+def released_config(settings, D, I, version):  # noqa: E741
+    """settings: of the dense model whose tokenizer it shares."""
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    own = dict(
+        hidden_size=D,
+        moe_intermediate_size=I,
+        intermediate_size=6144,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        rope_theta=1e4,
+        rope_scaling=rope,
+        model_type="qwen3_vl_moe_text",
+        vocab_size=settings["text_config"]["vocab_size"],
+    )
+    ids = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    return {
+        "model_type": "qwen3_vl_moe",
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "text_config": TEXT | MOE | own,
+        **ids,
+        "vision_config": V3 | {"out_hidden_size": D, "model_type": "qwen3_vl_moe"},
+        "tie_word_embeddings": True,
+        "transformers_version": version,
+    }
+
+
+def write_in_two_shards(state, folder):
+    names = sorted(state)
+    place = {}
+    for number, some in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({key: state[key] for key in some}, folder / file)
+        place |= dict.fromkeys(some, file)
+    index = {"metadata": {}, "weight_map": place}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def scores(disc, tree):
+    part = (0, list(range(len(tree.children))))
     with torch.no_grad():
-        return disc.eval()(make([tree], [(0, list(range(len(tree.children))))]))[0]
+        return disc.eval()(build_pack([tree], [part]))[0]
 
 
-@pytest.mark.parametrize(
-    "D, I", [(32, 48), (32, 16), (32, 32)], ids=["any", "2I is D", "I is D"]
-)  # shapes do not tell layouts
+# Shapes do not tell the layouts of experts apart.
+@pytest.mark.parametrize("D, I", [(32, 48), (32, 16), (32, 32)], ids=["any", "2I is D", "I is D"])
 def test_released_discriminator(corpus, tmp_path, D, I):  # noqa: E741
     hf, head = released(corpus, tmp_path, D, I)
     disc = align.load_discriminator(SimpleNamespace(disc="moe", disc_path=str(tmp_path)))
-    encoder = model.read_encoder(tmp_path, disc.model)
-    tree = Tree(
-        encoder.prompt(example()),
-        list(align.encode_spans(encoder, RESPONSE, "both").values()),
-        [0, 1],
-    )
-    with torch.no_grad():
-        expected = [
-            hf.model(**plain(hf, tree.prompt, ids)).last_hidden_state[0, -1] @ head[0]
-            for ids in tree.children
-        ]
-    assert torch.stack(expected).std() > 0.1
-    torch.testing.assert_close(scores(disc, tree), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    encoder = open_encoder(tmp_path, disc.model)
+    spans = align.encode_spans(encoder, RESPONSE, SPANS)
+    tree = Tree(encoder.prompt(example()), spans, [0, 1])
+    expected = []
+    for ids in spans:
+        with torch.no_grad():
+            hidden = hf.model(**plain(hf, tree.prompt, ids)).last_hidden_state  # (1, T, D)
+        expected.append(hidden[0, -1] @ head[0])
+    expected = torch.stack(expected)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(scores(disc, tree), expected, rtol=1e-5, atol=1e-5)
     align.save_discriminator(disc, tmp_path, tmp_path / "again")
-    again, first = (
-        load_file(tmp_path / name)
-        for name in ("again/model.safetensors", "model-00001-of-00002.safetensors")
-    )
-    assert (
-        all(torch.equal(again[k], first[k]) for k in first if k != "lm_head.weight")
-        and "lm_head.weight" not in again
-    )
+    again = load_file(tmp_path / "again/model.safetensors")
+    first = load_file(tmp_path / "model-00001-of-00002.safetensors")
+    assert all(torch.equal(again[key], first[key]) for key in first if key != "lm_head.weight")
+    assert "lm_head.weight" not in again
 
 
 def test_discriminator_of_another_version_is_refused(corpus, tmp_path):
@@ -307,25 +294,28 @@ def test_discriminator_is_found_in_a_run_folder(tiny, tmp_path):
 SCORE = """\
 import torch
 from PIL import Image
-from align import encode_spans, open_discriminator
-from data import to_example
-from model import read_encoder
-from engine.packs import Tree, make
 
-disc = open_discriminator("ckpt/align").eval()           # a run folder, a folder, or a name on the hub
-encoder = read_encoder("ckpt/align", disc.model)
-prompt = encoder.prompt(to_example({"image": Image.open("a.png"), "question": "How many are red?", "answer": "1"}))
-spans = encode_spans(encoder, response, "both")          # {0: perception, 1: reasoning}; None where it is malformed
+from align import encode_spans, open_discriminator
+from data import SPANS, open_encoder, to_example
+from engine.packs import Tree, build_pack
+
+disc = open_discriminator("ckpt/align").eval()  # a run folder, a folder, or a name on the hub
+encoder = open_encoder("ckpt/align", disc.model)
+row = {"image": Image.open("a.png"), "question": "How many are red?", "answer": "1"}
+prompt = encoder.prompt(to_example(row))
+spans = encode_spans(encoder, response, SPANS)  # the ids of each; None where it is malformed
+tree = Tree(prompt, spans, kinds=[0, 1])
 with torch.no_grad():
-    perception, reasoning = disc(make([Tree(prompt, [*spans.values()], [*spans])], [(0, [0, 1])]))[0].tolist()
+    perception, reasoning = disc(build_pack([tree], [(0, [0, 1])]))[0].tolist()
 """
 
 
-def test_ten_lines_that_score_a_response(tiny, tmp_path, monkeypatch):
-    """Exactly the README's lines."""
-    readme = (ROOT / "README.md").read_text()
-    assert "open_discriminator(" not in readme or SCORE in readme
-    assert 10 <= len(re.findall(r"(?m)^.*\S.*$", SCORE)) <= 12
+def test_lines_that_score_a_response(tiny, tmp_path, monkeypatch):
+    """Exactly those of the README or of docs/, wherever a discriminator is opened there."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text()
+        assert "= open_discriminator(" not in text or SCORE in text, page
+    assert 10 <= len(re.findall(r"(?m)^.*\S.*$", SCORE)) <= 14
     policy = model.load(tiny)
     model.save(policy, tmp_path / "ckpt/align/last")
     disc = align.Discriminator(policy.hf.model, "moe").eval()
@@ -335,14 +325,14 @@ def test_ten_lines_that_score_a_response(tiny, tmp_path, monkeypatch):
     names = {"response": RESPONSE}
     exec(SCORE, names)
     prompt = policy.encoder.prompt(example("How many are red?", image=PICTURE))
-    expected = [
-        scores(disc, Tree(prompt, [ids], [k]))[0].item() for k, ids in names["spans"].items()
-    ]
+    expected = []
+    for kind, ids in enumerate(names["spans"]):
+        expected.append(scores(disc, Tree(prompt, [ids], [kind])).item())
     assert [names["perception"], names["reasoning"]] == pytest.approx(expected, abs=1e-5)
     assert abs(expected[0] - expected[1]) > 1e-4
 
 
-# ------------------------------------------------------------------------------------------------------------- the hub
+# --------------------------------------------------------------------------------------- the hub
 def cached(source, home, name, commit="0123456789abcdef0123456789abcdef01234567"):
     """`source` as the hub's cache has it: files are links to blobs."""
     folder = home / f"models--{name.replace('/', '--')}"
@@ -380,38 +370,32 @@ def test_released_discriminator_by_its_hub_name(corpus, tmp_path, monkeypatch):
     released(corpus, tmp_path)
     cached(tmp_path, tmp_path / "hub", "some/discriminator")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    theirs, ours = (
-        align.open_discriminator(path).state_dict() for path in ("some/discriminator", tmp_path)
-    )
-    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
+    theirs = align.open_discriminator("some/discriminator").state_dict()
+    ours = align.open_discriminator(tmp_path).state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in ours)
 
 
 def test_what_is_fetched(tiny, monkeypatch):
     asked = {}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **rest: asked.update(rest, name=name) or str(tiny),
-    )
-    assert files.find("some/policy") == tiny and asked["name"] == "some/policy"
-    wanted = lambda file: any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])  # noqa: E731
-    for file in FILES:
-        assert wanted(file), file
-    assert not any(
-        map(
-            wanted,
-            (
-                "pytorch_model.bin",
-                "modeling_qwen.py",
-                "training_args.bin",
-                "optimizer.pt",
-                "README.md",
-            ),
-        )
-    )
+
+    def fetch(name, **rest):
+        asked.update(rest, name=name)
+        return str(tiny)
+
+    def wanted(file):
+        return any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert files.find("some/policy") == tiny
+    assert asked["name"] == "some/policy"
+    assert [file for file in FILES if not wanted(file)] == []
+    code = ("modeling_qwen.py", "training_args.bin", "optimizer.pt")
+    for file in ("pytorch_model.bin", *code, "README.md"):
+        assert not wanted(file), file
 
 
-# -------------------------------------------------------------------------------------------------------- other models
+# ---------------------------------------------------------------------------------- other models
 def other(kind, corpus, folder):
     text, vision = OTHERS[kind]
     settings = {
@@ -425,35 +409,35 @@ def other(kind, corpus, folder):
 @pytest.mark.parametrize("kind", [kind for kind in OTHERS if kind != "qwen3_5"])
 def test_other_models_compute_what_transformers_computes(kind, corpus, tmp_path):
     folder = other(kind, corpus, tmp_path)
-    policy, hf = (
-        model.load(folder),
-        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval(),
-    )
+    policy = model.load(folder)
+    hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    encoder = policy.encoder
     for text in ("<image>count red", "count red", "<image> or <image>"):
-        images = {"images": [PICTURE] * text.count("<image>"), "image": None}
-        prompt = policy.encoder.prompt(example(text, **images))
-        children = [policy.encoder.response(RESPONSE), policy.encoder.response("red red")]
-        tree = Tree(prompt, children)
+        images = [PICTURE] * text.count("<image>")
+        prompt = encoder.prompt(example(text, images=images, image=None))
+        children = [encoder.response(RESPONSE), encoder.response("red red")]
         with torch.no_grad():
-            mine, expected = policy(make([tree], [(0, [0, 1])])), []
-            for ids in children:
-                logits = hf(**plain(hf, prompt, ids)).logits[0, -len(ids) - 1 : -1]
-                expected.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
+            mine = policy(build_pack([Tree(prompt, children)], [(0, [0, 1])]))
+            expected = [plain_logps(hf, prompt, ids) for ids in children]
             torch.testing.assert_close(mine, torch.cat(expected), rtol=0, atol=1e-4)
             greedy = hf.generate(
                 **plain(hf, prompt, []),
                 attention_mask=torch.ones_like(prompt.ids)[None],
                 max_new_tokens=8,
                 do_sample=False,
-                eos_token_id=list(policy.encoder.eos_ids),
+                eos_token_id=list(encoder.eos_ids),
                 pad_token_id=0,
             )
-        ((rollout,),) = generate(
-            policy.hf, [prompt], 1, 8, eos=policy.encoder.eos_ids, temperature=0.0
-        )
+        options = dict(eos=encoder.eos_ids, temperature=0.0, seeds=[(0,)])
+        (rollout,) = generate(policy.hf, [prompt], all_rows([prompt], 1), 8, **options)
         assert rollout.ids == greedy[0, len(prompt.ids) :].tolist()
     model.save(policy, tmp_path / "saved")
     assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")) is type(hf)
+
+
+def plain_logps(hf, prompt, ids):
+    logits = hf(**plain(hf, prompt, ids)).logits[0, -len(ids) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
 def test_discriminator_of_another_family(corpus, tmp_path):
@@ -467,115 +451,78 @@ def test_discriminator_of_another_family(corpus, tmp_path):
 
 
 def test_a_model_with_other_attention_is_refused(corpus, tmp_path):
-    with pytest.raises(
-        ValueError,
-        match="Qwen3_5ForConditionalGeneration.*full attention in every layer.*linear_attention",
-    ):
+    linear = "Qwen3_5ForConditionalGeneration.*full attention in every layer.*linear_attention"
+    with pytest.raises(ValueError, match=linear):
         model.load(other("qwen3_5", corpus, tmp_path))
-    settings = json.loads(
-        (other("qwen2_5_vl", corpus, tmp_path / "sliding") / "config.json").read_text()
-    )
-    settings["text_config"] |= {
-        "layer_types": ["full_attention", "sliding_attention"],
-        "use_sliding_window": True,
-    }
-    (tmp_path / "sliding/ckpt/config.json").write_text(json.dumps(settings))
-    with pytest.raises(
-        ValueError, match="full attention in every layer.*sliding_attention"
-    ):  # packs would ignore the window
-        model.load(tmp_path / "sliding/ckpt")
+    folder = other("qwen2_5_vl", corpus, tmp_path / "sliding")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"]["layer_types"] = ["full_attention", "sliding_attention"]
+    settings["text_config"]["use_sliding_window"] = True
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="full attention in every layer.*sliding_attention"):
+        model.load(folder)  # packs would ignore the window
 
 
-# ---------------------------------------------------------------------------------------------------------------- LoRA
-LORA = """\
-import importlib, sys                                      # python lora.py align --policy ckpt/sft --data align.jsonl ...
-from peft import LoraConfig, inject_adapter_in_model
-import common, model
-load, config = model.load, LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*_proj")
-def adapted(*args, **options):
-    policy = load(*args, **options)
-    inject_adapter_in_model(config, policy.hf)             # in place; all other weights are frozen
-    return policy
-model.load = adapted                                       # before the stage is imported
-stage = importlib.import_module(sys.argv.pop(1))
-stage.main(common.parse(stage.Args))
-"""
+# ------------------------------------------------------------------------------------------ LoRA
+LORA = ROOT / "docs/recipes/lora.py"
 
 
 def test_lora(tiny, corpus, tmp_path, monkeypatch):
-    """Exactly the README's lines, through all stages; what they save is merged and opens anywhere."""
+    """The recipe through all stages; what they save is merged and opens anywhere."""
     pytest.importorskip("peft")
-    readme = (ROOT / "README.md").read_text()
-    assert "inject_adapter_in_model(" not in readme or LORA in readme
-    before, start = load_file(tiny / "model.safetensors"), tiny
-    common = [
-        "--data",
-        corpus,
-        "--steps",
-        2,
-        "--lr",
-        1e-2,
-        "--max_response",
-        16,
-        "--sample_every",
-        0,
-    ]
-    game = ["--group_size", 2, "--prompts_per_step", 2, "--warmup_steps", 0]
-    for stage, more in (
-        ("sft", ["--batch", 2]),
-        ("align", game),
-        ("rlvr", [*game[:4], "--kl", 0.1]),
-    ):
+    common = "--steps 2 --lr 1e-2 --max_response 16 --sample_every 0 --data".split()
+    game = "--group_size 2 --prompts_per_step 2 --warmup_steps 0".split()
+    stages = {"sft": ["--batch", "2"], "align": game, "rlvr": [*game[:4], "--kl", "0.1"]}
+    before = load_file(tiny / "model.safetensors")
+    start = tiny
+    for stage, own in stages.items():
+        out = tmp_path / stage
+        line = ["lora.py", stage, "--policy", start, "--out", out, *common, corpus, *own]
         with monkeypatch.context() as patch:
-            patch.setattr(model, "load", model.load)
+            patch.setattr(model, "load", model.load)  # put back what the recipe wraps
+            patch.setattr(model, "full_state", model.full_state)
             patch.delitem(sys.modules, stage, raising=False)
-            out = tmp_path / stage
-            patch.setattr(
-                sys,
-                "argv",
-                list(map(str, ["lora.py", stage, "--policy", start, "--out", out, *common, *more])),
-            )
-            exec(LORA, {})
+            patch.setattr(sys, "argv", list(map(str, line)))
+            runpy.run_path(str(LORA), run_name="__main__")
         after = load_file(out / "last/model.safetensors")
         assert after.keys() == before.keys()
-        moved = {
-            re.sub(r"\d", "n", k).split(".", 2)[2]
-            for k in after
-            if not torch.equal(after[k], before[k])
-        }
+        moved = {key for key in after if not torch.equal(after[key], before[key])}
+        assert all(key.endswith("_proj.weight") for key in moved)
         if stage == "sft":  # the others may see nothing well-formed
-            assert moved and all(k.endswith("_proj.weight") for k in moved)
+            assert moved
         policy = model.load(out)
         assert not any("lora" in name for name, _ in policy.named_parameters())
         logps(policy)
-        before, start = after, out
-    assert not any(
-        "lora" in k or "base_layer" in k
-        for k in load_file(tmp_path / "align/last/discriminator/model.safetensors")
-    )
+        before = after
+        start = out
+    disc = load_file(tmp_path / "align/last/discriminator/model.safetensors")
+    assert not any("lora" in key or "base_layer" in key for key in disc)
     align.open_discriminator(tmp_path / "align")
 
 
-def test_merged_weights_are_base_plus_adapter():
+def test_merged_weights_are_base_plus_adapter(monkeypatch):
+    peft = SimpleNamespace(LoraConfig=dict, inject_adapter_in_model=None)
+    monkeypatch.setitem(sys.modules, "peft", peft)  # merging needs nothing of it
+    merged_state = runpy.run_path(str(LORA))["merged_state"]
     layer = torch.nn.Module()
     layer.q = torch.nn.Module()
     layer.q.base_layer = torch.nn.Linear(3, 4)
     layer.q.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(3, 2, bias=False)})
     layer.q.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(2, 4, bias=False)})
     layer.q.scaling = {"default": 2.0}
-    state = model.full_state(layer)
-    a, b = layer.q.lora_A["default"].weight, layer.q.lora_B["default"].weight
-    assert set(state) == {"q.weight", "q.bias"} and torch.equal(
-        state["q.bias"], layer.q.base_layer.bias
-    )
+    state = merged_state(layer)
+    assert set(state) == {"q.weight", "q.bias"}
+    assert torch.equal(state["q.bias"], layer.q.base_layer.bias)
+    a = layer.q.lora_A["default"].weight
+    b = layer.q.lora_B["default"].weight
     torch.testing.assert_close(state["q.weight"], layer.q.base_layer.weight + 2 * b @ a)
     layer.q.lora_magnitude_vector = torch.nn.ParameterDict({"default": torch.ones(4)})
     with pytest.raises(ValueError, match="lora_magnitude_vector.*plain LoRA"):
-        model.full_state(layer)
+        merged_state(layer)
 
 
-# ------------------------------------------------------------------------------------------------------------- servers
-# The files of Qwen/Qwen3-VL-4B-Instruct on the hub, chat_template.json apart: a .jinja takes its place.
+# --------------------------------------------------------------------------------------- servers
+# Those of Qwen/Qwen3-VL-4B-Instruct on the hub; for chat_template.json there is a .jinja.
 FILES = (
     "config.json",
     "generation_config.json",
@@ -592,8 +539,10 @@ FILES = (
 
 @pytest.fixture(scope="module", params=["qwen3vl_instruct", "prism_bridge_eval"])
 def real(request, shared, tmp_path_factory):
-    """The real tokenizer and settings, with a template in each of the three places where the hub's folders have one."""
-    folder, source = tmp_path_factory.mktemp(request.param), shared / "data/qwen3vl"
+    """The real tokenizer and settings, with a template in each of the three places where the hub's
+    folders have one."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = shared / "data/qwen3vl"
     settings = tiny_config(vocab_size=151936, eos_token_id=151645).to_dict()
     settings |= dict(
         image_token_id=151655,
@@ -602,21 +551,17 @@ def real(request, shared, tmp_path_factory):
         vision_end_token_id=151653,
     )
     (folder / "config.json").write_text(json.dumps(settings))
-    for file in [
-        *(source / "tokenizer").glob("*"),
-        *(source / "30B-A3B-Thinking").glob("*config.json"),
-    ]:
+    others = (source / "30B-A3B-Thinking").glob("*config.json")
+    for file in (*(source / "tokenizer").glob("*"), *others):
         if file.name not in ("config.json", "golden.json"):
             (folder / file.name).write_bytes(file.read_bytes())
-    processor = json.loads((folder / "preprocessor_config.json").read_text()) | dict(
-        patch_size=4, size={"longest_edge": 4096, "shortest_edge": 64}
-    )
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    processor |= dict(patch_size=4, size={"longest_edge": 4096, "shortest_edge": 64})
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     template = (source / f"chat_templates/{request.param}.jinja").read_text()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | {
-        "chat_template": template
-    }
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     return init(folder / "config.json", folder / "ckpt"), template
 
@@ -631,29 +576,24 @@ def test_any_server_asks_for_the_three_parts(real, tmp_path):
 
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}
-    system, answer = (
-        {"role": "system", "content": "Be brief."},
-        {"role": "assistant", "content": "1"},
-    )
+    system = {"role": "system", "content": "Be brief."}
+    answer = {"role": "assistant", "content": "1"}
     asked = theirs.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     trained = [
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": "<image>How many?"},
     ]
     assert asked == policy.encoder._render(trained, True)
-    assert asked.startswith(
-        f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-    )
+    system_turn = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
+    assert asked.startswith(f"{system_turn}<|im_start|>user\n<|vision_start|>")
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
     for turns in ([system, user], [system, user, answer, user]):  # a system turn of one's own stays
         for more in ({}, {"tools": tools}):
-            mine = theirs.apply_chat_template(turns, tokenize=False, **more)
-            assert mine == theirs.apply_chat_template(
-                turns, tokenize=False, chat_template=template, **more
-            )
-    several = theirs.apply_chat_template(
-        [[user], [system, user], [user, answer, user]], tokenize=False
-    )
+            options = dict(tokenize=False, **more)
+            mine = theirs.apply_chat_template(turns, **options)
+            assert mine == theirs.apply_chat_template(turns, chat_template=template, **options)
+    conversations = [[user], [system, user], [user, answer, user]]
+    several = theirs.apply_chat_template(conversations, tokenize=False)
     assert [SYSTEM_PROMPT in text for text in several] == [True, False, True]
     file = (tmp_path / "chat_template.jinja").read_text()
     (text,), _ = render_jinja_template([[user]], chat_template=file)  # as processors do
@@ -661,49 +601,41 @@ def test_any_server_asks_for_the_three_parts(real, tmp_path):
 
 
 def test_our_own_prompts_stay_as_they_were(real, tmp_path):
-    """Rows without a system turn have none, however often a policy was saved; and saving again changes no file."""
+    """Rows without a system turn have none, however often a policy was saved; and saving again
+    changes no file."""
     folder, template = real
     policies = [model.load(folder)]
     for n in range(2):
         model.save(policies[-1], tmp_path / str(n))
         policies.append(model.load(tmp_path / str(n)))
     assert {policy.encoder.tokenizer.chat_template for policy in policies} == {template}
-    rows = [example(), example("count", image=None)]
-    rows.append(
-        to_example(
-            {
-                "messages": [
-                    {"role": "user", "content": "hi"},
-                    {"role": "assistant", "content": RESPONSE},
-                ]
-            }
-        )
-    )
-    rows.append(
-        to_example(
-            {"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": "1"}},
-            kind="rl",
-        )
-    )
+    asked = {"role": "user", "content": "hi"}
+    answered = {"messages": [asked, {"role": "assistant", "content": RESPONSE}]}
+    question = {"prompt": [asked], "reward_model": {"ground_truth": "1"}}
+    rows = [
+        example(),
+        example("count", image=None),
+        to_example(answered),
+        to_example(question, kind="rl"),
+    ]
     for row in rows:
         ids = [policy.encoder.conversation(row)[0].ids.tolist() for policy in policies]
         assert ids[0] == ids[1] == ids[2]
-    bare = policies[-1].encoder.tokenizer.decode(policies[-1].encoder.prompt(rows[-1]).ids)
-    assert ("caption" in bare) == (
-        "default_system_message" in template
-    )  # what the source's own template adds
+    encoder = policies[-1].encoder
+    bare = encoder.tokenizer.decode(encoder.prompt(rows[-1]).ids)
+    # What the source's own template adds stays.
+    assert ("caption" in bare) == ("default_system_message" in template)
     for file in (tmp_path / "0").iterdir():
         assert file.read_bytes() == (tmp_path / "1" / file.name).read_bytes(), file.name
 
 
 def test_embedded_world_is_not_asked_in_words_it_lacks(tiny, tmp_path):
     model.save(model.load(tiny), tmp_path)
-    assert (tmp_path / "chat_template.jinja").read_bytes() == (
-        tiny / "chat_template.jinja"
-    ).read_bytes()
+    saved, source = (folder / "chat_template.jinja" for folder in (tmp_path, tiny))
+    assert saved.read_bytes() == source.read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------- benchmarks
+# ------------------------------------------------------------------------------------ benchmarks
 IMAGE = {"bytes": b"a picture", "path": "1.png"}
 B = b"a picture"
 ROWS = {  # benchmark: (row as published, its images, question's parts, choices, answers)
@@ -893,23 +825,18 @@ def test_benchmark_rows(name):
     row, images, words, choices, answers = ROWS[name]
     for kind in ("eval", "rl", None):
         found = to_example(dict(row), "f:1", kind=kind)
-        assert (
-            found.images == images
-            and found.choices == choices
-            and (found.answer, *found.equivalent) == answers
-        )
+        assert (found.images, found.choices) == (images, choices)
+        assert (found.answer, *found.equivalent) == answers
         assert found.messages[0]["content"] == SYSTEM_PROMPT
         asked = found.messages[1]["content"]
-        assert asked.count("<image>") == len(images) and not [
-            part for part in words if part not in asked
-        ], asked
+        assert asked.count("<image>") == len(images)
+        assert [part for part in words if part not in asked] == [], asked
 
 
 def test_benchmark_rows_that_cannot_be_read():
+    odd = {"question": "Which?", "options": "one or two", "answer": "A"}
     with pytest.raises(BadRow, match="f:1: the options are in no known form.*`choices` as a list"):
-        to_example(
-            {"question": "Which?", "options": "one or two", "answer": "A"}, "f:1", kind="eval"
-        )
+        to_example(odd, "f:1", kind="eval")
     with pytest.raises(BadRow, match="no answer"):
         to_example({"question": "Which?", "decoded_image": IMAGE, "answer": ""}, "f:1", kind="eval")
     with pytest.raises(BadRow, match="`question` is missing"):
@@ -917,7 +844,8 @@ def test_benchmark_rows_that_cannot_be_read():
 
 
 def test_benchmark_names_mean_nothing_elsewhere():
-    """Only rows of questions are read by the table: one with turns keeps its own fields, and SFT rows are left alone."""
+    """Only rows of questions are read by the table: one with turns keeps its own fields, and SFT
+    rows are left alone."""
     turns = {
         "prompt": [{"role": "user", "content": "How many?"}],
         "reward_model": {"ground_truth": "3"},
@@ -931,30 +859,29 @@ def test_benchmark_names_mean_nothing_elsewhere():
     assert to_example(dict(talk), kind="sft").choices == ()
 
 
-@pytest.mark.parametrize(
-    "file", ["mathvision/testmini.jsonl", "nlvr/dev.jsonl", "shapes/val.jsonl"]
-)
+FORMS = ["mathvision/testmini.jsonl", "nlvr/dev.jsonl", "shapes/val.jsonl"]
+
+
+@pytest.mark.parametrize("file", FORMS)
 def test_forms_verified_on_a_file(shared, tmp_path, file):
-    """Read as they are and, as MATH-Vision is published, with `options` for `choices`: the same examples."""
+    """Read as they are and, as MATH-Vision is published, with `options` for `choices`: the same
+    examples."""
     path = shared / "data" / file
     plain = read(path, "eval")
-    source = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        row["options"] = row.pop("choices")
+        lines.append(json.dumps(row) + "\n")
     renamed = tmp_path / "renamed.jsonl"
-    renamed.write_text(
-        "".join(json.dumps({**row, "options": row.pop("choices")}) + "\n" for row in source)
-    )
+    renamed.write_text("".join(lines))
     same = read(renamed, "eval", image_root=path.parent)
     for i in range(0, len(plain), 7):
-        a, b = plain[i], same[i]
-        assert (a.messages, a.images, a.choices, a.answer) == (
-            b.messages,
-            b.images,
-            b.choices,
-            b.answer,
-        )
+        for name in ("messages", "images", "choices", "answer"):
+            assert getattr(plain[i], name) == getattr(same[i], name)
 
 
-# ------------------------------------------------------------------------------------------------------------- answers
+# --------------------------------------------------------------------------------------- answers
 NOT_EQUAL = [
     ("2(x+3)", "2x+3"),
     ("1.5", "15"),

@@ -1,4 +1,5 @@
-"""Several processes (gloo, FSDP2) do what one does: the same rollouts, losses, gradients and checkpoints. Nothing hangs."""
+"""Several processes (gloo, FSDP2) do what one does: the same rollouts, losses, gradients and
+checkpoints. Nothing hangs."""
 
 import json
 import os
@@ -70,7 +71,8 @@ ALONE = {
 
 
 def data_files(world):  # noqa: F811
-    """{name: file}: the world's, three rows of which one has an image, and questions that no rollout answers rightly."""
+    """{name: file}: the world's, three rows of which one has an image, and questions that no
+    rollout answers rightly."""
     files = {name: Path(getattr(world, name)) for name in ("curated", "align", "pairs", "rl")}
     for name in ("curated", "align", "rl"):
         rows = [json.loads(line) for line in files[name].read_text().splitlines()[:3]]
@@ -91,7 +93,8 @@ def write(path, rows):
 
 
 def job(name, world, out, sgd=True, **more):  # noqa: F811
-    """What ranked.py runs. sgd: linear in the gradient, so that runs can be compared beyond their first update."""
+    """What ranked.py runs. sgd: linear in the gradient, so that runs can be compared beyond their
+    first update."""
     (stage, data, flags), files = RUNS[name], data_files(world)
     data = files[
         f"three {dict(sft='curated', align='align', rlvr='rl')[stage]}" if data == "three" else data
@@ -102,7 +105,8 @@ def job(name, world, out, sgd=True, **more):  # noqa: F811
 
 
 def on_ranks(n, jobs, folder, timeout=300, **env):
-    """Run jobs one after the other on n ranks, a process each. A failure, or a hang, shows what they printed."""
+    """Run jobs one after the other on n ranks, a process each. A failure, or a hang, shows what
+    they printed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     env |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
@@ -138,7 +142,8 @@ def on_ranks(n, jobs, folder, timeout=300, **env):
 
 
 def agree(one, two, rel=1e-4):
-    """Records of runs on different ranks: losses and gradient norms to 1e-5, figures of small differences to `rel`."""
+    """Records of runs on different ranks: losses and gradient norms to 1e-5, figures of small
+    differences to `rel`."""
     assert len(one) == len(two) > 0
     loose = {"logp_diff", "logp_diff_max", "seconds"}
     exact = {"loss", "disc_loss", "grad_norm", "disc_grad_norm"} if rel == 1e-4 else ()
@@ -250,7 +255,8 @@ def test_one_rank_alone_by_other_means(alone, world, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_resume_on_another_number_of_ranks(world, tmp_path):  # noqa: F811
-    """Begun on two ranks, ended on one: as all on one. What was saved in two pieces is put together."""
+    """Begun on two ranks, ended on one: as all on one. What was saved in two pieces is put
+    together."""
     names = (*FAST, "dapo")
     on_ranks(2, [job(name, world, tmp_path / f"{name}2", sgd=False) for name in names], tmp_path)
     for name in names:
@@ -322,7 +328,8 @@ def test_torchrun_on_two_nodes(world, tmp_path):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_an_error_on_one_rank_ends_all(world, tmp_path, name):  # noqa: F811
-    """Rank 1 fails in its second update, where rank 0 waits for it: all end, and the last words are rank 1's."""
+    """Rank 1 fails in its second update, where rank 0 waits for it: all end, and the last words are
+    rank 1's."""
     planted = job(name, world, tmp_path / "out", steps=3) | {"fail": [1, 1]}
     (tmp_path / "jobs.json").write_text(json.dumps([planted]))
     command = [*torchrun(), str(ROOT / "tests/ranked.py"), str(tmp_path / "jobs.json")]
@@ -337,7 +344,8 @@ def test_an_error_on_one_rank_ends_all(world, tmp_path, name):  # noqa: F811
 
 
 def test_bfloat16_is_sharded_on_one_rank_too(world, tmp_path):  # noqa: F811
-    """FSDP2 in one process: parameters stay float32, products are bfloat16, rollouts come from a bfloat16 copy."""
+    """FSDP2 in one process: parameters stay float32, products are bfloat16, rollouts come from a
+    bfloat16 copy."""
     for name in FAST:
         made = job(
             name,

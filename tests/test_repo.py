@@ -1,55 +1,28 @@
-"""The promises about the repository's shape: sizes, arguments, manuals, style. They rot where no test holds them."""
+"""The promises about the repository's shape: sizes, arguments, manuals, style. They rot where no
+test holds them."""
 
 import ast
 import importlib
+import io
 import json
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from dataclasses import fields
 
 import pytest
 from conftest import ROOT
 
-from engine.arguments import Common, parse
+from engine.arguments import Common, make_parser
 
-CAPS = {  # lines of each file; what is not named may not exist
-    "sft.py": 260,
-    "align.py": 480,
-    "rlvr.py": 360,
-    "eval.py": 200,
-    "model.py": 240,
-    "files.py": 140,
-    "packs.py": 320,
-    "logprob.py": 140,
-    "sampler.py": 260,
-    "groups.py": 100,
-    "data.py": 360,
-    "rows.py": 260,
-    "rewards.py": 260,
-    "health.py": 160,
-    "common.py": 260,
-    "checkpoint.py": 120,
-    "ranks.py": 130,
-    "init.py": 120,
-    "memory.py": 110,
-    "benchmarks.py": 60,
-    "tools/scenes.py": 240,
-    "tools/curate.py": 240,
-    "tools/report.py": 260,
-}
-TOTAL = 4000  # of the method's own files; the three tools are beside it, each under its own cap
 STAGES = ("sft", "align", "rlvr")
 SCRIPTS = (*STAGES, "eval")
 
 
 def sources():
-    return sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
-
-
-def lines(path):
-    return len(path.read_text(encoding="utf-8").splitlines())
+    return sorted([*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *ROOT.glob("tools/*.py")])
 
 
 def tree(name):
@@ -70,18 +43,80 @@ def args_class(name):
     return next(n for n in tree(name).body if isinstance(n, ast.ClassDef) and n.name == "Args")
 
 
-# ----------------------------------------------------------------------------- size and shape
+# ----------------------------------------------------------------------------- shape
+def imported(path):
+    """Names of this repository's modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("engine", "tools"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & set(modules())
+
+
+def modules():
+    """{name: file} of every module of the repository that is not a test or a benchmark."""
+    return {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+        for path in sources()
+    }
+
+
+LAYERS = {  # what each may import, besides engine's own modules among themselves
+    **{stage: {"model", "data", "rewards", "engine"} for stage in SCRIPTS},
+    "model": {"data", "engine"},
+    "rewards": {"data", "engine"},
+    "data": {"engine"},
+}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_run_one_way(name):
+    """Stages -> model, data, rewards -> engine: never up, no stage from a stage, none from a tool.
+    Tools are commands and import what they need."""
+    if name.startswith("tools."):
+        return
+    may = LAYERS.get(name, {"engine"})
+    wrong = {other for other in imported(modules()[name]) if other.split(".")[0] not in may}
+    assert not wrong, f"{name} imports {wrong}"
+
+
+def test_imports_have_no_circle():
+    waiting = {name: imported(path) for name, path in modules().items()}
+    while waiting:
+        free = [name for name, needs in waiting.items() if not needs & waiting.keys()]
+        assert free, f"a circle among {sorted(waiting)}"
+        for name in free:
+            del waiting[name]
+
+
+def test_the_root_is_the_method():
+    at_root = {path.name for path in ROOT.glob("*.py")}
+    assert at_root == {f"{name}.py" for name in (*SCRIPTS, "model", "data", "rewards")}
+    assert (ROOT / "engine/__init__.py").read_text().count("\n") == 4  # a docstring, no re-exports
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
-def test_file_is_within_its_cap(path):
-    name = path.relative_to(ROOT).as_posix()
-    assert name in CAPS, (
-        f"{name} has no cap: a file more is a decision, note it in CAPS and in the README's file tree"
-    )
-    assert lines(path) <= CAPS[name]
-
-
-def test_all_together_are_within_the_total():
-    assert sum(lines(path) for path in sources() if path.parent == ROOT) <= TOTAL
+def test_code_is_not_dense(path):
+    """At most six expressions a line of code: one statement does one thing (nanochat's chat_rl.py
+    has 5.1, GRPO-Zero 4.0)."""
+    text = path.read_text(encoding="utf-8")
+    assert "fmt: " + "skip" not in text
+    tree = ast.parse(text)
+    expressions = sum(isinstance(node, ast.expr) for node in ast.walk(tree))
+    documented = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            documented |= set(range(node.lineno, node.end_lineno + 1))
+    code = set()
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in layout | {tokenize.ENDMARKER}:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    assert expressions <= 6 * max(1, len(code - documented))
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -114,67 +149,53 @@ def test_comments_and_docstrings_are_reasons_enough(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_manual_names_the_commands(name):
-    """The docstring is the manual: what it does, and how it is run on one process and on several."""
+    """The docstring is the manual: what it does, and how it is run on one process and on
+    several."""
     manual = importlib.import_module(name).__doc__
-    assert (
-        f"python {name}.py" in manual
-        and "torchrun" in manual
-        and f" {name}.py" in manual.split("torchrun")[1]
-    )
+    assert f"python {name}.py" in manual
+    assert f" {name}.py" in manual.partition("torchrun")[2]
     assert "1. " in manual and (name == "eval" or "Differs from" in manual)
 
 
 # ----------------------------------------------------------------------------- arguments
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_argument_is_read(name):
-    """No dead knob: what a script accepts is read as args.<field>, by itself or by what it hands its `args` to."""
+    """No dead knob: what a script accepts is read as args.<field>, by itself or by what it hands
+    its `args` to."""
     known = {f.name for f in fields(importlib.import_module(name).Args)}
-    takers = ["common", "checkpoint", "memory", "model", "ranks", "groups"]
-    takers += ["rlvr"] if name == "align" else []  # which updates the policy
-    elsewhere = set().union(*(read_of(tree(taker), "args", "self.args") for taker in takers))
-    here = read_of(tree(name), "args")
-    assert known - here - elsewhere - read_of(args_class(name), "self") == set()
+    read = read_of(tree(name), "args") | read_of(args_class(name), "self")
+    for taker in ("engine/log", "engine/ranks", "engine/rollouts", "engine/arguments", "model"):
+        read |= read_of(tree(taker), "args", "self.args")
+    assert known - read <= {"config"}  # which parse reads from the command line
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_argument_is_misspelt(name):
-    """What is read of `args` is a field of it, or set by its __post_init__."""
+    """What is read of `args` is a field of it."""
     known = {f.name for f in fields(importlib.import_module(name).Args)}
-    stored = [
-        n
-        for n in ast.walk(args_class(name))
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
-    ]
-    assert read_of(tree(name), "args") - known - {n.attr for n in stored} == set()
+    assert read_of(tree(name), "args") - known == set()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_arguments_are_few_explained_and_in_the_help(name, capsys):
+def test_arguments_are_few_and_explained(name):
     module = importlib.import_module(name)
     own = {f.name for f in fields(module.Args)} - {f.name for f in fields(Common)}
     assert len(own) <= 30
-    with pytest.raises(SystemExit):
-        parse(module.Args, ["--help"])
-    options = capsys.readouterr().out.split("\n  --")[1:]  # flag, value, explanation (default: ..)
-    options = [re.sub(r"\(default:.*", "", option, flags=re.DOTALL).split() for option in options]
-    assert {f.name for f in fields(module.Args)} == {
-        words[0].rstrip(",") for words in options if len(words) > 3
-    }
+    text = " ".join(make_parser(module.Args).format_help().split())
+    for f in fields(module.Args):
+        assert f"--{f.name}" in text and f.metadata["help"].split()[0] in text, f.name
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
 def test_importing_runs_nothing(path):
-    """Tests and notebooks import the algorithm: a module's body defines, it does not do (nor read the command line)."""
+    """Tests and notebooks import the algorithm: a module's body defines, it does not do, nor read
+    the command line."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         guard = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
-        calls = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)} & {
-            "main",
-            "parse",
-            "setup",
-        }
         defines = isinstance(node, ast.FunctionDef | ast.ClassDef)
-        assert guard or defines or not calls, f"{path.name}:{node.lineno} runs {calls} on import"
-    """Tests and notebooks import the algorithm: a module's body defines, it does not do, nor read the command line."""
+        calls = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
+        runs = calls & {"main", "parse", "setup"}
+        assert guard or defines or not runs, f"{path.name}:{node.lineno} runs {runs} on import"
 
 
 # ----------------------------------------------------------------------------- hygiene
@@ -212,7 +233,7 @@ def test_no_private_paths_or_unsafe_loading():
 def test_style_and_versions_are_set():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     ruff = project["tool"]["ruff"]
-    assert ruff["line-length"] <= 128 and {"E", "F", "I", "B", "UP", "W"} <= set(
+    assert ruff["line-length"] == 100 and {"E", "F", "I", "B", "UP", "W"} <= set(
         ruff["lint"]["select"]
     )
     pins = dict(

@@ -1,4 +1,5 @@
-"""Stage 3: parity of advantage and loss with the released code's values, and what must hold for any batch."""
+"""Stage 3: parity of advantage and loss with the released code's values, and what must hold for any
+batch."""
 
 import json
 from pathlib import Path
@@ -6,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlvr import ALGORITHMS, group_advantage, k3, overlong_penalty, policy_loss
+from rlvr import (
+    ALGORITHMS,
+    group_advantage,
+    k3,
+    on_policy_coefficient,
+    overlong_penalty,
+    policy_loss,
+)
 
 CASES = json.loads((Path(__file__).parent / "reference.json").read_text())
 NAMES = ("ratio", "clip_low", "clip_high", "dual_clip", "aggregation")
@@ -53,14 +61,14 @@ def batch(seed=0, b=8, t=7):
 
 
 def settings(algo):
-    return {k: ALGORITHMS[algo][k] for k in NAMES}
+    return {name: getattr(ALGORITHMS[algo], name) for name in NAMES}
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_parts_with_a_shared_denominator_sum_to_the_whole(algo):
     logp, old, adv, mask = batch()
     count = {"token-mean": mask.sum(), "seq-mean-token-mean": len(mask), "constant": 100}[
-        ALGORITHMS[algo]["aggregation"]
+        ALGORITHMS[algo].aggregation
     ]
     whole, _ = policy_loss(logp, old, adv, mask, denominator=count, **settings(algo))
     parts = [
@@ -83,20 +91,24 @@ def test_masked_positions_are_inert(algo, junk):
     again, m = policy_loss(dirty, old, adv, mask.float(), denominator=10, **settings(algo))
     near(again, loss)
     near(torch.autograd.grad(again, dirty)[0], torch.autograd.grad(loss, logp)[0])
-    assert m == metrics and torch.equal(
-        dirty.nan_to_num(5), before.nan_to_num(5)
-    )  # inputs are left as they were
+    assert m == metrics
+    assert torch.equal(dirty.nan_to_num(5), before.nan_to_num(5))  # inputs are left as they were
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_on_policy_gradient_is_reinforce(algo):
-    """At ratio 1 nothing is clipped: the gradient is -advantage on each token, whatever the algorithm."""
+    """At ratio 1 nothing is clipped: the gradient is -advantage on each token, whatever the
+    algorithm; `on_policy_coefficient` knows it, and its sum is the loss."""
     logp, _, adv, mask = batch()
     loss, m = policy_loss(logp, logp.detach(), adv, mask, denominator=1, **settings(algo))
     per_sequence = (
-        mask.sum(1, keepdim=True) if ALGORITHMS[algo]["aggregation"] == "seq-mean-token-mean" else 1
+        mask.sum(1, keepdim=True) if ALGORITHMS[algo].aggregation == "seq-mean-token-mean" else 1
     )
-    near(torch.autograd.grad(loss, logp)[0], -adv[:, None] * mask / per_sequence)
+    gradient = torch.autograd.grad(loss, logp)[0]
+    near(gradient, -adv[:, None] * mask / per_sequence)
+    known = on_policy_coefficient(adv, mask.sum(1), ALGORITHMS[algo].aggregation, 1)
+    near(gradient, known[:, None] * mask)
+    near(loss, (known[:, None] * mask).sum())
     assert m["clip_frac"] == 0 and m["ratio_max"] == 1
 
 
@@ -107,6 +119,15 @@ def test_nothing_to_train_on_is_zero_with_a_gradient():
             nothing = logp[rows], old[rows], adv[rows], mask[rows] & False
             loss, _ = policy_loss(*nothing, **settings(algo) | {"aggregation": "token-mean"})
             assert loss == 0 and torch.autograd.grad(loss, logp)[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("size", [2, 7, 8, 10, 12, 16, 24])
+def test_equal_rewards_have_no_advantage(size):
+    """0.2 is no binary fraction: a mean of 16 of them differs from it by a rounding."""
+    rewards = torch.cat([torch.full((size,), 0.2), torch.full((size,), 0.8), torch.arange(size)])
+    for scale in (True, False):
+        advantage = group_advantage(rewards, size, scale_by_std=scale)
+        assert not advantage[: 2 * size].any() and advantage[2 * size :].all() == (size % 2 == 0)
 
 
 def test_bad_groups_are_refused():

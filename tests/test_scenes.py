@@ -1,4 +1,5 @@
-"""The embedded world: same bytes from the same seed, right answers (worked out again here), stated rates, disjoint scenes."""
+"""The embedded world: same bytes from the same seed, right answers (worked out again here), stated
+rates, disjoint scenes."""
 
 import json
 import random
@@ -6,16 +7,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from PIL import Image
 
-from data import count_items, count_steps, read
-from rewards import parts, score
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import scenes  # noqa: E402
+from data import count_items, count_steps, parts, read
+from rewards import score
+from tools import scenes
 
 SIDES = {"circle": 0, "triangle": 3, "square": 4}
 COLUMN, LINE = {"left": "l", "right": "r"}, {"top": "t", "bottom": "b"}
@@ -38,16 +37,20 @@ def lines(path):
 
 
 def asked(question, scene):
-    """What a question is about, from the scene's text alone: [(position, colour, shape)], and the answer."""
+    """What a question is about, from the scene's text alone: [(position, colour, shape)], and the
+    answer."""
     verb, *words = question.split()
     things = [tuple(part.split()) for part in scene.split(" ; ")]
     region = words[words.index("in") + 1] if "in" in words else None
     colours = {word for word in words if word not in ("or", "in", region)}
     if region:  # positions are named line, then column: tl, mr, bc
         spot = 0 if region in LINE else 1
-        things = [thing for thing in things if thing[0][spot] == {**COLUMN, **LINE}[region]]
+        letter = LINE[region] if region in LINE else COLUMN[region]
+        things = [thing for thing in things if thing[0][spot] == letter]
     things = [thing for thing in things if thing[1] in colours]
-    return things, len(things) if verb == "count" else sum(SIDES[shape] for _, _, shape in things)
+    if verb == "count":
+        return things, len(things)
+    return things, sum(SIDES[shape] for _, _, shape in things)
 
 
 def all_rows(world):
@@ -66,21 +69,18 @@ def all_rows(world):
 def test_same_seed_same_bytes_other_seed_other_bytes(world, tmp_path):
     run(tmp_path / "again", "--scale", "0.2")
     run(tmp_path / "once", "--scale", "0.2")
-    files = [
-        sorted(p.relative_to(tmp_path / d) for p in (tmp_path / d).rglob("*.*"))
-        for d in ("again", "once")
-    ]
-    assert files[0] == files[1] and len(files[0]) > 100
-    assert all(
-        (tmp_path / "again" / f).read_bytes() == (tmp_path / "once" / f).read_bytes()
-        for f in files[0]
-    )
+    again = {p.relative_to(tmp_path / "again"): p for p in (tmp_path / "again").rglob("*.*")}
+    once = {p.relative_to(tmp_path / "once"): p for p in (tmp_path / "once").rglob("*.*")}
+    assert again.keys() == once.keys()
+    assert len(once) > 100
+    for name, path in once.items():
+        assert again[name].read_bytes() == path.read_bytes(), name
     run(tmp_path / "other", "--scale", "0.2", "--seed", "1")
     assert (tmp_path / "other/rl.jsonl").read_text() != (tmp_path / "once/rl.jsonl").read_text()
-    same = [(tmp_path / d / "words.json").read_text() for d in ("other", "once")]
-    assert (
-        same[0] == same[1] == (world / "words.json").read_text()
-    )  # the vocabulary depends on neither seed nor size
+    # The vocabulary depends on neither seed nor size.
+    words = (world / "words.json").read_text()
+    assert (tmp_path / "other/words.json").read_text() == words
+    assert (tmp_path / "once/words.json").read_text() == words
 
 
 def test_every_file_goes_through_the_loader(world):
@@ -97,10 +97,12 @@ def test_every_file_goes_through_the_loader(world):
 
 
 def test_references_are_right(world):
-    """Captions name every object in raster order, steps every object asked about with its running total."""
+    """Captions name every object in raster order, steps every object asked about with its running
+    total."""
     checked = Counter()
     for name, prompt, response, row in all_rows(world):
-        question, scene = prompt.removeprefix("<image>"), row["extra_info"]["scene"]
+        question = prompt.removeprefix("<image>")
+        scene = row["extra_info"]["scene"]
         if question == "describe":
             assert response == scene
             continue
@@ -110,47 +112,44 @@ def test_references_are_right(world):
         elif question.startswith("where"):
             assert response == (" ".join(position for position, _, _ in things) or "none")
         elif name == "rl":
-            assert response is None and row["reward_model"]["ground_truth"] == str(answer)
+            assert response is None
+            assert row["reward_model"]["ground_truth"] == str(answer)
         elif name != "public":
-            caption, think, given = parts(response)
+            caption, think, given = parts(response).values()
             *steps, last = think.removesuffix(" .").split(" . ")
-            assert caption == scene and given == str(answer) and last == f"so {answer}"
+            assert caption == scene
+            assert given == str(answer)
+            assert last == f"so {answer}"
             assert [tuple(step.split()[:3]) for step in steps] == things
             totals = [int(step.split()[3]) for step in steps]
             worth = [1 if question.startswith("count") else SIDES[shape] for _, _, shape in things]
             assert totals == [sum(worth[: i + 1]) for i in range(len(worth))]
-            assert (
-                count_items(caption) == len(scene.split(" ; "))
-                and count_steps(think) == len(things) + 1
-            )
+            assert count_items(caption) == len(scene.split(" ; "))
+            assert count_steps(think) == len(things) + 1
             checked[name] += 1
         if "reward_model" in row and response:
             assert score(response, row["reward_model"]["ground_truth"])["reward"] == 1.0
-    assert (
-        min(
-            checked[name]
-            for name in ("base", "curated", "align", "pairs", "test_id", "test_hard", "test_ood")
-        )
-        > 10
-    )
+    for name in ("base", "curated", "align", "pairs", "test_id", "test_hard", "test_ood"):
+        assert checked[name] > 10, name
 
 
 def test_public_demonstrations_are_wrong_at_the_stated_rates():
-    rng, seen = random.Random(0), Counter()
+    rng = random.Random(0)
+    seen = Counter()
     for _, scene, question, _ in scenes.items("public", 6000, 1):
-        caption, think, answer = parts(scenes.terse(scene, question, rng))
+        caption, think, answer = parts(scenes.terse(scene, question, rng)).values()
         real = Counter(thing for thing in scene if thing)
         named = Counter(tuple(item.split()) for item in caption.split(" ; "))
         things, right = asked(question, scenes.describe(scene))
         steps = think.split(" . ")[:-1]
         seen.update(objects=real.total(), named=named.total(), wrong=(named - real).total(), rows=1)
         seen.update(bare=not steps, mistaken=answer != str(right))
-        assert not Counter(tuple(step.split()) for step in steps) - Counter(
-            thing[1:] for thing in things
-        )
+        stepped = Counter(tuple(step.split()) for step in steps)
+        assert not stepped - Counter(thing[1:] for thing in things)
         if steps and len(things) >= 4:
             seen.update(steps=len(steps), asked=len(things))
-    # one object always stays; a wrong one may equal another that was left out; by chance all steps are skipped
+    # One object always stays; a wrong one may equal another that was left out; by chance all steps
+    # are skipped.
     assert seen["named"] / seen["objects"] == pytest.approx(1 - scenes.DROPPED, abs=0.03)
     assert seen["wrong"] / seen["named"] == pytest.approx(scenes.WRONG, abs=0.02)
     assert scenes.BARE < seen["bare"] / seen["rows"] < scenes.BARE + 0.2
@@ -165,13 +164,11 @@ def test_no_scene_is_in_two_files_and_sizes_fit(world):
         assert owner.setdefault(scene, name) == name
         fewest, most = scenes.FILES[name].objects
         assert fewest <= scene.count(";") + 1 <= most
-        if scenes.FILES[name].matches > 1:
-            assert (
-                len(asked(prompt.removeprefix("<image>"), scene)[0]) >= scenes.FILES[name].matches
-            )
-    tests = [
-        row["extra_info"]["scene"] for name, _, _, row in all_rows(world) if name == "test_hard"
-    ]
+        matches = scenes.FILES[name].matches
+        if matches > 1:
+            things, _ = asked(prompt.removeprefix("<image>"), scene)
+            assert len(things) >= matches
+    tests = [row["extra_info"]["scene"] for row in lines(world / "test_hard.jsonl")]
     assert len(tests) == len(set(tests))
 
 
@@ -179,50 +176,38 @@ def test_sft_file_is_public_and_curated_in_the_other_dialect(world):
     mixed = json.loads((world / "sft.json").read_text())
     texts = Counter(tuple(turn["value"] for turn in row["conversations"]) for row in mixed)
     both = [(p, r) for name, p, r, _ in all_rows(world) if name in ("public", "curated")]
-    assert texts == Counter(both) and {
-        turn["from"] for row in mixed for turn in row["conversations"]
-    } == {"human", "gpt"}
+    assert texts == Counter(both)
+    assert {turn["from"] for row in mixed for turn in row["conversations"]} == {"human", "gpt"}
 
 
 def test_pictures_show_the_scene(world):
     """The brightest channels of a cell's middle tell its colour; an empty cell is dark and grey."""
-    from PIL import Image
-
     for row in lines(world / "align.jsonl")[:20]:
         image = Image.open(world / row["images"][0]["path"])
         assert image.size == (24, 24) and image.mode == "RGB"
-        things = {
-            part.split()[0]: part.split()[1] for part in row["extra_info"]["scene"].split(" ; ")
-        }
+        colours = {}
+        for thing in row["extra_info"]["scene"].split(" ; "):
+            position, colour, _ = thing.split()
+            colours[position] = colour
         for place, position in enumerate(scenes.POSITIONS):
             x, y = 8 * (place % 3), 8 * (place // 3)
-            r, g, b = (
-                image.crop((x + 3, y + 4, x + 5, y + 6))
-                .resize((1, 1), Image.Resampling.BOX)
-                .getpixel((0, 0))
-            )
+            middle = image.crop((x + 3, y + 4, x + 5, y + 6))
+            r, g, b = middle.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
             seen = {
                 "red": r > g + 90 and r > b + 60,
                 "green": g > r + 40 and g > b + 40,
                 "blue": b > r + 60 and b > g + 40,
                 "yellow": min(r, g) > b + 60,
             }
-            assert [name for name, is_it in seen.items() if is_it] == (
-                [things[position]] if position in things else []
-            )
+            expected = [colours[position]] if position in colours else []
+            assert [name for name, is_it in seen.items() if is_it] == expected
 
 
 def test_every_word_is_in_the_vocabulary(world):
     words = set(json.loads((world / "words.json").read_text())[0]["text"].split())
-    used = {
-        w
-        for _, p, r, _ in all_rows(world)
-        for text in (p, r or "")
-        for w in text.replace("<image>", "").split()
-    }
-    assert used <= words
-    students = {w for row in lines(world / "pairs.jsonl") for w in row["student_response"].split()}
-    assert students <= words
+    for _, prompt, response, row in all_rows(world):
+        for text in (prompt, response or "", row.get("student_response", "")):
+            assert set(text.replace("<image>", "").split()) <= words
 
 
 def test_parquet_holds_the_same_rows_and_the_pictures(tmp_path):

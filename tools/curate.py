@@ -1,23 +1,33 @@
-r"""Demonstrations of one's own: problems (images, question, answer) and a teacher behind an API -> the method's three files.
+r"""Demonstrations of one's own: from problems and a teacher behind an API to the method's files.
 
-1. Keep the problems that the policy fails: pass rate over eval.py's samples at most `--hardest`; of several policies the best.
-2. Leave out near-duplicates of earlier ones: equal pixels, and a Jaccard index of the questions' word triples from `--near` on.
-3. Ask the teacher with data.SYSTEM_PROMPT (in place of a row's own), up to `--samples` times, for an answer with all three
-   parts that is right by rewards.py. `--judge`: a second model sees each well-formed answer and the reference, and grades it
-   from 0 (another answer) to 5; with 1 or more it is kept too, but not in rl.jsonl, which rewards.py will have to judge.
-4. Split: the best grades go to align.jsonl, the next to rl.jsonl, the rest to sft.jsonl; among equal ones `--seed` decides.
+A problem is a row with images, a question and an answer, in any format that eval.py reads.
 
-    python eval.py --policy CKPT --data problems.jsonl --no-greedy --samples 8 --rollouts_out out/rollouts.jsonl
-    PRISM_API_KEY=... python tools/curate.py --data problems.jsonl --pass_rates out/rollouts.jsonl --out data/mine \
-        --base_url https://HOST/v1 --teacher MODEL --judge MODEL --limit 20     # a first look; then without --limit
+1. Keep the problems that the policy fails: those with a pass rate over eval.py's samples of at most
+   `--hardest`; of several policies the best one counts.
+2. Leave out near-duplicates of earlier problems: the same pixels, and a Jaccard index of the
+   questions' word triples of at least `--near`.
+3. Ask the teacher with data.SYSTEM_PROMPT (in place of a row's own), up to `--samples` times, for
+   an answer that has all three parts and is right by rewards.py. With `--judge` a second model sees
+   each well-formed answer and the reference, and grades it from 0 (another answer) to 5. With 1 or
+   more an answer is kept too, but not in rl.jsonl, where rewards.py will have to judge.
+4. Split: the best grades go to align.jsonl, the next to rl.jsonl, the rest to sft.jsonl; among
+   equal ones `--seed` decides.
 
-The key is read from the environment and written nowhere. `--out` gets the images, all answers (answers.jsonl: after a stop the
-same command asks what is missing) and, last, report.json. Recipe: arXiv 2604.28123, 3.1 (there the judge decides alone)."""
+    python eval.py --policy CKPT --data problems.jsonl --no-greedy --samples 8 \
+        --rollouts_out out/rollouts.jsonl
+    PRISM_API_KEY=... python tools/curate.py --data problems.jsonl \
+        --pass_rates out/rollouts.jsonl --out data/mine \
+        --base_url https://HOST/v1 --teacher MODEL --judge MODEL --limit 20
+
+The first look is at 20 problems; then leave --limit out. The key is read from the environment and
+written nowhere. `--out` gets the images, all answers (answers.jsonl: after a stop the same command
+asks for what is missing only) and, last, report.json. The recipe is that of arXiv 2604.28123,
+section 3.1, where the judge decides alone.
+"""
 
 import base64
 import fcntl
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -27,378 +37,571 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from PIL import Image
 from tqdm import tqdm
 
-httpx = importlib.import_module(
-    "httpx2" if importlib.util.find_spec("httpx2") else "httpx"
-)  # transformers brings one of them
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import SYSTEM_PROMPT, read, to_example  # noqa: E402
-from engine.arguments import parse  # noqa: E402
-from engine.log import provenance  # noqa: E402
-from engine.rows import Rows, open_image  # noqa: E402
-from rewards import parts, score, split_spans  # noqa: E402
+try:  # transformers brings one of the two
+    import httpx2 as httpx
+except ImportError:
+    import httpx
 
-JUDGE_PROMPT = """You grade an answer to a question about images. Reply with one digit only: 0 if its <answer> means something
-else than the reference; otherwise 1 (<caption> or <think> invent, contradict, leave gaps) to 5 (all is seen and follows)."""
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import SYSTEM_PROMPT, WHOLE, parts, read, split_spans, to_example  # noqa: E402
+from engine.arguments import check, option, parse  # noqa: E402
+from engine.log import provenance  # noqa: E402
+from engine.rows import Data, Rows, open_image  # noqa: E402
+from rewards import verify  # noqa: E402
+
+JUDGE_PROMPT = (
+    "You grade an answer to a question about images. Reply with one digit only: 0 if its <answer> "
+    "means something\nelse than the reference; otherwise 1 (<caption> or <think> invent, "
+    "contradict, leave gaps) to 5 (all is seen and follows)."
+)
+GRADE = r"\W*([0-5])\W*"  # the form of the judge's answer
+ANYTHING = "(?s)(.*)"  # the form of the teacher's
+AGAIN = (408, 409, 425, 429)  # HTTP errors that time may mend, as it may those from 500 on
+THIS_REQUEST = (400, 413, 422)  # HTTP errors of one request alone: its picture is too large, say
+LONGEST_DELAY = 60  # s before a retry
+LONGEST_WAIT = 600  # s: a server that wants more, as for a daily quota, ends the run
+# What can go wrong with a request or in the reading of what came back.
+FAULTS = (
+    httpx.HTTPError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 
 
 @dataclass(kw_only=True)
 class Args:
-    data: tuple[str, ...]  # problems: files with answers, in any format that eval.py reads
-    out: str  # folder for sft.jsonl, align.jsonl, rl.jsonl, images, report.json, answers.jsonl
-    base_url: str  # of an OpenAI-compatible API: what stands before /chat/completions
-    teacher: str  # name of the teacher's model
-    judge: str = ""  # name of the judge's model, at the same API; empty: rewards.py alone decides, and nothing is graded
-    key_env: str = "PRISM_API_KEY"  # environment variable with the API's key
-    pass_rates: str = (
-        ""  # eval.py's --rollouts_out for --data; empty: no problem is left out for its pass rate
+    data: tuple[str, ...] = option(
+        help="problems: files with answers, in any format that eval.py reads"
     )
-    hardest: float = 0.0  # highest pass rate of a problem to keep
-    near: float = (
-        0.8  # Jaccard index from which on two questions about the same pictures are duplicates
+    out: str = option(
+        help="folder for sft.jsonl, align.jsonl, rl.jsonl, images, report.json, answers.jsonl"
     )
-    samples: int = 4  # answers of the teacher, per problem, until one is kept
-    request: str = (
-        '{"max_tokens": 8192}'  # JSON object with more fields of each request, temperature say
+    base_url: str = option(help="of an OpenAI-compatible API: what stands before /chat/completions")
+    teacher: str = option(help="name of the teacher's model")
+    judge: str = option(
+        "",
+        "name of the judge's model, at the same API; empty: rewards.py alone decides, and nothing "
+        "is graded",
     )
-    concurrency: int = 8  # problems asked at once
-    timeout: float = 300.0  # s that the server may be silent
-    retries: int = 5  # of a request, after HTTP 408, 409, 425, 429 or 5xx, a timeout, a broken connection, a broken answer
-    first_delay: float = (
-        1.0  # s before the first retry; each further one doubles it, up to 60; times 0.5 to 1.5
+    key_env: str = option("PRISM_API_KEY", "environment variable with the API's key")
+    pass_rates: str = option(
+        "",
+        "eval.py's --rollouts_out for --data; empty: no problem is left out for its pass rate",
     )
-    max_failures: int = (
-        20  # problems in a row that the API does not answer; with more of them the run stops
+    hardest: float = option(0.0, "highest pass rate of a problem to keep")
+    near: float = option(
+        0.8,
+        "Jaccard index from which on two questions about the same pictures are duplicates",
     )
-    shares: tuple[float, float] = (
-        0.05,
-        0.02,
-    )  # of the kept problems, for align.jsonl and for rl.jsonl
-    seed: int = 0  # of the split
-    limit: int = 0  # rows of each file, from its start; 0: all
-    max_bad: int = 100  # rows of a file that cannot be used; with more of them the run stops
-    image_root: str | None = (
-        None  # folder that image paths are relative to and stay in; none: the data file's
+    samples: int = option(4, "answers of the teacher, per problem, until one is kept", least=1)
+    request: str = option(
+        '{"max_tokens": 8192}', "JSON object with more fields of each request, temperature say"
+    )
+    concurrency: int = option(8, "problems asked at once", least=1)
+    timeout: float = option(300.0, "s that the server may be silent")
+    retries: int = option(
+        5,
+        "of a request, after HTTP 408, 409, 425, 429 or 5xx, a timeout, a broken connection, a "
+        "broken answer",
+    )
+    first_delay: float = option(
+        1.0,
+        "s before the first retry; each further one doubles it, up to 60; times 0.5 to 1.5",
+    )
+    max_failures: int = option(
+        20, "problems in a row that the API does not answer; with more of them the run stops"
+    )
+    shares: tuple[float, float] = option(
+        (0.05, 0.02), "of the kept problems, for align.jsonl and for rl.jsonl"
+    )
+    seed: int = option(0, "of the split")
+    limit: int = option(0, "rows of each file, from its start; 0: all")
+    max_bad: int = option(
+        100, "rows of a file that cannot be used; with more of them the run stops"
+    )
+    image_root: str | None = option(
+        None, "folder that image paths are relative to and stay in; none: the data file's"
     )
 
     def __post_init__(self):
-        if not re.fullmatch(r"https?://[^@?#\s]+", self.base_url) or not isinstance(
-            json.loads(self.request), dict
-        ):
+        check(self)
+        for name, share in {
+            "hardest": self.hardest,
+            "near": self.near,
+            "shares": sum(self.shares),
+        }.items():
+            if share > 1:
+                raise ValueError(f"--{name} is {share}: it must be 1 or less")
+        if not re.fullmatch(r"https?://[^@?#\s]+", self.base_url):
+            raise ValueError("--base_url is http(s)://HOST/PATH, without user, query or key")
+        try:
+            fields = json.loads(self.request)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ValueError("--request is a JSON object")
+        out = Path(self.out).resolve()
+        if out in [Path(path).resolve().parent for path in self.data]:
             raise ValueError(
-                "--base_url is http(s)://HOST/PATH, without user, query or key; --request is a JSON object"
+                "--out is the folder of --data: name another, lest a file of problems be "
+                "overwritten"
             )
-        if Path(self.out).resolve() in [Path(path).resolve().parent for path in self.data]:
-            raise ValueError(
-                "--out is the folder of --data: name another, lest a file of problems be overwritten"
-            )
-        for name, value in {**vars(self), "shares": sum(self.shares)}.items():
-            least, most = (
-                int(name in ("samples", "concurrency")),
-                1 if name in ("hardest", "near", "shares") else 1e9,
-            )
-            if isinstance(value, int | float) and not least <= value <= most:
-                raise ValueError(f"--{name} is {value}: it must be from {least} to {most:g}")
 
 
-def digest(*things):
+@dataclass
+class Problem:
+    """A problem to ask about, and what came of it.
+
+    It holds no example: the row is read again when it is asked and when it is written, since the
+    pictures of all problems would fill the memory.
+    """
+
+    data: Data
+    row: int
+    key: str  # digest of its pictures and turns: names it in answers.jsonl
+    answers: list = field(default_factory=list)  # what each answer was: "right, graded 4", ...
+    response: str = ""  # the last well-formed answer, in canonical form
+    right: bool = False  # by rewards.py
+    grade: int | None = None  # by the judge
+
+    def example(self):
+        return self.data[self.row]
+
+
+def digest(*things) -> str:
+    """A short name for plain values."""
     return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:32]
 
 
+# ------------------------------------------------------------------------- what is in a problem
 def look(example):
-    """(pictures [(path named by the pixels, bytes)], turns but the system's). The bytes are the file's own where every reader
-    sees in them what the policy sees, else a PNG of that. Raises BadRow."""
-    pictures = []
-    for source in example.images:
-        image, raw = (
-            open_image(source, example.where),
-            source if isinstance(source, bytes) else Path(source).read_bytes(),
-        )
-        given, png = Image.open(io.BytesIO(raw)), io.BytesIO()
-        if (
-            given.format not in ("PNG", "JPEG")
-            or given.mode != "RGB"
-            or given.has_transparency_data
-            or given.getexif()
-        ):
-            image.save(png, "PNG")
-        name = f"images/{digest(image.size, image.tobytes().hex())}.{'png' if png.tell() else given.format.lower()}"
-        pictures.append((name, png.getvalue() or raw))
-    return pictures, [turn for turn in example.messages if turn["role"] != "system"]
+    """The pictures of an example, each a (path, bytes), and its turns but the system's.
+
+    Raises BadRow for a picture that cannot be read.
+    """
+    pictures = [read_picture(source, example.where) for source in example.images]
+    turns = [turn for turn in example.messages if turn["role"] != "system"]
+    return pictures, turns
 
 
-def select(args):  # -> problems to ask, in the files' order; {fate: rows} of all others
-    problems, fates, asked, rates = [], Counter(), defaultdict(list), {}
-    for r in Rows(args.pass_rates) if args.pass_rates else ():
-        if not isinstance(r, dict) or not r.get("accuracy"):
-            raise ValueError(f"{args.pass_rates} is not what eval.py writes with --rollouts_out")
-        of, rate = (Path(r["data"]).resolve(), r["row"]), sum(r["accuracy"]) / len(r["accuracy"])
-        rates |= {of: max(rate, rates.get(of, 0.0))} if r["mode"] != "greedy" else {}
+def read_picture(source, where):
+    """The path of a picture below --out, named by its pixels, and its bytes.
+
+    The bytes are the file's own where every reader sees in them what the policy sees; else a PNG of
+    what the policy sees: upright, without transparency.
+    """
+    image = open_image(source, where)
+    raw = source if isinstance(source, bytes) else Path(source).read_bytes()
+    given = Image.open(io.BytesIO(raw))
+    usual = given.format in ("PNG", "JPEG") and given.mode == "RGB"
+    if usual and not given.has_transparency_data and not given.getexif():
+        ending = given.format.lower()
+    else:
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        raw = png.getvalue()
+        ending = "png"
+    pixels = digest(image.size, image.tobytes().hex())
+    return f"images/{pixels}.{ending}", raw
+
+
+# ------------------------------------------------------------------------------- which problems
+def select(args):
+    """The problems to ask, in the files' order, and {fate: rows} of all others."""
+    rates = read_pass_rates(args.pass_rates) if args.pass_rates else None
+    questions = defaultdict(list)  # names of pictures -> word triples of each question about them
+    problems = []
+    fates = Counter()
     for path in args.data:
         data = read(path, "eval", args.image_root, args.max_bad)
-        for row in tqdm(
-            range(min(args.limit or len(data), len(data))), Path(path).name, disable=None
-        ):
-            rate = rates.get((Path(path).resolve(), row))
-            if args.pass_rates and (rate is None or rate > args.hardest):
-                fates["no pass rate" if rate is None else "passed too often"] += 1
+        rows = min(args.limit or len(data), len(data))
+        for row in tqdm(range(rows), Path(path).name, disable=None):
+            fate = "" if rates is None else fate_by_rate(rates, path, row, args.hardest)
+            if fate:
+                fates[fate] += 1
                 continue
-            for pictures, turns in data.fetch(
-                [row], look
-            ):  # read again when asked and written: they would fill the memory
-                names, texts = (
-                    tuple(name for name, _ in pictures),
-                    [turn["content"] for turn in turns],
-                )
-                words = re.findall(
-                    r"\w+|[^\w\s.,;:!?'\"]", " ".join(texts).casefold()
-                )  # signs count, punctuation does not
-                new = {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
-                if any(len(new & old) >= args.near * len(new | old) for old in asked[names]):
-                    fates["near-duplicate"] += 1
-                else:
-                    asked[names].append(new)
-                    problems.append(
-                        SimpleNamespace(
-                            data=data, row=row, key=digest(names, texts), grade=None, answers=[]
-                        )
-                    )
-        fates.update({f"bad: {reason}": n for reason, n in data.skipped.items()})
+            found = data.fetch([row], look)
+            if not found:  # a bad row: counted below
+                continue
+            pictures, turns = found[0]
+            names = tuple(name for name, _ in pictures)
+            texts = [turn["content"] for turn in turns]
+            triples = word_triples(" ".join(texts))
+            if is_near_any(triples, questions[names], args.near):
+                fates["near-duplicate"] += 1
+                continue
+            questions[names].append(triples)
+            problems.append(Problem(data, row, digest(names, texts)))
+        for reason, rows in data.skipped.items():
+            fates[f"bad: {reason}"] += rows
     return problems, fates
 
 
-def chat(
-    example, system, more=""
-):  # -> the messages that the API gets: pictures as data URLs, `more` behind the last turn
-    (pictures, turns), messages = look(example), [{"role": "system", "content": system}]
-    urls = (
-        f"data:image/{name.split('.')[1]};base64,{base64.b64encode(raw).decode()}"
-        for name, raw in pictures
-    )
+def read_pass_rates(path) -> dict:
+    """{(data file, row): the best pass rate of any policy} from what eval.py wrote."""
+    rates = {}
+    for record in Rows(path):
+        if not isinstance(record, dict) or not record.get("accuracy"):
+            raise ValueError(f"{path} is not what eval.py writes with --rollouts_out")
+        if record["mode"] == "greedy":
+            continue
+        of = (Path(record["data"]).resolve(), record["row"])
+        rate = sum(record["accuracy"]) / len(record["accuracy"])
+        rates[of] = max(rate, rates.get(of, 0.0))
+    return rates
+
+
+def fate_by_rate(rates, path, row, hardest) -> str:
+    """Why a row is left out for its pass rate; empty where it is not."""
+    rate = rates.get((Path(path).resolve(), row))
+    if rate is None:
+        return "no pass rate"
+    return "passed too often" if rate > hardest else ""
+
+
+def word_triples(text) -> set:
+    """All sequences of three words of a text; fewer words make one shorter sequence.
+
+    Case, white space and punctuation do not count; other signs are words of their own.
+    """
+    words = re.findall(r"\w+|[^\w\s.,;:!?'\"]", text.casefold())
+    starts = range(max(1, len(words) - 2))
+    return {tuple(words[start : start + 3]) for start in starts}
+
+
+def is_near_any(triples, others, near) -> bool:
+    """Whether the Jaccard index with any of the others, their common share, is `near` or more."""
+    return any(len(triples & other) >= near * len(triples | other) for other in others)
+
+
+# -------------------------------------------------------------------------------------- the API
+def chat(example, system, more=""):
+    """The messages that the API gets: pictures as data URLs, and `more` behind the last turn."""
+    pictures, turns = look(example)
+    urls = iter([data_url(name, raw) for name, raw in pictures])
+    messages = [{"role": "system", "content": system}]
     for turn in turns:
-        pieces = filter(
-            str.strip, re.split("(<image>)", turn["content"] + more * (turn is turns[-1]))
-        )
-        content = [
-            ("image_url", {"url": next(urls)}) if piece == "<image>" else ("text", piece)
-            for piece in pieces
-        ]
-        messages.append(
-            {
-                "role": turn["role"],
-                "content": [{"type": kind, kind: value} for kind, value in content],
-            }
-        )
+        text = turn["content"]
+        if turn is turns[-1]:
+            text += more
+        messages.append({"role": turn["role"], "content": content_of(text, urls)})
     return messages
 
 
-class Api:  # its answers: known ones come from answers.jsonl, others are asked for and appended to it at once
-    def __init__(self, args):
-        self.args, self.requests, self.in_a_row, key = (
-            args,
-            Counter(),
-            0,
-            "".join(os.environ.get(args.key_env, "").split()),
-        )
-        self.lock, self.stopped, self.secret = (
-            threading.Lock(),
-            threading.Event(),
-            key if len(key) > 9 else "\0",
-        )  # not "EMPTY"
-        self.http = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=args.timeout
-        )
-        self.file, self.hint = (
-            open(Path(args.out) / "answers.jsonl", "a+"),
-            f"{'a' if key else 'no'} key in ${args.key_env}",
-        )
-        fcntl.flock(
-            self.file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # BlockingIOError: another run writes to this folder
-        *lines, broken = Path(self.file.name).read_text().split("\n")
-        self.file.truncate(
-            self.file.tell() - len(broken)
-        )  # a kill can break the last line (all ASCII)
-        self.known = {tuple(answer["of"]): answer for answer in map(json.loads, lines)}
+def data_url(name, raw) -> str:
+    ending = name.split(".")[1]
+    return f"data:image/{ending};base64,{base64.b64encode(raw).decode()}"
 
-    def ask(self, of, prompt, form="(?s)(.*)"):
-        """What `form` finds in the answer to chat(*prompt); of: (what, model, number from 0). Raises ConnectionError."""
-        if (known := self.known.get(of)) and (
-            known["finish"] != "length" or known["request"] == self.args.request
-        ):
+
+def content_of(text, urls) -> list:
+    """A turn's text as the API's list of parts; each `<image>` takes the next of `urls`."""
+    content = []
+    for piece in re.split("(<image>)", text):
+        if piece == "<image>":
+            content.append({"type": "image_url", "image_url": {"url": next(urls)}})
+        elif piece.strip():
+            content.append({"type": "text", "text": piece})
+    return content
+
+
+@dataclass
+class Reply:
+    """What came of one request."""
+
+    kind: str = ""  # "answered", or the fault, as it is counted
+    code: int = 0  # HTTP status; 0: none came
+    text: str = ""  # what came, without the key; or what went wrong
+    wait: int = 0  # s that the server wants us to wait
+    finish: str | None = None  # why the model stopped: "length" where it was cut
+    content: str = ""  # the model's answer
+    found: str = ""  # what was looked for in it
+
+    @property
+    def is_our_fault(self):
+        """To ask again is in vain."""
+        return 300 <= self.code < 500 and self.code not in AGAIN
+
+    @property
+    def concerns_all(self):
+        """No other request would be answered either: a wrong key, a spent quota."""
+        wrong = self.is_our_fault and self.code not in THIS_REQUEST
+        return wrong or self.wait > LONGEST_WAIT
+
+
+class Api:
+    """The API's answers: known ones come from answers.jsonl, others are asked for.
+
+    What is answered is appended to answers.jsonl at once. Threads may share an Api.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.requests = Counter()  # kinds of replies
+        self.failures = 0  # problems in a row that were not answered
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+
+        key = "".join(os.environ.get(args.key_env, "").split())
+        # A short key, as local servers want one ("EMPTY"), is a word: it may stay in what is shown.
+        self.secret = key if len(key) > 9 else None
+        self.hint = f"{'a' if key else 'no'} key in ${args.key_env}"
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(headers=headers, timeout=args.timeout)
+        self.url = f"{args.base_url.rstrip('/')}/chat/completions"
+
+        self.file = open(Path(args.out) / "answers.jsonl", "a+")
+        # BlockingIOError: another run writes to this folder.
+        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A kill can break the last line; all is ASCII, so that characters are bytes.
+        *lines, broken = Path(self.file.name).read_text().split("\n")
+        self.file.truncate(self.file.tell() - len(broken))
+        self.known = {}
+        for line in lines:
+            answer = json.loads(line)
+            self.known[tuple(answer["of"])] = answer
+
+    def ask(self, of, prompt, form=ANYTHING) -> str:
+        """What the pattern `form` finds in the answer to chat(*prompt).
+
+        of: (what is asked about, model, number of the try from 0), the answer's name in
+        answers.jsonl. Raises ConnectionError where there is no answer to this request, SystemExit
+        where there would be none to any other.
+        """
+        known = self.known.get(of)
+        if known and not self.is_cut_short(known):
             return re.fullmatch(form, known["text"])[1]
-        body = json.loads(self.args.request) | {"model": of[1], "messages": chat(*prompt)}
+        body = json.loads(self.args.request)
+        body["model"] = of[1]
+        body["messages"] = chat(*prompt)
         for attempt in range(self.args.retries + 1):
-            code, text, wait, delay = (
-                0,
-                "",
-                0,
-                min(60, self.args.first_delay * 2**attempt) * random.uniform(0.5, 1.5),
-            )
-            try:
-                reply = self.http.post(
-                    f"{self.args.base_url.rstrip('/')}/chat/completions", json=body
-                )
-                code, text = reply.status_code, reply.text.replace(self.secret, "[key]")
-                wait = int(
-                    (re.fullmatch(r"\d{1,9}", reply.headers.get("retry-after", "")) or "0")[0]
-                )
-                choice = json.loads(text if reply.is_success else "")["choices"][0]
-                answer = {
-                    "of": of,
-                    "request": self.args.request,
-                    "finish": choice.get("finish_reason"),
-                }
-                answer["text"] = (
-                    choice["message"]["content"] or ""
-                )  # nothing: it was all thought, or is held back
-                kind, found = "answered", re.fullmatch(form, answer["text"])[1]
-            except (
-                httpx.HTTPError,
-                ValueError,
-                LookupError,
-                TypeError,
-                AttributeError,
-                RecursionError,
-            ) as error:
-                kind, text = (
-                    f"HTTP {code}" if code not in (0, 200) else type(error).__name__,
-                    text or str(error),
-                )
-            with self.lock:
-                self.requests[kind] += 1
-                if kind == "answered":
-                    self.in_a_row, self.known[of] = 0, answer
-                    print(json.dumps(answer), file=self.file, flush=True)
-                    return found
-            fault = 300 <= code < 500 and code not in (
-                408,
-                409,
-                425,
-                429,
-            )  # ours: to ask again is in vain
-            if (
-                fault
-                or wait > 600
-                or attempt == self.args.retries
-                or self.stopped.wait(max(wait, delay))
-            ):
+            reply = self.request(body, form)
+            self.keep(of, reply)
+            if reply.kind == "answered":
+                return reply.found
+            if reply.is_our_fault or reply.wait > LONGEST_WAIT or attempt == self.args.retries:
                 break
-        self.in_a_row += 1
-        if (
-            fault
-            and code not in (400, 413, 422)
-            or wait > 600
-            or self.in_a_row > self.args.max_failures
-        ):
+            if self.stopped.wait(max(reply.wait, self.delay(attempt))):
+                break
+        self.give_up(reply)
+
+    def is_cut_short(self, answer) -> bool:
+        """Whether another --request, with a longer limit, may bring the rest of an answer."""
+        return answer["finish"] == "length" and answer["request"] != self.args.request
+
+    def request(self, body, form) -> Reply:
+        """Make one request; a fault is in the reply, and not raised."""
+        reply = Reply()
+        try:
+            response = self.http.post(self.url, json=body)
+            reply.code = response.status_code
+            reply.text = self.without_key(response.text)
+            reply.wait = seconds(response.headers.get("retry-after", ""))
+            if not response.is_success:
+                raise ValueError("nothing else was said")
+            choice = json.loads(reply.text)["choices"][0]
+            reply.finish = choice.get("finish_reason")
+            # No content: all of it was thought, or it is held back.
+            reply.content = choice["message"]["content"] or ""
+            reply.found = re.fullmatch(form, reply.content)[1]
+            reply.kind = "answered"
+        except FAULTS as error:
+            reply.kind = type(error).__name__
+            if reply.code not in (0, 200):
+                reply.kind = f"HTTP {reply.code}"
+            reply.text = reply.text or str(error)
+        return reply
+
+    def without_key(self, text) -> str:
+        """Servers repeat the key in their errors, and a model may in its answer."""
+        return text.replace(self.secret, "[key]") if self.secret else text
+
+    def keep(self, of, reply) -> None:
+        """Count a reply, and write it down where it is an answer."""
+        with self.lock:
+            self.requests[reply.kind] += 1
+            if reply.kind != "answered":
+                return
+            self.failures = 0
+            answer = {
+                "of": of,
+                "request": self.args.request,
+                "finish": reply.finish,
+                "text": reply.content,
+            }
+            self.known[of] = answer
+            print(json.dumps(answer), file=self.file, flush=True)
+
+    def delay(self, attempt) -> float:
+        """Seconds before a retry: doubled each time, and spread, lest all threads ask at once."""
+        doubled = self.args.first_delay * 2**attempt
+        return min(LONGEST_DELAY, doubled) * random.uniform(0.5, 1.5)
+
+    def give_up(self, reply) -> None:
+        """End the run where it is in vain; else only this problem stays without an answer."""
+        with self.lock:
+            self.failures += 1
+            too_many = self.failures > self.args.max_failures
+        if reply.concerns_all or too_many:
             self.stopped.set()
             raise SystemExit(
-                f"{kind} from {self.args.base_url} ({self.hint}, wait: {wait} s): {text[:500]}"
+                f"{reply.kind} from {self.args.base_url} ({self.hint}, wait: {reply.wait} s): "
+                f"{reply.text[:500]}"
             )
-        raise ConnectionError(kind)
+        raise ConnectionError(reply.kind)
 
 
-def solve(
-    problem, api
-):  # -> the problem's fate; if that is "kept", problem.response is the demonstration
-    example, args, fate = problem.data[problem.row], api.args, "malformed"
+def seconds(retry_after) -> int:
+    """The seconds in a Retry-After header; 0 where it holds a date or is not there."""
+    return int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 0
+
+
+# -------------------------------------------------------------------------------------- answers
+def solve(problem, api) -> str:
+    """Ask the teacher until an answer is kept. Returns the problem's fate.
+
+    Where that is "kept", `problem.response` is the demonstration.
+    """
+    fate = "malformed"
     try:
-        for number in (n for n in range(args.samples) if not api.stopped.is_set()):
-            text = api.ask((problem.key, args.teacher, number), (example, SYSTEM_PROMPT))
-            if not all(parts(text) or [""]) or re.search("<image>|[\ud800-\udfff]", text):
+        example = problem.example()
+        for number in range(api.args.samples):
+            if api.stopped.is_set():
+                break
+            of = (problem.key, api.args.teacher, number)
+            text = api.ask(of, (example, SYSTEM_PROMPT))
+            if not is_usable(text):
                 problem.answers.append("malformed")
                 continue
-            fate, problem.response = "wrong", "\n".join(split_spans(text))
-            problem.right = (
-                score(text, example.answer, example.choices, example.equivalent)["accuracy"] == 1
-            )
-            if args.judge:
-                more = f"\n\nReference: {' or '.join((example.answer, *example.equivalent))}\n\nGrade:\n{problem.response}"
-                of, prompt = (
-                    (digest(problem.key, more), args.judge, 0),
-                    (example, JUDGE_PROMPT, more),
-                )
-                problem.grade = int(api.ask(of, prompt, r"\W*([0-5])\W*"))
-            problem.answers.append(
-                ("right" if problem.right else "wrong")
-                + f", graded {problem.grade}" * bool(args.judge)
-            )
-            if problem.grade or problem.right:
+            fate = "wrong"
+            (problem.response,) = split_spans(text, WHOLE)
+            problem.right = verify(text, example)["accuracy"] == 1
+            verdict = "right" if problem.right else "wrong"
+            if api.args.judge:
+                problem.grade = judge(problem, example, api)
+                verdict += f", graded {problem.grade}"
+            problem.answers.append(verdict)
+            if problem.right or problem.grade:
                 return "kept"
     except ConnectionError as error:
         return f"unanswered: {error}"
     return fate
 
 
-def write(
-    kept, args
-):  # -> {kind: rows} of the files: rows of one form, which all stages read, each checked for its own
-    out, lines = Path(args.out), {"align": [], "rl": [], "sft": []}
-    for p in sorted(kept, key=lambda p: (-(p.grade or 0), digest(args.seed, p.key))):
-        example, (pictures, turns) = p.data[p.row], look(p.data[p.row])
-        for name, raw in pictures:
-            (out / name).write_bytes(raw)
-        row = {
-            "data_source": example.source,
-            "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, *turns],
-        }
-        row |= {"images": [name for name, _ in pictures], "teacher_response": p.response}
-        row["reward_model"] = {
+def is_usable(text) -> bool:
+    """Whether an answer has all three parts, none empty, and nothing that a data file refuses."""
+    written = parts(text)
+    if written is None or not all(written.values()):
+        return False
+    return not re.search("<image>|[\ud800-\udfff]", text)
+
+
+def judge(problem, example, api) -> int:
+    """The judge's grade of the problem's response, from 0 to 5."""
+    reference = " or ".join((example.answer, *example.equivalent))
+    more = f"\n\nReference: {reference}\n\nGrade:\n{problem.response}"
+    of = (digest(problem.key, more), api.args.judge, 0)
+    return int(api.ask(of, (example, JUDGE_PROMPT, more), GRADE))
+
+
+# ---------------------------------------------------------------------------------------- files
+def write(kept, args) -> dict:
+    """Write the kept problems to the three files. Returns {file: rows}.
+
+    All rows have one form, which every stage reads; each is checked for the stage of its file.
+    """
+    out = Path(args.out)
+    room_in_align = round(args.shares[0] * len(kept))
+    room_in_rl = round(args.shares[1] * len(kept))
+    files = {"align": [], "rl": [], "sft": []}
+    for problem in sorted(kept, key=partial(rank, seed=args.seed)):
+        if len(files["align"]) < room_in_align:
+            kind = "align"
+        elif problem.right and len(files["rl"]) < room_in_rl:
+            kind = "rl"
+        else:
+            kind = "sft"
+        line = json.dumps(make_row(problem, out))
+        where = f"{problem.data.path}:{problem.row + 1}"
+        to_example(json.loads(line), where, kind=kind, root=str(out.resolve()))
+        files[kind].append(line + "\n")
+    for kind, lines in files.items():
+        (out / f"{kind}.jsonl").write_text("".join(lines))
+    return {kind: len(lines) for kind, lines in files.items()}
+
+
+def rank(problem, seed):
+    """What problems are sorted by: the best grades come first, and chance decides among equals.
+
+    A digest rather than a shuffle: it stays as it is when problems are added.
+    """
+    return -(problem.grade or 0), digest(seed, problem.key)
+
+
+def make_row(problem, out) -> dict:
+    """A verl row of a kept problem; writes its pictures."""
+    example = problem.example()
+    pictures, turns = look(example)
+    for name, raw in pictures:
+        (out / name).write_bytes(raw)
+    return {
+        "data_source": example.source,
+        "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, *turns],
+        "images": [name for name, _ in pictures],
+        "teacher_response": problem.response,
+        "reward_model": {
             "style": "rule",
             "ground_truth": example.answer,
             "equivalent_answers": example.equivalent,
-        }
-        row["extra_info"] = {
-            "from": f"{Path(p.data.path).name}:{p.row + 1}",
+        },
+        "extra_info": {
+            "from": f"{Path(problem.data.path).name}:{problem.row + 1}",
             "choices": example.choices,
-            "grade": p.grade,
-        }
-        room = {"align": args.shares[0], "rl": args.shares[1] * p.right, "sft": 1}
-        kind = next(
-            kind for kind, share in room.items() if len(lines[kind]) < round(share * len(kept))
-        )
-        lines[kind].append(json.dumps(row) + "\n")
-        to_example(json.loads(lines[kind][-1]), example.where, kind=kind, root=str(out.resolve()))
-    for kind, rows in lines.items():
-        (out / f"{kind}.jsonl").write_text("".join(rows))
-    return {kind: len(rows) for kind, rows in lines.items()}
+            "grade": problem.grade,
+        },
+    }
 
 
 def main(args):
-    (Path(args.out) / "images").mkdir(parents=True, exist_ok=True)
+    out = Path(args.out)
+    (out / "images").mkdir(parents=True, exist_ok=True)
     problems, fates = select(args)
     print(f"{len(problems)} problems to ask, left out: {dict(fates)}", flush=True)
-    with (api := Api(args)).file, ThreadPoolExecutor(args.concurrency) as pool:
+    api = Api(args)
+    with api.file, ThreadPoolExecutor(args.concurrency) as pool:
         try:
-            ends = list(
-                tqdm(
-                    pool.map(lambda problem: solve(problem, api), problems),
-                    "asked",
-                    len(problems),
-                    disable=None,
-                )
-            )
-        finally:
+            asked = pool.map(partial(solve, api=api), problems)
+            ends = list(tqdm(asked, "asked", len(problems), disable=None))
+        finally:  # after a fault or Ctrl-C no thread waits for a retry, or asks once more
             api.stopped.set()
+
+    kept = []
+    answers = Counter()
+    for problem, end in zip(problems, ends, strict=True):
+        fates[end] += 1
+        answers.update(problem.answers)
+        if end == "kept":
+            kept.append(problem)
     report = {
-        "rows": fates.total() + len(ends),
-        "fates": fates + Counter(ends),
+        "rows": fates.total(),
+        "fates": fates,
         "requests": api.requests,
+        "answers": answers,
+        "files": write(kept, args),
     }
-    report["answers"] = Counter(answer for problem in problems for answer in problem.answers)
-    report["files"] = write(
-        [p for p, end in zip(problems, ends, strict=True) if end == "kept"], args
-    )
-    print(*(f"{name}: {counts}" for name, counts in report.items()), sep="\n")
-    (Path(args.out) / "report.json").write_text(
-        json.dumps(report | {"args": asdict(args)} | provenance(), indent=1)
-    )
+    for name, counts in report.items():
+        print(f"{name}: {counts}")
+    record = {**report, "args": asdict(args), **provenance()}
+    (out / "report.json").write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,162 +1,315 @@
 """
-The memory that a rank needs, from shapes alone (--dry_run): models are on the meta device, no weight is read, nothing runs.
+The memory that one rank of a stage needs, counted from shapes: no weight is read, nothing runs.
 
-    WORLD_SIZE=8 python align.py --policy Qwen/Qwen3-VL-4B-Instruct --dtype bfloat16 … --dry_run
+    WORLD_SIZE=8 python tools/memory.py align --policy Qwen/Qwen3-VL-4B-Instruct --dtype bfloat16
 
-An upper estimate: packs of sequences at their limits, each with an image as large as --max_prompt or --max_pixels lets it
-be. Not in it: what CUDA, NCCL and fragments take (a GB is 10^9 bytes here, cards of 80 hold 85), temporaries of decoding.
+The first argument is the stage (sft, align, rlvr), the others are that stage's own, without --data.
+Of --policy and --disc_init only config.json is read. WORLD_SIZE is the number of ranks, 1 without
+it; GROUP_WORLD_SIZE or --nodes the number of nodes.
 
-    b bytes of a number in --dtype   d hidden   i intermediate   q, k widths of all query and of all key heads
+The estimate is an upper one: packs are full of sequences at their limits, each with an image as
+large as --max_prompt or --max_pixels lets it be. Left out is what CUDA, NCCL and fragments take (a
+GB is 10^9 bytes here, and cards of 80 hold 85), and what decoding needs for a moment.
+
+Parameters, gradients and AdamW's moments are float32 numbers of 4 bytes; `bytes_each` below is what
+a number in --dtype takes, with which matrices are multiplied.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
-from engine.logprob import CHUNK
-from model import cut_dimension, is_sharded, units
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import align  # noqa: E402
+import model  # noqa: E402
+import rlvr  # noqa: E402
+import sft  # noqa: E402
+from engine.arguments import parse  # noqa: E402
+from engine.logprob import CHUNK  # noqa: E402
+
+STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
+ALWAYS = "always"
+ON_CPU = "on the CPU"
+FLOAT32 = 4  # bytes
+CARD = 80e9  # bytes
 
 
-def saved_by_layer(text, b, top_k=None):
-    """Bytes per token that a decoder layer keeps for its backward pass (top_k: of a mixture of experts).
+class Entry(NamedTuple):
+    """A line of the account.
 
-    Norms: input in float32, normalised input, output. Attention: queries, keys, values, output. MLP: gate, its activation,
-    up, their product; an expert also its token's input and output.
+    Phases other than ALWAYS and ON_CPU take turns, each on top of what is always there.
     """
-    q, k = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
-    d, i = text.hidden_size, text.intermediate_size
-    mlp = 4 * b * i if top_k is None else top_k * b * (4 * i + 2 * d)
-    return 2 * d * (4 + 2 * b) + (q + k) * (4 + 3 * b) + mlp
+
+    phase: str
+    what: str
+    size: float  # bytes
 
 
-def activations(base, tokens, patches, b, checkpointing, top_k=None):
-    """Peak bytes of a pack: what layers and vision blocks keep (with checkpointing their inputs, and all of the one at work),
-    and a quarter of a layer for the gradients at work. 0.96 to 1.11 of what is measured (tests/test_memory.py)."""
-    text, vision = base.config.text_config, base.config.vision_config
-    d, layer = vision.hidden_size, saved_by_layer(text, b, top_k)
-    block = b * (
-        10 * d + 2 * vision.intermediate_size
-    )  # per patch: norms, qkv, rotated q and k, attention, MLP
-    mergers = 4 * b * d * (1 + len(vision.deepstack_visual_indexes))  # norm, MLP
-    ends = text.hidden_size * (4 + 3 * b)  # embeddings, final norm, what the head reads
-    kept = (b * text.hidden_size, b * d) if checkpointing else (layer, block)
-    at_work = max(tokens * layer, patches * block) * (1.25 if checkpointing else 0.25)
-    return (
-        tokens * (text.num_hidden_layers * kept[0] + ends)
-        + patches * (vision.depth * kept[1] + mergers)
-        + at_work
-    )
+@dataclass
+class Player:
+    """A model that the stage trains: the policy, and in stage 2 the discriminator."""
+
+    name: str
+    module: nn.Module
+    base: nn.Module  # the transformers model without head inside it
+    patches: int  # image patches in its largest pack
+    experts_per_token: int | None = None  # None: a dense model
 
 
-def account(args, world, policy, disc=None):
-    """[(phase, what, bytes)] of one rank of `world`. Phases: "always"; those that take turns on top of it; "on the CPU"."""
-    sharded, b, resting = (
-        is_sharded(args, world),
-        getattr(torch, args.dtype).itemsize,
-        ("always", "on the CPU")[args.offload],
-    )
-    shards = world // (
-        args.nodes or int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    )  # HSDP: each node holds all
-    text, vision = policy.hf.config.text_config, policy.hf.config.vision_config
-    limit = args.max_prompt + args.max_response
-    tokens = max(args.pack_tokens, limit)
-    image = min(
-        args.max_prompt,
-        (args.max_pixels or 10**9) // (vision.patch_size * vision.spatial_merge_size) ** 2,
-    )
-    patches = tokens // limit * image * vision.spatial_merge_size**2
-    players, rows = [("policy", policy, policy.hf.model, None, patches)], []
-    if disc:
-        top_k = {"dense": None, "moe": args.experts_per_token, "experts": 2}[args.disc]
-        players.append(
-            ("discriminator", disc, disc.model, top_k, 0 if args.disc_blind else patches)
-        )
-    for who, module, _, *_ in players:
-        cut = [(p.numel(), p.shape[cut_dimension(p, shards)]) for p in module.parameters()]
-        held = 4 * sum(n // length * -(-length // shards) for n, length in cut)
-        rows += [
-            (resting, f"{who}: {what}", held * n)
-            for what, n in (("parameters", 1), ("gradients", 1), ("AdamW", 2))
-        ]
-        if who == "policy" and getattr(args, "kl", 0):
-            rows.append((resting, "reference of the KL term: parameters", held))
-    if hasattr(args, "slots"):
-        cache = (
-            text.num_hidden_layers * 2 * text.num_key_value_heads * text.head_dim * b
-        )  # a token's keys and values
-        if sharded:
-            rows.append(
-                (
-                    "always",
-                    "rollout copy of the policy",
-                    b * sum(p.numel() for p in policy.parameters()),
-                )
-            )
-        rows.append(
-            ("rollouts", f"KV cache, {args.slots} rows of {limit}", args.slots * limit * cache)
-        )
-        rows.append(
-            (
-                "rollouts",
-                "keys and values of a prefill",
-                max(args.pack_tokens, args.max_prompt) * cache,
-            )
-        )
-    for who, module, base, top_k, patches in players:
-        phase, (*sizes, whole) = (
-            f"{who}'s update",
-            (sum(p.numel() for p in unit.parameters()) for unit in units(module, base)),
-        )
-        root = whole - sum(sizes)
-        if sharded:  # the root stays gathered; of other units one computes, one is fetched, one is in the buffer
-            rows.append((phase, "gathered weights", b * (root + 3 * max(sizes))))
-            rows.append(
-                (phase, "gathered gradients, and reduced in float32", (b + 4) * max(root, *sizes))
-            )
-        if who == "policy":
-            head, chunk = (
-                4 * text.vocab_size * text.hidden_size,
-                4 * CHUNK["cpu" if args.device == "cpu" else "cuda"],
-            )
-            rows.append(
-                (
-                    phase,
-                    "head's gradient in float32, chunks of logits",
-                    (head if b == 4 else 2 * head) + 3 * chunk,
-                )
-            )
-        on, off = (activations(base, tokens, patches, b, ckpt, top_k) for ckpt in (True, False))
-        other = f"({off / 1e9:.1f} without" if args.checkpointing else f"({on / 1e9:.1f} with"
-        rows.append(
-            (
-                phase,
-                f"activations of a pack {other} --checkpointing)",
-                on if args.checkpointing else off,
-            )
-        )
-    return rows
+# -------------------------------------------------------------------------------- the account
+def account(args, ranks, policy, discriminator=None) -> list[Entry]:
+    """What one of so many ranks holds. args: the stage's; the models may be on the meta device."""
+    tokens, patches = largest_pack(args, policy.hf.config)
+    players = [Player("policy", policy, policy.hf.model, patches)]
+    if discriminator is not None:
+        seen = 0 if args.disc_blind else patches
+        experts = experts_per_token(discriminator)
+        players.append(Player("discriminator", discriminator, discriminator.model, seen, experts))
+
+    entries = []
+    for player in players:
+        entries += resting(player, args, ranks)
+    if hasattr(args, "slots"):  # the stages that sample rollouts
+        entries += sampling(policy, args, ranks)
+    for player in players:
+        entries += update(player, tokens, args, ranks)
+    return entries
 
 
-def show(args, build):
-    """Print the account of a rank of WORLD_SIZE (torchrun's variable; 1 without it). build() -> (policy,) or (policy, disc)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("RANK", "0") != "0":
-        return
+def experts_per_token(discriminator) -> int | None:
+    """How many experts a token goes through at most; None in a dense model."""
+    if discriminator.form == "dense":
+        return None
+    if discriminator.form == "moe":
+        return discriminator.mlps[0].top_k
+    # An expert for each span: a prompt's tokens go through all of them.
+    return len(discriminator.mlps[0].experts.down_proj)
+
+
+def largest_pack(args, config) -> tuple[int, int]:
+    """Tokens and image patches of the largest pack that the arguments allow."""
+    vision = config.vision_config
+    sequence = args.max_prompt + args.max_response
+    tokens = max(args.pack_tokens, sequence)
+    image_tokens = args.max_prompt
+    if args.max_pixels:
+        side = vision.patch_size * vision.spatial_merge_size  # of a visual token, in pixels
+        image_tokens = min(image_tokens, args.max_pixels // side**2)
+    images = tokens // sequence
+    return tokens, images * image_tokens * vision.spatial_merge_size**2
+
+
+def resting(player: Player, args, ranks) -> list[Entry]:
+    """Parameters, gradients and optimiser of a player: a rank's shard of each."""
+    phase = ON_CPU if args.offload else ALWAYS
+    nodes = args.nodes or int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    shard = FLOAT32 * largest_shard(player.module, ranks // nodes)  # each node holds all shards
+    entries = [
+        Entry(phase, f"{player.name}: parameters", shard),
+        Entry(phase, f"{player.name}: gradients", shard),
+        Entry(phase, f"{player.name}: AdamW", 2 * shard),
+    ]
+    if player.name == "policy" and getattr(args, "kl", 0.0):
+        entries.append(Entry(phase, "reference of the KL term: parameters", shard))
+    return entries
+
+
+def largest_shard(module: nn.Module, shards) -> int:
+    """Numbers in the first rank's shard of all parameters.
+
+    FSDP cuts a parameter along one dimension in equal pieces, rounded up; the last ranks get less.
+    """
+    numbers = 0
+    for parameter in module.parameters():
+        length = parameter.shape[model.cut_dimension(parameter, shards)]
+        piece = -(-length // shards)
+        numbers += parameter.numel() // length * piece
+    return numbers
+
+
+def sampling(policy, args, ranks) -> list[Entry]:
+    """The copy of the policy that samples, and its keys and values."""
+    text = policy.hf.config.text_config
+    bytes_each = itemsize(args)
+    entries = []
+    if model.is_sharded(args, ranks):
+        copied = bytes_each * count(policy)
+        entries.append(Entry(ALWAYS, "rollout copy of the policy", copied))
+    keys = text.num_key_value_heads * text.head_dim
+    cache = text.num_hidden_layers * 2 * keys * bytes_each  # keys and values of one token
+    row = args.max_prompt + args.max_response
+    rows = args.slots * row * cache
+    prefill = max(args.pack_tokens, args.max_prompt) * cache
+    entries.append(Entry("rollouts", f"KV cache, {args.slots} rows of {row}", rows))
+    entries.append(Entry("rollouts", "keys and values of a prefill", prefill))
+    return entries
+
+
+def update(player: Player, tokens, args, ranks) -> list[Entry]:
+    """What a player's update takes, from the gathered weights to the activations of a pack."""
+    phase = f"{player.name}'s update"
+    bytes_each = itemsize(args)
+    entries = []
+    if model.is_sharded(args, ranks):
+        *parts, whole = [count(unit) for unit in model.units(player.module, player.base)]
+        root = whole - sum(parts)
+        # The root stays gathered; of the other units one computes, one is fetched, one is in the
+        # buffer.
+        weights = bytes_each * (root + 3 * max(parts))
+        gradients = (bytes_each + FLOAT32) * max(root, *parts)
+        entries.append(Entry(phase, "gathered weights", weights))
+        entries.append(Entry(phase, "gathered gradients, and reduced in float32", gradients))
+    if player.name == "policy":
+        what = "head's gradient in float32, chunks of logits"
+        entries.append(Entry(phase, what, head(player.base.config.text_config, args)))
+
+    size = [player.base, tokens, player.patches, bytes_each]
+    without = activations(*size, False, player.experts_per_token)
+    recomputed = activations(*size, True, player.experts_per_token)
+    if args.checkpointing:
+        what = f"activations of a pack ({without / 1e9:.1f} without --checkpointing)"
+        entries.append(Entry(phase, what, recomputed))
+    else:
+        what = f"activations of a pack ({recomputed / 1e9:.1f} with --checkpointing)"
+        entries.append(Entry(phase, what, without))
+    return entries
+
+
+def head(text, args) -> int:
+    """Bytes that the log-probs take, forward and backward, beside hidden states and weights."""
+    gradient = FLOAT32 * text.vocab_size * text.hidden_size
+    chunk = FLOAT32 * CHUNK["cpu" if args.device == "cpu" else "cuda"]
+    if itemsize(args) != FLOAT32:
+        gradient *= 2  # a chunk's product is a matrix of its own before it is added
+    return gradient + 3 * chunk  # logits, probabilities, their gradient
+
+
+# ---------------------------------------------------------------------- activations of a pack
+def activations(base, tokens, patches, bytes_each, checkpointing, experts_per_token=None) -> float:
+    """Peak bytes of the activations of one pack, forward and backward.
+
+    It is 0.96 to 1.11 of what is measured (tests/test_memory.py).
+    """
+    text = base.config.text_config
+    vision = base.config.vision_config
+    layer = saved_by_layer(text, bytes_each, experts_per_token)  # per token
+    block = saved_by_block(vision, bytes_each)  # per patch
+
+    # With checkpointing a layer keeps its input alone, and all else only while it is at work.
+    kept_by_layer = bytes_each * text.hidden_size if checkpointing else layer
+    kept_by_block = bytes_each * vision.hidden_size if checkpointing else block
+    layers = tokens * text.num_hidden_layers * kept_by_layer
+    blocks = patches * vision.depth * kept_by_block
+
+    # Embeddings in --dtype, final norm in float32 and --dtype, what the head reads in --dtype.
+    ends = tokens * text.hidden_size * (FLOAT32 + 3 * bytes_each)
+    # One merger behind the vision tower, one for each layer that deepstack feeds: norm and MLP.
+    mergers = 1 + len(vision.deepstack_visual_indexes)
+    merging = patches * mergers * 4 * bytes_each * vision.hidden_size
+
+    largest = max(tokens * layer, patches * block)
+    at_work = largest / 4  # gradients
+    if checkpointing:
+        at_work += largest
+    return layers + blocks + ends + merging + at_work
+
+
+def saved_by_layer(text, bytes_each, experts_per_token=None) -> int:
+    """Bytes that a decoder layer keeps of each token for its backward pass."""
+    hidden = text.hidden_size
+    inner = text.intermediate_size
+    queries = text.num_attention_heads * text.head_dim
+    keys = text.num_key_value_heads * text.head_dim
+
+    # A norm keeps its input in float32, the normalised input, and its output.
+    norm = FLOAT32 + 2 * bytes_each
+    norms = 2 * hidden * norm
+    # Queries and keys have a norm of their own; then they are rotated. Values are as wide as keys,
+    # the output as wide as queries.
+    attention = (queries + keys) * (norm + bytes_each)
+    # The gate, its activation, the up projection, the product of both.
+    mlp = 4 * inner * bytes_each
+    if experts_per_token is not None:  # each of them also keeps the token's input and output
+        mlp = experts_per_token * (mlp + 2 * hidden * bytes_each)
+    return norms + attention + mlp
+
+
+def saved_by_block(vision, bytes_each) -> int:
+    """Bytes that a block of the vision tower keeps of each patch for its backward pass."""
+    # Two norms (4 widths), queries, keys and values (3), both rotated (2), attention's output (1).
+    width = 10 * vision.hidden_size
+    mlp = 2 * vision.intermediate_size  # before and after its activation
+    return bytes_each * (width + mlp)
+
+
+def itemsize(args) -> int:
+    """Bytes of a number in --dtype."""
+    return getattr(torch, args.dtype).itemsize
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module; tied ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# -------------------------------------------------------------------------------- the command
+def skeletons(stage, args):
+    """The models that a stage trains, on the meta device: (policy, discriminator or None)."""
+    policy = model.skeleton(args.policy)
+    if stage is not align:
+        return policy, None
+    if args.disc_path:  # its form is in its tensors' names: they are read, and dropped
+        with torch.device("meta"):
+            return policy, align.open_discriminator(args.disc_path, args.disc)
+    base = model.skeleton(args.disc_init or args.policy).hf.model
     with torch.device("meta"):
-        policy, *disc = build()
-    rows, sums = account(args, world, policy, *disc), {}
-    count = sum(p.numel() for p in policy.parameters())
+        return policy, align.upcycle(base, args)
+
+
+def show(entries: list[Entry]) -> None:
+    """Print the account by phases, and the peak: what is always there and the worst phase."""
+    phases = {}
+    for entry in entries:
+        phases.setdefault(entry.phase, []).append(entry)
+    totals = {}
+    for phase, lines in phases.items():
+        for line in lines:
+            print(f"  {phase:<22} {line.what:<56} {line.size / 1e9:7.2f}")
+        totals[phase] = sum(line.size for line in lines)
+    always = totals.pop(ALWAYS, 0)
+    totals.pop(ON_CPU, 0)
+    worst = max(totals, key=totals.get)
+    peak = always + totals[worst]
+    print(f"  peak: always + {worst:<64} {peak / 1e9:7.2f}")
+    print(f"  fits in 80 GB: {'yes' if peak < CARD else 'no'}")
+
+
+def main(argv) -> None:
+    name = argv[0] if argv else ""
+    if name in ("-h", "--help"):
+        return print(__doc__)
+    if name not in STAGES:
+        sys.exit(f"usage: python tools/memory.py {{{','.join(STAGES)}}} --policy CHECKPOINT ...")
+    stage = STAGES[name]
+    # No row is read; but a stage without --data would take the sizes of the embedded world.
+    args = parse(stage.Args, ["--data", "none", *argv[1:]])
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun one process says it
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    policy, discriminator = skeletons(stage, args)
     print(
-        f"{policy.source}, {count:,} parameters: GB on each of {world} ranks, {args.dtype}, packs of {args.pack_tokens}"
+        f"{args.policy}, {count(policy):,} parameters: GB on each of {ranks} ranks, {args.dtype}, "
+        f"packs of {args.pack_tokens}"
     )
-    for phase, what, n in sorted(rows, key=lambda row: [r[0] for r in rows].index(row[0])):
-        sums[phase] = sums.get(phase, 0) + n / 1e9
-        print(f"  {phase:<22} {what:<56} {n / 1e9:7.2f}")
-    worst = max(sums.keys() - {"always", "on the CPU"}, key=sums.get)
-    peak = sums.get("always", 0) + sums[worst]
-    print(
-        f"  peak: always + {worst:<64} {peak:7.2f}\n  fits in 80 GB: {'yes' if peak < 80 else 'no'}"
-    )
+    show(account(args, ranks, policy, discriminator))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

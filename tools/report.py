@@ -1,12 +1,16 @@
 """
-One HTML page of runs, to be looked at anywhere: results with errors, health of the game, curves, a browser of rollouts.
+One HTML page of runs, to be looked at anywhere: results with their errors, lights for the health of
+the game, curves, and a browser of rollouts.
 
     python tools/report.py out/sft out/align out/align-grpo --eval out/eval.json --out report.html
 
-Reads of each run folder log.jsonl, warmup/log.jsonl and rollouts.jsonl; needs nothing but Python. The page loads nothing: no
-network, no fonts, no libraries. Curves are means over at most POINTS stretches of steps, and of the groups in
-rollouts.jsonl at most GROUPS of a run are taken, evenly over the steps; the page says so. NaN is a gap in a curve. A last
-line that a kill cut short is left out; whatever else cannot be read ends in an error that names file and line.
+Of each run folder it reads log.jsonl, warmup/log.jsonl and rollouts.jsonl. It needs nothing but
+Python, and the page loads nothing: no network, no fonts, no libraries.
+
+A curve is drawn through at most POINTS means over stretches of steps, and of a run's rollouts.jsonl
+at most GROUPS groups are taken, evenly over the steps; the page says so. NaN is a gap in a curve. A
+last line that a kill cut short is left out; whatever else cannot be read ends in an error that
+names file and line.
 """
 
 import argparse
@@ -14,432 +18,555 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
+from math import inf
 from pathlib import Path
 
-POINTS, GROUPS, LATE = 240, 40, 10  # LATE: steps that a light's figure is the mean of
-CHARTS = {  # of each stage; */ stands for perception/ and reasoning/
-    "sft": "loss grad_norm lr",
-    "warm-up": "*/acc */held_out */margin loss",
-    "align": "*/acc */margin */saturated */group_std */length_corr */leak accuracy format length entropy disc_loss grad_norm",
-    "rlvr": "reward accuracy format length entropy informative truncated grad_norm",
-}
-GLOSS = {
-    "loss": "of the stage",
-    "grad_norm": "before clipping",
-    "lr": "learning rate",
-    "acc": "pairs ordered rightly",
-    "held_out": "pairs never trained on",
-    "margin": "reference − rollout",
-    "saturated": "pairs with σ(margin) > 0.99",
-    "group_std": "of scores in a group",
-    "length_corr": "score against length",
-    "leak": "probe of the last token",
-    "accuracy": "the verifier's",
-    "format": "well-formed",
-    "length": "tokens per rollout",
-    "entropy": "nats per token",
-    "disc_loss": "Bradley-Terry",
-    "reward": "0.8 accuracy + 0.2 format",
-    "informative": "groups with mixed rewards",
-    "truncated": "cut at --max_response",
-}
+POINTS = 240  # of a curve, at most
+GROUPS = 40  # of a run, at most
+LATE = 10  # steps that a light's figure is the mean of
+
+STAGES = ("sft", "warm-up", "align", "rlvr")  # warm-up: of stage 2's discriminator
 
 
-def late(values):
-    return sum(values[-LATE:]) / len(values[-LATE:])
+@dataclass(frozen=True)
+class Chart:
+    """One chart for each of its stages, with the curves of all runs of that stage."""
+
+    metric: str  # its key in log.jsonl; "*/acc" is that of every span, "perception/acc" and so on
+    gloss: str
+    stages: tuple[str, ...]  # that have it
 
 
-def change(values):  # from the first steps to the last
+CHARTS = [  # in the order of the page
+    Chart("*/acc", "pairs ordered rightly", ("warm-up", "align")),
+    Chart("*/held_out", "pairs never trained on", ("warm-up",)),
+    Chart("*/margin", "reference − rollout", ("warm-up", "align")),
+    Chart("loss", "of the stage", ("sft", "warm-up")),
+    Chart("*/saturated", "pairs with σ(margin) > 0.99", ("align",)),
+    Chart("*/group_std", "of scores in a group", ("align",)),
+    Chart("*/length_corr", "score against length", ("align",)),
+    Chart("*/leak", "probe of the last token", ("align",)),
+    Chart("reward", "0.8 accuracy + 0.2 format", ("rlvr",)),
+    Chart("accuracy", "the verifier's", ("align", "rlvr")),
+    Chart("format", "well-formed", ("align", "rlvr")),
+    Chart("length", "tokens per rollout", ("align", "rlvr")),
+    Chart("entropy", "nats per token", ("align", "rlvr")),
+    Chart("informative", "groups with mixed rewards", ("rlvr",)),
+    Chart("truncated", "cut at --max_response", ("rlvr",)),
+    Chart("disc_loss", "Bradley-Terry", ("align",)),
+    Chart("grad_norm", "before clipping", ("sft", "align", "rlvr")),
+    Chart("lr", "learning rate", ("sft",)),
+]
+
+
+def mean_of_last(values):
+    late = values[-LATE:]
+    return sum(late) / len(late)
+
+
+def change(values):
+    """Return how far the mean of the last steps is from the mean of the first, as many of each."""
     n = min(LATE, max(1, len(values) // 2))
-    return late(values[-n:]) - late(values[:n])
+    return mean_of_last(values[-n:]) - mean_of_last(values[:n])
 
 
-LIGHTS = [  # stages, name, metrics, figure, what is bad about it (small is good), green up to, amber up to, meaning, mend
-    (
-        "warm-up",
+@dataclass(frozen=True)
+class Light:
+    """
+    One question about a run's health. The figure of each metric is green in one range, amber in a
+    wider one, else red; the worst metric decides.
+    """
+
+    name: str
+    stages: tuple[str, ...]  # that have it
+    metrics: tuple[str, ...]  # as in CHARTS
+    green: tuple[float, float]  # lowest and highest healthy figure
+    amber: tuple[float, float]  # lowest and highest that is not yet bad
+    meaning: str
+    mend: str  # what to do where it is not green
+    figure: Callable = mean_of_last  # of a metric's values, oldest first
+
+
+LIGHTS = [
+    Light(
         "Warmed up",
-        "*/held_out",
-        late,
-        lambda v: 0.9 - v,
-        0,
-        0.2,
-        "The discriminator must tell pairs it never saw apart before its scores mean anything.",
-        "Raise --warmup_steps or --warmup_lr, or look at the references.",
+        stages=("warm-up",),
+        metrics=("*/held_out",),
+        green=(0.9, inf),
+        amber=(0.7, inf),
+        meaning="The discriminator must tell pairs it never saw apart before its scores mean "
+        "anything.",
+        mend="Raise --warmup_steps or --warmup_lr, or look at the references.",
     ),
-    (
-        "warm-up align",
+    Light(
         "Leak probe",
-        "*/leak",
-        late,
-        lambda v: abs(v - 0.5),
-        0.05,
-        0.1,
-        "A probe that sees only the token where the score is read should guess, 0.5.",
-        "The two sides' spans end differently: make both by encode_spans.",
+        stages=("warm-up", "align"),
+        metrics=("*/leak",),
+        green=(0.45, 0.55),
+        amber=(0.4, 0.6),
+        meaning="A probe that sees only the token where the score is read should guess, 0.5.",
+        mend="The two sides' spans end differently: make both by the same function.",
     ),
-    (
-        "align",
+    Light(
         "Saturated pairs",
-        "*/saturated",
-        late,
-        abs,
-        0.5,
-        0.9,
-        "Where σ(margin) > 0.99 the discriminator has won and learns no more.",
-        "Lower --disc_lr, shorten its warm-up, or raise --score_l2 and --lr.",
+        stages=("align",),
+        metrics=("*/saturated",),
+        green=(0, 0.5),
+        amber=(0, 0.9),
+        meaning="Where σ(margin) > 0.99 the discriminator has won and learns no more.",
+        mend="Lower --disc_lr, shorten its warm-up, or raise --score_l2 and --lr.",
     ),
-    (
-        "align",
+    Light(
         "Flat groups",
-        "*/flat_groups",
-        late,
-        abs,
-        0.05,
-        0.2,
-        "Groups with almost equal scores: divided by their std, noise becomes advantage.",
-        "Set --std_floor near the usual group_std, or raise --group_size.",
+        stages=("align",),
+        metrics=("*/flat_groups",),
+        green=(0, 0.05),
+        amber=(0, 0.2),
+        meaning="Groups with almost equal scores: divided by their std, noise becomes advantage.",
+        mend="Set --std_floor near the usual group_std, or raise --group_size.",
     ),
-    (
-        "align",
+    Light(
         "Score and length",
-        "*/length_corr",
-        late,
-        abs,
-        0.5,
-        0.8,
-        "Within groups, scores should follow content, not length.",
-        "Compare references' and rollouts' lengths; read rollouts of both ends below.",
+        stages=("align",),
+        metrics=("*/length_corr",),
+        green=(-0.5, 0.5),
+        amber=(-0.8, 0.8),
+        meaning="Within groups, scores should follow content, not length.",
+        mend="Compare references' and rollouts' lengths; read rollouts of both ends below.",
     ),
-    (
-        "align rlvr",
+    Light(
         "Canary: format",
-        "format",
-        late,
-        lambda v: 1 - v,
-        0.1,
-        0.3,
-        "Share of rollouts with the three parts.",
-        "Lower --lr, in alignment raise --malformed_penalty; read the malformed ones below.",
+        stages=("align", "rlvr"),
+        metrics=("format",),
+        green=(0.9, inf),
+        amber=(0.7, inf),
+        meaning="Share of rollouts with all parts in their order.",
+        mend="Lower --lr, in alignment raise --malformed_penalty; read the malformed ones below.",
     ),
-    (
-        "align",
+    Light(
         "Canary: accuracy",
-        "accuracy",
-        change,
-        lambda v: -v,
-        0.05,
-        0.15,
-        "Change since the first steps; the verifier is not trained on in this stage.",
-        "Some cost is usual before stage 3; a collapse is not: fewer --steps or a lower --lr.",
+        stages=("align",),
+        metrics=("accuracy",),
+        figure=change,
+        green=(-0.05, inf),
+        amber=(-0.15, inf),
+        meaning="Change since the first steps; the verifier is not trained on in this stage.",
+        mend="Some cost is usual before stage 3; a collapse is not: fewer --steps or a lower --lr.",
     ),
-    (
-        "align rlvr",
+    Light(
         "Cut rollouts",
-        "truncated",
-        late,
-        abs,
-        0.05,
-        0.2,
-        "Rollouts that hit the limit of tokens.",
-        "Raise --max_response, or see below whether they repeat themselves.",
+        stages=("align", "rlvr"),
+        metrics=("truncated",),
+        green=(0, 0.05),
+        amber=(0, 0.2),
+        meaning="Rollouts that hit the limit of tokens.",
+        mend="Raise --max_response, or see below whether they repeat themselves.",
     ),
-    (
-        "rlvr",
+    Light(
         "Informative groups",
-        "informative",
-        late,
-        lambda v: 0.3 - v,
-        0,
-        0.2,
-        "Groups whose rewards differ: only they teach.",
-        "Filter the prompts by pass rate (eval.py --filter), or use --algo dapo.",
+        stages=("rlvr",),
+        metrics=("informative",),
+        green=(0.3, inf),
+        amber=(0.1, inf),
+        meaning="Groups whose rewards differ: only they teach.",
+        mend="Filter the prompts by pass rate (eval.py --filter), or use --algo dapo.",
     ),
-    (
-        "sft align rlvr",
+    Light(
         "Skipped updates",
-        "skipped disc_skipped",
-        sum,
-        abs,
-        0,
-        2,
-        "Updates left out for a loss or gradient that was not finite.",
-        "Lower --lr (--disc_lr); three in a row stop the run.",
+        stages=("sft", "align", "rlvr"),
+        metrics=("skipped", "disc_skipped"),
+        figure=sum,
+        green=(0, 0),
+        amber=(0, 2),
+        meaning="Updates left out for a loss or gradient that was not finite.",
+        mend="Lower --lr (--disc_lr); three in a row stop the run.",
     ),
 ]
 
 
 # ----------------------------------------------------------------------------- what the runs left
+@dataclass
+class Run:
+    name: str
+    stage: str  # one of STAGES
+    header: dict  # the first record of log.jsonl: arguments, commit, hardware
+    steps: list[dict]  # log.jsonl's other records: {"step", metrics ..}
+    groups: list[dict]  # rollouts.jsonl's records
+
+
 def read_lines(path):
-    """Records of a JSONL file. SystemExit names a broken line; the last one may have been cut short: it is left out."""
-    records, lines = [], path.read_text(encoding="utf-8").split("\n")
+    """
+    Return the records of a JSONL file. Raises SystemExit that names a broken line. The last line
+    may have been cut short by a kill, it is left out.
+    """
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
     for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            records += [dict(json.loads(line))] if line.strip() else []
+            records.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
             if n < len(lines):
-                raise SystemExit(
-                    f"{path}:{n}: not a JSON object ({error}). Mend the line or take it out."
-                ) from None
+                mend = "Mend the line or take it out."
+                raise SystemExit(f"{path}:{n}: not a JSON object ({error}). {mend}") from None
             print(f"{path}:{n}: left out, cut short while it was written")
     return records
 
 
-def read_run(folder, name):
-    """The logs of a run folder, its warm-up's first: {"name", "stage", "header", "steps", "groups"} each."""
+def read_runs(folder, name):
+    """Return what a run folder holds: its warm-up where there was one, and the run itself."""
+    runs = []
+    if (folder / "warmup/log.jsonl").is_file():
+        runs.append(read_run(folder / "warmup", f"{name} warm-up", "warm-up"))
+    if (folder / "log.jsonl").is_file():
+        runs.append(read_run(folder, name))
+    if not runs:
+        mend = "name run folders, the --out of sft.py, align.py or rlvr.py"
+        raise SystemExit(f"{folder}: no log.jsonl there: {mend}")
+    return runs
+
+
+def read_run(folder, name, stage=None):
+    """Return the Run of one log.jsonl and the rollouts.jsonl beside it, if there is one."""
+    header = {"args": {}}
+    steps = []
+    for record in read_lines(folder / "log.jsonl"):
+        if "step" in record:
+            steps.append(record)
+        elif "args" in record and not header["args"]:
+            header = record  # a resumed run has several: the first counts
+    groups = []
+    if (folder / "rollouts.jsonl").is_file():
+        groups = read_lines(folder / "rollouts.jsonl")
+    return Run(name, stage or stage_of(header["args"]), header, steps, groups)
+
+
+def stage_of(args):
+    if "algo" in args:
+        return "rlvr"
+    if "disc" in args:
+        return "align"
+    return "sft"
+
+
+def short_names(paths):
+    """
+    Return a name for each path: its last part, the one before where that is "last" (a checkpoint's
+    folder), or the whole path where two would have the same name.
+    """
+    short = []
+    for path in paths:
+        path = Path(path)
+        short.append(path.parent.name if path.name == "last" else path.name)
+    count = Counter(short)
+    names = []
+    for name, path in zip(short, paths, strict=True):
+        names.append(name if name and count[name] == 1 else str(path))
+    return names
+
+
+def read_results(paths):
+    """
+    Return the results of eval.py's files, each with its `file` and a `label`: the policy's name,
+    with the file's where the policy is in several files.
+    """
+    results = []
+    for path in paths:
+        try:
+            for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+                needed = ("policy", "data", "mode", "prompts", "accuracy")
+                first = {key: result[key] for key in needed}
+                results.append({**first, **result, "file": str(path)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = "not a file of results, as eval.py --out writes it"
+            raise SystemExit(f"{path}: {what} ({error!r})") from None
+    files = {}  # policy -> files that have it
+    for result in results:
+        files.setdefault(result["policy"], set()).add(result["file"])
+    labels = dict(zip(files, short_names(list(files)), strict=True))
+    for result in results:
+        label = labels[result["policy"]]
+        if len(files[result["policy"]]) > 1:
+            label += f" ({result['file']})"
+        result["label"] = label
+    return results
+
+
+# ----------------------------------------------------------------------------- figures of a run
+def span_names(run):
+    """Return the names of the run's spans: each has a metric "<name>/acc"."""
+    keys = dict.fromkeys(key for record in run.steps for key in record)
+    return [key.removesuffix("/acc") for key in keys if key.endswith("/acc")]
+
+
+def keys_of(run, metric):
+    """Return the names under which the log has `metric`: "*/acc" is one for each span."""
+    if metric.startswith("*/"):
+        return [f"{span}/{metric.removeprefix('*/')}" for span in span_names(run)]
+    return [metric]
+
+
+def logged(run, key):
+    """Return [(step, value)] of a metric where it was logged; a value may be NaN."""
     found = []
-    for path, more in ((folder / "warmup/log.jsonl", " warm-up"), (folder / "log.jsonl", "")):
-        if path.is_file():
-            records = read_lines(path)
-            header = next((r for r in records if "args" in r), {"args": {}})
-            kind = (
-                "rlvr"
-                if "algo" in header["args"]
-                else "align"
-                if "disc" in header["args"]
-                else "sft"
-            )
-            rollouts = path.with_name("rollouts.jsonl")
-            groups = read_lines(rollouts) if rollouts.is_file() else []
-            found.append(
-                {
-                    "name": name + more,
-                    "stage": "warm-up" if more else kind,
-                    "header": header,
-                    "groups": groups,
-                    "steps": [r for r in records if "step" in r],
-                }
-            )
-    if not found:
-        raise SystemExit(
-            f"{folder}: no log.jsonl there: name run folders, the --out of sft.py, align.py or rlvr.py"
-        )
+    for record in run.steps:
+        if isinstance(record.get(key), int | float):
+            found.append((record["step"], record[key]))
     return found
 
 
-def names(paths):
-    """Short names: the last part of each path, the whole path where that names two."""
-    short = [
-        Path(p).parent.name if Path(p).name == "last" else Path(p).name for p in map(str, paths)
-    ]
-    return [
-        s if s and Counter(short)[s] == 1 else str(p) for s, p in zip(short, paths, strict=True)
-    ]
-
-
-def metrics(keys):
-    return [
-        k.replace("*", kind)
-        for k in keys.split()
-        for kind in ("perception", "reasoning")[: 1 + ("*" in k)]
-    ]
-
-
 def measured(run, key):
-    return [
-        r[key]
-        for r in run["steps"]
-        if isinstance(r.get(key), int | float) and math.isfinite(r[key])
-    ]
+    """Return the values of a metric without NaN and infinity."""
+    return [value for _, value in logged(run, key) if math.isfinite(value)]
 
 
 def points(run, key, most=POINTS):
-    """[step, value] of a metric, where it was logged: means over stretches of steps, None where all of one are NaN."""
-    logged = [(r["step"], r[key]) for r in run["steps"] if isinstance(r.get(key), int | float)]
-    size, thinned = max(1, math.ceil(len(logged) / most)), []
-    for part in (logged[i : i + size] for i in range(0, len(logged), size)):
-        values = [v for _, v in part if math.isfinite(v)]
-        thinned.append([part[-1][0], float(f"{sum(values) / len(values):.4g}") if values else None])
+    """
+    Return [[step, value]] of a metric, at most `most`: means over stretches of steps, None where
+    all of a stretch are NaN.
+    """
+    values = logged(run, key)
+    stretch = max(1, math.ceil(len(values) / most))
+    thinned = []
+    for begin in range(0, len(values), stretch):
+        part = values[begin : begin + stretch]
+        finite = [value for _, value in part if math.isfinite(value)]
+        mean = None
+        if finite:
+            mean = float(f"{sum(finite) / len(finite):.4g}")
+        last_step, _ = part[-1]
+        thinned.append([last_step, mean])
     return thinned
 
 
 def charts(runs):
-    """[{"stage", "title", "gloss", "series": [{"label", "colour", "points"}]}], runs of one stage in one chart."""
+    """Return what the page draws, with the runs of one stage in one chart."""
     found = []
-    for stage, wanted in CHARTS.items():
-        mine = [run for run in runs if run["stage"] == stage]
-        for title in wanted.split():
-            series = []
-            for run in mine:
-                for key in metrics(title):
-                    label = " ".join(
-                        [run["name"]] * (len(mine) > 1)
-                        + [key.split("/")[0]] * (len(mine) == 1 or "/" in key)
-                    )
-                    series.append(
-                        {"label": label, "colour": len(series), "points": points(run, key)}
-                    )
-            series = [s for s in series if any(v is not None for _, v in s["points"])]
-            title = title.removeprefix("*/")
+    for stage in STAGES:
+        same_stage = [run for run in runs if run.stage == stage]
+        for chart in CHARTS:
+            if stage not in chart.stages:
+                continue
+            series = series_of(same_stage, chart.metric)
+            title = chart.metric.removeprefix("*/")
             if series:
-                found.append(
-                    {"stage": stage, "title": title, "gloss": GLOSS[title], "series": series}
-                )
+                drawn = {"stage": stage, "title": title, "gloss": chart.gloss, "series": series}
+                found.append(drawn)
     return found
+
+
+def series_of(runs, metric):
+    """Return the curves of one chart. A run has the same colours in each chart of its stage."""
+    series = []
+    colour = 0
+    for run in runs:
+        for key in keys_of(run, metric):
+            curve = points(run, key)
+            if any(value is not None for _, value in curve):
+                label = curve_label(run, key, several=len(runs) > 1)
+                series.append({"label": label, "colour": colour, "points": curve})
+            colour += 1
+    return series
+
+
+def curve_label(run, key, several):
+    name = key.split("/")[0]  # the span's, or the metric's own
+    if not several:
+        return name
+    if "/" in key:
+        return f"{run.name} {name}"
+    return run.name
+
+
+@dataclass
+class Finding:
+    """How a light stands in a run."""
+
+    light: Light
+    colour: str  # green, amber, red; grey: no data
+    figures: str
 
 
 def lights(run):
-    """[(colour, name, figures, meaning, mend)] of a run: the worst of a light's metrics decides; no data is grey."""
-    found = []
-    for stages, name, keys, figure, bad, green, amber, meaning, mend in LIGHTS:
-        if run["stage"] in stages.split():
-            values = {key: figure(v) for key in metrics(keys) if (v := measured(run, key))}
-            worst = max((bad(v) + 0.0 for v in values.values()), default=math.nan)
-            colour = (
-                "grey"
-                if not values
-                else "green"
-                if worst <= green
-                else "amber"
-                if worst <= amber
-                else "red"
-            )
-            shown = [
-                (f"{k.split('/')[0]} " if "/" in k or len(values) > 1 else "") + f"{v:.3g}"
-                for k, v in values.items()
-            ]
-            found.append((colour, name, ", ".join(shown) or "not measured", meaning, mend))
-    return found
+    """Return the Findings of all lights that the run's stage has."""
+    return [examine(run, light) for light in LIGHTS if run.stage in light.stages]
 
 
-def read_results(paths):
-    """The results of eval.py's files, each with `label`: the policy's name, with the file's where it is in several."""
-    found, needed = [], ("policy", "data", "mode", "prompts", "accuracy")
-    for path in paths:
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))["results"]
-            found += [{k: r[k] for k in needed} | r | {"file": str(path)} for r in results]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(
-                f"{path}: not a file of results, as eval.py --out writes it ({error!r})"
-            ) from None
-    policies = list(dict.fromkeys(r["policy"] for r in found))
-    label, files = (
-        dict(zip(policies, names(policies), strict=True)),
-        {(r["policy"], r["file"]) for r in found},
-    )
-    several = {p for p, n in Counter(p for p, _ in files).items() if n > 1}
-    return [
-        r | {"label": label[r["policy"]] + (f" ({r['file']})" if r["policy"] in several else "")}
-        for r in found
-    ]
+def examine(run, light):
+    figures = {}
+    for metric in light.metrics:
+        for key in keys_of(run, metric):
+            values = measured(run, key)
+            if values:
+                figures[key] = light.figure(values)
+    if not figures:
+        return Finding(light, "grey", "not measured")
+    colours = [colour_of(light, figure) for figure in figures.values()]
+    worst = max(colours, key=["green", "amber", "red"].index)
+    shown = []
+    for key, figure in figures.items():
+        name = key.split("/")[0] + " " if "/" in key or len(figures) > 1 else ""
+        shown.append(f"{name}{figure:.3g}")
+    return Finding(light, worst, ", ".join(shown))
 
 
-# ----------------------------------------------------------------------------- the page
+def colour_of(light, figure):
+    for colour, (low, high) in (("green", light.green), ("amber", light.amber)):
+        if low <= figure <= high:
+            return colour
+    return "red"
+
+
+# ----------------------------------------------------------------------------- sections of the page
 def table(caption, head, rows):
-    """An HTML table; the first cell of each row heads it. Cells: any text, a float, or (percentage, its standard error)."""
+    """
+    Return an HTML table; the first cell of each row heads it. A cell is any text, a float, or a
+    pair (percentage, its standard error).
+    """
+    caption = escape(caption)
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    lines = []
+    for first, *others in rows:
+        cells = "".join(f"<td>{cell(value)}</td>" for value in others)
+        lines.append(f'<tr><th scope="row">{cell(first)}</th>{cells}</tr>')
+    body = f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    box = f'<div class="wide" tabindex="0" role="region" aria-label="{caption}">'
+    return f'<p class="dim">{caption}</p>{box}<table>{body}</table></div>'
 
-    def cell(x):
-        if isinstance(x, tuple):
-            return f"{x[0]:.1f} <small>± {x[1]:.1f}</small>"
-        return escape(f"{x:.3f}" if isinstance(x, float) else str(x))
 
-    head = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    rows = (
-        f'<tr><th scope="row">{cell(x)}</th>{"".join(f"<td>{cell(y)}</td>" for y in more)}</tr>'
-        for x, *more in rows
-    )
-    return (
-        f'<p class="dim">{escape(caption)}</p><div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+def cell(value):
+    if isinstance(value, tuple):
+        percentage, error = value
+        return f"{percentage:.1f} <small>± {error:.1f}</small>"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return escape(str(value))
 
 
 def results_section(results):
-    """Accuracy of each policy on each file in each mode; below, folded, whatever else eval.py has measured."""
+    """
+    Return the accuracy of each policy on each file in each mode; below, folded, whatever else
+    eval.py has measured.
+    """
     if not results:
         return ""
-    columns = list(dict.fromkeys((Path(r["data"]).stem, r["mode"]) for r in results))
-    rows = {r["label"]: {} for r in results}
-    for r in results:  # samples of one prompt are not independent: the error counts prompts
-        p, n = r["accuracy"], r["prompts"]
-        known = isinstance(p, float | int) and math.isfinite(p) and n
-        rows[r["label"]][Path(r["data"]).stem, r["mode"]] = (
-            (100 * p, 100 * math.sqrt(p * (1 - p) / n)) if known else "no data"
-        )
+    more = f"<details><summary>All figures</summary>{all_figures_table(results)}</details>"
+    return f'<section id="results"><h2>Results</h2>{accuracy_table(results)}{more}</section>'
+
+
+def accuracy_table(results):
+    columns = []
+    rows = {}  # label -> {column: cell}
+    for result in results:
+        column = f"{Path(result['data']).stem}, {result['mode']}"
+        if column not in columns:
+            columns.append(column)
+        rows.setdefault(result["label"], {})[column] = percentage(result)
+    lines = []
+    for label, cells in rows.items():
+        lines.append([label, *(cells.get(column, "–") for column in columns)])
     title = "Accuracy in %, with its binomial standard error over the prompts"
-    main = table(
-        title,
-        ["policy", *map(", ".join, columns)],
-        [[k, *(v.get(c, "–") for c in columns)] for k, v in rows.items()],
-    )
-    keys = [
-        k
-        for k in dict.fromkeys(k for r in results for k in r)
-        if k not in ("label", "policy", "file", "left_out")
-    ]
-    more = table(
-        "All figures",
-        ["policy", *keys],
-        [[r["label"], *(r.get(k, "–") for k in keys)] for r in results],
-    )
-    return f'<section id="results"><h2>Results</h2>{main}<details><summary>All figures</summary>{more}</details></section>'
+    return table(title, ["policy", *columns], lines)
+
+
+def percentage(result):
+    """
+    Return (accuracy, standard error) in %. Samples of one prompt are not independent: the error
+    counts prompts.
+    """
+    p = result["accuracy"]
+    n = result["prompts"]
+    if not isinstance(p, float | int) or not math.isfinite(p) or not n:
+        return "no data"
+    return 100 * p, 100 * math.sqrt(p * (1 - p) / n)
+
+
+def all_figures_table(results):
+    keys = dict.fromkeys(key for result in results for key in result)
+    for key in ("label", "policy", "file", "left_out"):
+        keys.pop(key, None)
+    lines = []
+    for result in results:
+        lines.append([result["label"], *(result.get(key, "–") for key in keys)])
+    return table("All figures", ["policy", *keys], lines)
 
 
 def health_section(runs):
-    """The lights of each run, with what they mean and what to do."""
-    blocks, word = [], {"green": "healthy", "amber": "watch", "red": "act", "grey": "no data"}
+    """Return the lights of each run, with what they mean and what to do."""
+    blocks = []
     for run in runs:
-        blocks.append(f'<h3>{escape(run["name"])}</h3><ul class="lights">')
-        for colour, name, shown, means, mend in lights(run):
-            mend = re.sub(r"(--\w+)", r'<span class="flag">\1</span>', escape(mend))
-            blocks.append(
-                f'<li class="{colour}"><b>{name} <i>● {word[colour]}</i></b><br><small>{escape(shown)}</small>'
-                f'<p>{escape(means)} <span class="mend">{mend}</span></p></li>'
-            )
-        blocks.append("</ul>")
-    figures = f'<p class="dim">Means of the last {LATE} steps that have the figure; skipped updates: all.</p>'
-    return f'<section id="health"><h2>Health</h2>{figures}{"".join(blocks)}</section>'
+        items = "".join(light_item(finding) for finding in lights(run))
+        blocks.append(f'<h3>{escape(run.name)}</h3><ul class="lights">{items}</ul>')
+    note = f"Means of the last {LATE} steps that have the figure; skipped updates: all."
+    title = f'<h2>Health</h2><p class="dim">{note}</p>'
+    return f'<section id="health">{title}{"".join(blocks)}</section>'
+
+
+def light_item(finding):
+    words = {"green": "healthy", "amber": "watch", "red": "act", "grey": "no data"}
+    light = finding.light
+    title = f"<b>{light.name} <i>● {words[finding.colour]}</i></b>"
+    # a flag is not broken over two lines
+    mend = re.sub(r"(--\w+)", r'<span class="flag">\1</span>', escape(light.mend))
+    advice = f'<p>{escape(light.meaning)} <span class="mend">{mend}</span></p>'
+    figures = f"<br><small>{escape(finding.figures)}</small>"
+    return f'<li class="{finding.colour}">{title}{figures}{advice}</li>'
+
+
+def runs_table(runs):
+    lines = []
+    for run in runs:
+        minutes = sum(measured(run, "seconds")) / 60
+        hardware = run.header.get("hardware", {})
+        device = hardware.get("gpu") or f"{hardware.get('cores', '?')} CPU cores"
+        where = f"{hardware.get('ranks', '?')} × {device}"
+        commit = run.header.get("commit", "?")[:10]
+        lines.append([run.name, run.stage, len(run.steps), f"{minutes:.1f}", where, commit])
+    return table("What ran", ["run", "stage", "steps", "minutes", "on", "commit"], lines)
+
+
+def some_groups(run):
+    """Return at most GROUPS of the run's groups, evenly over the steps, with the run's name."""
+    count = min(GROUPS, len(run.groups))
+    chosen = [run.groups[i * len(run.groups) // count] for i in range(count)]
+    return [{**group, "run": run.name} for group in chosen]
 
 
 def page(runs, results):
-    """The whole page, from report.html beside this file."""
-    rows = []
-    for run in runs:
-        hardware, seconds = run["header"].get("hardware", {}), sum(measured(run, "seconds"))
-        device = hardware.get("gpu") or f"{hardware.get('cores', '?')} CPU cores"
-        rows.append(
-            [
-                run["name"],
-                run["stage"],
-                len(run["steps"]),
-                f"{seconds / 60:.1f}",
-                f"{hardware.get('ranks', '?')} × {device}",
-                run["header"].get("commit", "?")[:10],
-            ]
-        )
+    """Return the whole page: report.html beside this file, its {{slots}} filled."""
     groups = []
     for run in runs:
-        have = run["groups"]
-        kept = [
-            have[i * len(have) // min(GROUPS, len(have))] for i in range(min(GROUPS, len(have)))
-        ]
-        groups += [{**group, "run": run["name"]} for group in kept]
-    data = json.dumps(
-        {"charts": charts(runs), "groups": groups}, separators=(",", ":"), allow_nan=False
-    )
-    longest = max(len(run["steps"]) for run in runs)
-    thinned = (
-        f"Each point is the mean of up to {math.ceil(longest / POINTS)} steps."
-        if longest > POINTS
-        else ""
-    )
-    left = sum(len(run["groups"]) for run in runs) - len(groups)
+        groups += some_groups(run)
+    left = sum(len(run.groups) for run in runs) - len(groups)
+    longest = max(len(run.steps) for run in runs)
+    content = {"charts": charts(runs), "groups": groups}
+    data = json.dumps(content, separators=(",", ":"), allow_nan=False)
     pieces = {
         "results": results_section(results),
         "health": health_section(runs),
-        "thinned": thinned,
-        "left": f"{left} more groups are in the runs' rollouts.jsonl." if left else "",
-        "runs": table("What ran", ["run", "stage", "steps", "minutes", "on", "commit"], rows),
+        "thinned": "",
+        "left": "",
+        "runs": runs_table(runs),
         "data": data.replace("<", "\\u003c"),  # no text of a rollout can end the script element
     }
+    if longest > POINTS:
+        stretch = math.ceil(longest / POINTS)
+        pieces["thinned"] = f"Each point is the mean of up to {stretch} steps."
+    if left:
+        pieces["left"] = f"{left} more groups are in the runs' rollouts.jsonl."
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    # in one go: a {{slot}} in the text of a rollout stays as it is
     return re.sub(r"\{\{(\w+)\}\}", lambda slot: pieces[slot[1]], template)
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="the --out of a stage"
     )
@@ -455,11 +582,9 @@ def main():
         "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
     )
     args = parser.parse_args()
-    runs = [
-        run
-        for folder, name in zip(args.runs, names(args.runs), strict=True)
-        for run in read_run(folder, name)
-    ]
+    runs = []
+    for folder, name in zip(args.runs, short_names(args.runs), strict=True):
+        runs += read_runs(folder, name)
     text = page(runs, read_results(args.eval))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8", errors="replace")

@@ -1,28 +1,38 @@
 """
-The embedded world: small pictures, questions with one right answer, demonstrations in PRISM's three parts. No download.
+The embedded world: small pictures, questions with one right answer, and demonstrations in PRISM's
+three parts. Nothing is downloaded.
 
-A picture is a 3 x 3 grid of 8-pixel cells (24 x 24), each empty or holding one of 4 colours x 3 shapes; with Qwen3-VL's
-patch 4 and merge 2 a cell is one visual token. A question counts the shapes of one or two colours, in the picture or in a
-part of it, or adds up their sides (circle 0, triangle 3, square 4). Prompts are one short line without a system message;
-words and marks stand apart, so that a tokenizer may split at white space.
+A picture is a grid of 3 x 3 cells of 8 x 8 pixels. Each cell is empty or holds one object, of one
+of 4 colours and 3 shapes; with Qwen3-VL's patch of 4 pixels and merge of 2 a cell is one visual
+token. A question counts the shapes of one or two colours, in the picture or in a part of it, or
+adds up their sides (circle 0, triangle 3, square 4). A prompt is one short line without a system
+message; words and marks stand apart, so that a tokenizer may split at white space.
 
-    python tools/scenes.py --out data/tiny --seed 0   # --quick: 1/20 of the rows; --parquet: verl rows also as parquet
+    python tools/scenes.py --out data/tiny --seed 0
+    python tools/scenes.py --out data/quick --quick        # a twentieth of the rows
+    python tools/scenes.py --out data/tiny --parquet       # verl rows also as parquet
 
-    words.json                every word of the world, for the tokenizer: the same for each seed and size
-    easy, look, base.jsonl    sharegpt, accurate, in this order: descriptions; places of colours; demonstrations
-    public, curated.jsonl     sharegpt: many terse, partly wrong demonstrations (rates below); few complete and right ones
-    sft.json                  both shuffled together, in the other sharegpt dialect
-    align.jsonl, rl.jsonl     verl rows with teacher_response, curated, not in sft.json; with answers only, harder
+    words.json                every word of the world, for the tokenizer: for all seeds and sizes
+    easy, look, base.jsonl    sharegpt, accurate: descriptions; places of colours; demonstrations.
+                              The base model learns from them in this order.
+    public, curated.jsonl     sharegpt: many terse and partly wrong demonstrations (the rates are
+                              below); few complete and right ones
+    sft.json                  these two shuffled together, in the other sharegpt dialect
+    align.jsonl               verl rows with teacher_response, as curated, but none of sft.json
+    rl.jsonl                  verl rows with answers only, harder
     pairs.jsonl               warm-up pairs: a curated and a public response to one prompt
-    test_{id,hard,ood}.jsonl  verl rows with references; ood has more objects than any other file but look and base
-No scene (what lies where) is in two files (sft.json apart): a hash of the scene says which may hold it. Same seed and
-sizes, same bytes (of PNG files: with the same Pillow).
+    test_{id,hard,ood}.jsonl  verl rows with references; ood has more objects than any other file
+                              but look and base
+
+No scene (what lies where) is in two files, sft.json apart: a hash of the scene says which file may
+hold it. The same seed and sizes give the same bytes (of PNG files: with the same Pillow).
 """
 
 import argparse
 import json
 import random
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +49,14 @@ COLOURS = {
 SIDES = {"circle": 0, "square": 4, "triangle": 3}
 REGIONS = {"left": "tl ml bl", "right": "tr mr br", "top": "tl tc tr", "bottom": "bl bc br"}
 
+QUESTIONS = {  # by the letters of File.questions
+    "c": "count {colour}",
+    "r": "count {colour} in {region}",
+    "o": "count {colour} or {other}",
+    "s": "sides {colour}",
+    "t": "sides {colour} or {other}",
+}
+
 # What is wrong with the public demonstrations, as shares.
 DROPPED = 0.4  # of the objects: left out of the caption (one always stays)
 WRONG = 0.1  # of the objects that a caption names: with another colour or shape
@@ -49,18 +67,15 @@ MISTAKEN = 0.05  # of the answers: off by one
 
 @dataclass(frozen=True)
 class File:
+    """What a file of the world holds."""
+
     rows: int
     objects: tuple[int, int]  # fewest and most in a scene
-    families: str  # of questions: c count a colour, r in a region, o count two colours, s sides of a colour, t of two
+    questions: str  # letters of QUESTIONS, each as often as it is likely
     share: int  # of all scenes, in parts of the sum: those that this file may hold
     matches: int = 1  # fewest objects that an answer rests on
     per_scene: int = 1  # questions about one picture
-    kinds: tuple = (
-        0,
-        0,
-        0,
-        1,
-    )  # weights of rows that ask for a description, places, the bare answer, the three parts
+    kinds: tuple = (0, 0, 0, 1)  # weights: describe, where, short answer, all three parts
 
 
 FILES = {
@@ -76,185 +91,297 @@ FILES = {
     "test_hard": File(500, (5, 7), "ot", 1, 3),
     "test_ood": File(500, (8, 9), "ot", 1, 3),
 }
-OWNERS = [name for name, file in FILES.items() for _ in range(file.share)]
 SFT_FILES = ("easy", "look", "base", "public", "curated")
+OWNERS = [name for name, file in FILES.items() for _ in range(file.share)]
 
 
+# --------------------------------------------------------------------------- scenes and questions
 def draw_scene(rng: random.Random, name: str) -> tuple:
-    """A scene that file `name` may hold: nine entries in raster order, each None or (colour, shape)."""
+    """Draw a scene that the file `name` may hold.
+
+    A scene is nine entries in raster order, each None or (colour, shape).
+    """
     while True:
-        cells = [None] * 9
-        for place in rng.sample(range(9), rng.randint(*FILES[name].objects)):
-            cells[place] = (rng.choice(tuple(COLOURS)), rng.choice(tuple(SIDES)))
-        if OWNERS[zlib.crc32(describe(cells).encode()) % len(OWNERS)] == name:
-            return tuple(cells)
+        scene = [None] * 9
+        objects = rng.randint(*FILES[name].objects)
+        for place in rng.sample(range(9), objects):
+            colour = rng.choice(tuple(COLOURS))
+            shape = rng.choice(tuple(SIDES))
+            scene[place] = (colour, shape)
+        if owner(scene) == name:
+            return tuple(scene)
 
 
-def paint(scene: tuple, rng: random.Random) -> Image.Image:
-    """24 x 24 RGB: size, place and colour of each shape vary a little, and every pixel carries some noise."""
-    image = Image.new("RGB", (3 * CELL, 3 * CELL), (rng.randint(15, 60),) * 3)
-    pen = ImageDraw.Draw(image)
-    for place, (colour, shape) in ((place, thing) for place, thing in enumerate(scene) if thing):
-        fill = tuple(max(0, min(255, part + rng.randint(-25, 25))) for part in COLOURS[colour])
-        size = rng.randint(5, 6)
-        x, y = (CELL * cell + rng.randint(0, 7 - size) for cell in (place % 3, place // 3))
-        if shape == "triangle":
-            pen.polygon([(x, y + size), (x + size, y + size), (x + size // 2, y)], fill)
-        else:
-            (pen.ellipse if shape == "circle" else pen.rectangle)((x, y, x + size, y + size), fill)
-    noise = Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
-    return ImageChops.add(image, noise.point(lambda value: value // 10), offset=-12)
+def owner(scene) -> str:
+    """The one file that may hold this scene; a hash decides, so that no two files share one."""
+    code = zlib.crc32(describe(scene).encode())
+    return OWNERS[code % len(OWNERS)]
 
 
-def solve(scene: tuple, question: str) -> tuple[list[tuple[int, int]], int]:
-    """([(place, running total) of each step, in raster order], answer)."""
-    words, steps, total = question.split(), [], 0
-    where = REGIONS[words[-1]].split() if "in" in words else POSITIONS
-    for place, thing in enumerate(scene):
-        if thing and POSITIONS[place] in where and thing[0] in words:
-            total += 1 if words[0] == "count" else SIDES[thing[1]]
-            steps.append((place, total))
-    return steps, total
+def describe(scene) -> str:
+    """Every object with its place, in raster order: "tl red circle ; mc blue square"."""
+    return " ; ".join(name_with_place(scene, place) for place in range(9) if scene[place])
+
+
+def name_with_place(scene, place: int) -> str:
+    """The object at a place of a scene: "tl red circle"."""
+    colour, shape = scene[place]
+    return f"{POSITIONS[place]} {colour} {shape}"
 
 
 def ask(rng: random.Random, scene: tuple, file: File) -> str:
-    for _ in range(
-        50
-    ):  # a scene may allow no question with enough matches: then the last one stays
-        first, second = rng.sample(tuple(COLOURS), 2)
-        count, region = f"count {first}", rng.choice(tuple(REGIONS))
-        question = {
-            "c": count,
-            "r": f"{count} in {region}",
-            "o": f"{count} or {second}",
-            "s": f"sides {first}",
-            "t": f"sides {first} or {second}",
-        }[rng.choice(file.families)]
-        if len(solve(scene, question)[0]) >= file.matches:
+    """Draw a question about the scene whose answer rests on as many objects as the file wants."""
+    for _ in range(50):  # a scene may allow no such question: then the last one stays
+        colour, other = rng.sample(tuple(COLOURS), 2)
+        region = rng.choice(tuple(REGIONS))
+        form = QUESTIONS[rng.choice(file.questions)]
+        question = form.format(colour=colour, other=other, region=region)
+        steps, _ = solve(scene, question)
+        if len(steps) >= file.matches:
             break
     return question
 
 
-def describe(scene: tuple) -> str:
-    return " ; ".join(
-        f"{POSITIONS[place]} {' '.join(thing)}" for place, thing in enumerate(scene) if thing
-    )
+def solve(scene: tuple, question: str) -> tuple[list[tuple[int, int]], int]:
+    """The steps to the answer, each a (place, running total), in raster order; and the answer."""
+    words = question.split()
+    region = REGIONS[words[-1]].split() if "in" in words else POSITIONS
+    steps = []
+    total = 0
+    for place, thing in enumerate(scene):
+        if thing is None or POSITIONS[place] not in region:
+            continue
+        colour, shape = thing
+        if colour in words:
+            total += 1 if words[0] == "count" else SIDES[shape]
+            steps.append((place, total))
+    return steps, total
 
 
+# --------------------------------------------------------------------------------------- pictures
+def paint(scene: tuple, rng: random.Random) -> Image.Image:
+    """Paint a scene as 24 x 24 pixels in RGB.
+
+    Size, place and colour of each object vary a little, and every pixel carries some noise.
+    """
+    grey = rng.randint(15, 60)
+    image = Image.new("RGB", (3 * CELL, 3 * CELL), (grey, grey, grey))
+    pen = ImageDraw.Draw(image)
+    for place, thing in enumerate(scene):
+        if thing:
+            paint_object(pen, place, *thing, rng)
+    noise = Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
+    faint = noise.point(lambda value: value // 10)  # 0 to 25
+    return ImageChops.add(image, faint, offset=-12)
+
+
+def paint_object(pen, place: int, colour: str, shape: str, rng: random.Random) -> None:
+    """Paint one object somewhere in its cell."""
+    shade = [channel + rng.randint(-25, 25) for channel in COLOURS[colour]]
+    fill = tuple(max(0, min(255, channel)) for channel in shade)
+    size = rng.randint(5, 6)
+    x = CELL * (place % 3) + rng.randint(0, 7 - size)
+    y = CELL * (place // 3) + rng.randint(0, 7 - size)
+    box = (x, y, x + size, y + size)
+    if shape == "circle":
+        pen.ellipse(box, fill)
+    elif shape == "square":
+        pen.rectangle(box, fill)
+    else:
+        corners = [(x, y + size), (x + size, y + size), (x + size // 2, y)]
+        pen.polygon(corners, fill)
+
+
+# -------------------------------------------------------------------------------------- responses
 def three_parts(caption: str, steps: list[str], answer: int) -> str:
-    think = " ".join(f"{step} ." for step in (*steps, f"so {answer}"))
-    return f"<caption>\n{caption}\n</caption>\n<think>\n{think}\n</think>\n<answer>\n{answer}\n</answer>"
+    """A response in PRISM's form. Each step, the last one too, ends in a full stop of its own."""
+    sentences = [*steps, f"so {answer}"]
+    think = " ".join(f"{sentence} ." for sentence in sentences)
+    return (
+        f"<caption>\n{caption}\n</caption>\n"
+        f"<think>\n{think}\n</think>\n"
+        f"<answer>\n{answer}\n</answer>"
+    )
 
 
 def good(scene: tuple, question: str) -> str:
-    """The references' manner: every object with its place, every step with the running total, always right."""
+    """The references' manner.
+
+    Every object stands with its place, every step with the running total, and all is right.
+    """
     steps, answer = solve(scene, question)
-    return three_parts(
-        describe(scene),
-        [f"{POSITIONS[at]} {' '.join(scene[at])} {total}" for at, total in steps],
-        answer,
-    )
+    sentences = [f"{name_with_place(scene, place)} {total}" for place, total in steps]
+    return three_parts(describe(scene), sentences, answer)
 
 
 def terse(scene: tuple, question: str, rng: random.Random) -> str:
-    """The public manner: no places, objects left out or wrong, steps left out; the answer is nearly always right."""
-    things = [thing for thing in scene if thing]
-    named = [thing for thing in things if rng.random() >= DROPPED] or [rng.choice(things)]
-    for i, (colour, shape) in enumerate(named):
-        others = (
-            [(c, shape) for c in COLOURS if c != colour],
-            [(colour, s) for s in SIDES if s != shape],
-        )
-        if rng.random() < WRONG:
-            named[i] = rng.choice(rng.choice(others))
+    """The public manner.
+
+    There are no places, objects are left out or wrong, steps are left out; the answer is nearly
+    always right. The rates are the constants at the top.
+    """
+    objects = [thing for thing in scene if thing]
+    named = [thing for thing in objects if rng.random() >= DROPPED]
+    if not named:
+        named = [rng.choice(objects)]
+    named = [perhaps_wrong(colour, shape, rng) for colour, shape in named]
+    caption = " ; ".join(f"{colour} {shape}" for colour, shape in named)
+
     steps, answer = solve(scene, question)
     if rng.random() < MISTAKEN:
         answer += 1 if answer == 0 else rng.choice((-1, 1))
-    kept = (
-        []
-        if rng.random() < BARE
-        else [" ".join(scene[place]) for place, _ in steps if rng.random() >= SKIPPED]
-    )
-    return three_parts(" ; ".join(map(" ".join, named)), kept, answer)
+
+    sentences = []
+    if rng.random() >= BARE:
+        kept = [place for place, _ in steps if rng.random() >= SKIPPED]
+        sentences = [" ".join(scene[place]) for place in kept]
+    return three_parts(caption, sentences, answer)
+
+
+def perhaps_wrong(colour: str, shape: str, rng: random.Random) -> tuple[str, str]:
+    """An object as a public caption names it, seldom in another colour or shape."""
+    if rng.random() >= WRONG:
+        return colour, shape
+    other_colours = [(other, shape) for other in COLOURS if other != colour]
+    other_shapes = [(colour, other) for other in SIDES if other != shape]
+    return rng.choice(rng.choice((other_colours, other_shapes)))
 
 
 def demonstrate(name: str, scene: tuple, question: str, rng: random.Random) -> tuple[str, str]:
-    """(prompt, response) of a row of one of the SFT files."""
+    """Draw a kind of row, as the file `name` weighs them, and return its (prompt, response)."""
     steps, answer = solve(scene, question)
     places = " ".join(POSITIONS[place] for place, _ in steps)
+    subject = question.split(" ", 1)[1]
+    if name == "public":
+        response = terse(scene, question, rng)
+    else:
+        response = good(scene, question)
     kinds = [
         ("describe", describe(scene)),
-        (f"where {question.split(' ', 1)[1]}", places or "none"),
+        (f"where {subject}", places or "none"),
         (f"short {question}", str(answer)),
-        (question, terse(scene, question, rng) if name == "public" else good(scene, question)),
+        (question, response),
     ]
     return rng.choices(kinds, FILES[name].kinds)[0]
 
 
-def items(name: str, rows: int, seed: int):
-    """Yields (number of the picture, scene, question, rng) for each row; questions about one picture are neighbours."""
+# ------------------------------------------------------------------------------------------ files
+def items(name: str, rows: int, seed: int) -> Iterator[tuple]:
+    """Yield (number of the picture, scene, question, rng) for each row of the file `name`.
+
+    Questions about one picture are neighbours and share its generator.
+    """
+    file = FILES[name]
+    is_test = name.startswith("test")
     seen = set()
     for row in range(rows):
-        picture = row // FILES[name].per_scene
-        if row % FILES[name].per_scene == 0:
+        picture = row // file.per_scene
+        if row % file.per_scene == 0:
             rng = random.Random(f"{seed} {name} {picture}")
             scene = draw_scene(rng, name)
-            while name.startswith("test") and scene in seen:  # a test has no scene twice
+            while is_test and scene in seen:  # a test has no scene twice
                 scene = draw_scene(rng, name)
             seen.add(scene)
-        yield picture, scene, ask(rng, scene, FILES[name]), rng
+        yield picture, scene, ask(rng, scene, file), rng
 
 
 def make(out: Path, name: str, rows: int, seed: int) -> list[dict]:
-    """Saves the pictures of a file and returns its rows; image paths are relative to `out`."""
+    """Save the pictures of a file and return its rows; image paths are relative to `out`."""
     (out / "images" / name).mkdir(parents=True, exist_ok=True)
     result = []
+    painted = -1
     for index, (picture, scene, question, rng) in enumerate(items(name, rows, seed)):
         path = f"images/{name}/{picture:05d}.png"
-        if index % FILES[name].per_scene == 0:
+        if picture != painted:
             paint(scene, rng).save(out / path, compress_level=1)
-        prompt, response = demonstrate(name, scene, question, rng)
-        turn, truth = (
-            {"role": "user", "content": f"<image>{prompt}"},
-            {"index": index, "scene": describe(scene)},
-        )
-        if name in SFT_FILES:
-            row = {"messages": [turn, {"role": "assistant", "content": response}], "images": [path]}
-        elif name == "pairs":
-            student = terse(scene, question, rng)
-            row = {
-                "image": path,
-                "prompt": [turn],
-                "teacher_response": response,
-                "student_response": student,
-            }
-        else:
-            row = {"data_source": name, "prompt": [turn], "images": [{"path": path}]}
-            row["reward_model"] = {"style": "rule", "ground_truth": str(solve(scene, question)[1])}
-            row |= {} if name == "rl" else {"teacher_response": response}
-        result.append({**row, "extra_info": truth})
+            painted = picture
+        row = make_row(name, scene, question, path, rng)
+        row["extra_info"] = {"index": index, "scene": describe(scene)}
+        result.append(row)
     return result
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    """JSON (an array), JSONL, or parquet with the pictures' bytes inside: as the file's ending says."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet  # an optional extra
+def make_row(name: str, scene: tuple, question: str, path: str, rng: random.Random) -> dict:
+    """A row in the format of the file `name`: sharegpt, a warm-up pair, or verl."""
+    prompt, response = demonstrate(name, scene, question, rng)
+    user = {"role": "user", "content": f"<image>{prompt}"}
+    if name in SFT_FILES:
+        assistant = {"role": "assistant", "content": response}
+        return {"messages": [user, assistant], "images": [path]}
+    if name == "pairs":
+        return {
+            "image": path,
+            "prompt": [user],
+            "teacher_response": response,
+            "student_response": terse(scene, question, rng),
+        }
+    _, answer = solve(scene, question)
+    row = {
+        "data_source": name,
+        "prompt": [user],
+        "images": [{"path": path}],
+        "reward_model": {"style": "rule", "ground_truth": str(answer)},
+    }
+    if name != "rl":
+        row["teacher_response"] = response
+    return row
 
-        rows = [
-            {
-                **r,
-                "images": [
-                    {**i, "bytes": (path.parent / i["path"]).read_bytes()} for i in r["images"]
-                ],
-            }
-            for r in rows
+
+def mix(public: list[dict], curated: list[dict], seed: int) -> list[dict]:
+    """The rows of sft.json: both files shuffled together, in sharegpt's other dialect."""
+    rows = public + curated
+    random.Random(f"{seed} sft").shuffle(rows)
+    mixed = []
+    for row in rows:
+        user, assistant = row["messages"]
+        turns = [
+            {"from": "human", "value": user["content"]},
+            {"from": "gpt", "value": assistant["content"]},
         ]
-        return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        others = {field: value for field, value in row.items() if field != "messages"}
+        mixed.append({**others, "conversations": turns})
+    return mixed
+
+
+def vocabulary() -> str:
+    """Every word of the world, in one text."""
+    marks_and_verbs = three_parts("; describe where none short count sides or in", [], 0)
+    totals = range(4 * 9 + 1)  # nine squares have 36 sides
+    words = [marks_and_verbs, *POSITIONS, *COLOURS, *SIDES, *REGIONS, *map(str, totals)]
+    return " ".join(" ".join(words).split())
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Write rows as JSON (an array), JSONL, or parquet: as the file's ending says."""
+    if path.suffix == ".parquet":
+        return write_parquet(path, rows)
     lines = [json.dumps(row) for row in rows]
-    path.write_text(
-        "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join([*lines, ""])
-    )
+    if path.suffix == ".json":
+        path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    else:
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_parquet(path: Path, rows: list[dict]) -> None:
+    """Write verl rows as parquet, with the pictures' bytes inside."""
+    import pyarrow.parquet  # an optional extra
+
+    with_bytes = []
+    for row in rows:
+        images = []
+        for image in row["images"]:
+            content = (path.parent / image["path"]).read_bytes()
+            images.append({**image, "bytes": content})
+        with_bytes.append({**row, "images": images})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(with_bytes), path)
+
+
+def number_of_rows(name: str, scale: float, quick: bool) -> int:
+    """Rows of the file `name` in a world of this size, one at least."""
+    rows = FILES[name].rows
+    if quick:
+        rows = max(40, rows // 20)
+    return max(1, round(scale * rows))
 
 
 def main() -> None:
@@ -272,40 +399,21 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    files, scenes = {}, {}
-    for name, file in FILES.items():
-        rows = max(1, round(args.scale * (max(40, file.rows // 20) if args.quick else file.rows)))
-        files[name] = make(args.out, name, rows, args.seed)
-        write(args.out / f"{name}.jsonl", files[name])
-        if args.parquet and name not in (*SFT_FILES, "pairs"):
-            write(args.out / f"{name}.parquet", files[name])
-        scenes[name] = {row["extra_info"]["scene"] for row in files[name]}
-        print(
-            f"{name:10s} {len(files[name]):7,d} rows on {len(scenes[name]):7,d} scenes", flush=True
-        )
-    assert len(set().union(*scenes.values())) == sum(map(len, scenes.values())), (
-        "a scene is in two files"
-    )
+    files = {}  # name -> rows
+    owned = set()  # scenes of all files so far
+    for name in FILES:
+        rows = make(args.out, name, number_of_rows(name, args.scale, args.quick), args.seed)
+        files[name] = rows
+        write(args.out / f"{name}.jsonl", rows)
+        if args.parquet and "reward_model" in rows[0]:
+            write(args.out / f"{name}.parquet", rows)
+        scenes = {row["extra_info"]["scene"] for row in rows}
+        assert owned.isdisjoint(scenes), f"a scene of {name} is in another file too"
+        owned |= scenes
+        print(f"{name:10s} {len(rows):7,d} rows on {len(scenes):7,d} scenes", flush=True)
 
-    mixed = files["public"] + files["curated"]
-    random.Random(f"{args.seed} sft").shuffle(mixed)
-    for row in mixed:
-        user, assistant = (turn["content"] for turn in row.pop("messages"))
-        row["conversations"] = [
-            {"from": "human", "value": user},
-            {"from": "gpt", "value": assistant},
-        ]
-    write(args.out / "sft.json", mixed)
-    words = [
-        *three_parts("; describe where none short count sides or in", [], 0).split(),
-        *POSITIONS,
-        *COLOURS,
-        *SIDES,
-    ]
-    write(
-        args.out / "words.json",
-        [{"text": " ".join([*words, *REGIONS, *map(str, range(4 * 9 + 1))])}],
-    )
+    write(args.out / "sft.json", mix(files["public"], files["curated"], args.seed))
+    write(args.out / "words.json", [{"text": vocabulary()}])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""
+Attention over packs, and through the vision tower: what transformers calls in place of its own.
+
+Transformers looks the attention function up by a name in the model's configuration; `adopt` sets
+these names, and `forward_pack` hands the pack's layout through to it.
+
+    T tokens of a pack   H heads   d width of a head   D hidden   P patches
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+def layout_of(pack):
+    """What computes attention over `pack` on its device."""
+    return FlexLayout(pack) if pack.ids.device.type == "cuda" else SegmentLayout(pack)
+
+
+# ----------------------------------------------------------------------------- segment by segment
+@dataclass
+class Bucket:
+    """Segments of similar length whose ancestors have equally many tokens: one batch."""
+
+    shortest: int  # length of the shortest segment
+    segments: list = field(default_factory=list)
+    above: list = field(default_factory=list)  # of each segment, its ancestors' tokens
+
+
+class SegmentLayout:
+    """Attention segment by segment, each against its ancestors' keys and its own, in batches."""
+
+    def __init__(self, pack):
+        self.batches = []  # (places of the queries, places of the keys, segments, mask)
+        # (T,) where a token's result stands among those of all batches
+        self.rows = torch.empty(len(pack.ids), dtype=torch.long)
+        done = 0
+        for bucket in self._buckets(pack):
+            done += self._add(bucket, done, pack.ids.device)
+        self.rows = self.rows.to(pack.ids.device)
+
+    def _buckets(self, pack):
+        buckets = {}  # tokens above -> the buckets of such segments
+        shortest_first = sorted(range(len(pack.segments)), key=lambda s: pack.segments[s].length)
+        for number in shortest_first:
+            segment = pack.segments[number]
+            above = []
+            for ancestor in map(pack.segments.__getitem__, pack.ancestors(number)):
+                above.extend(range(ancestor.start, ancestor.start + ancestor.length))
+            alike = buckets.setdefault(len(above), [])
+            if not alike or segment.length > 1.25 * alike[-1].shortest + 8:  # bounds the padding
+                alike.append(Bucket(segment.length))
+            alike[-1].segments.append(segment)
+            alike[-1].above.append(above)
+        return [bucket for alike in buckets.values() for bucket in alike]
+
+    def _add(self, bucket, done, device):
+        """Make a batch of a bucket; `done` queries stand before its own -> how many it has."""
+        longest = bucket.segments[-1].length
+        before = len(bucket.above[0])
+        # Queries beyond a segment's end are its first token again: computed, never read. As keys
+        # they come after every real query of the row, so that the causal mask alone hides them.
+        queries = []
+        for segment in bucket.segments:
+            places = torch.arange(longest)
+            places[segment.length :] = 0
+            queries.append(segment.start + places)
+        queries = torch.stack(queries)  # (segments, longest)
+        above = torch.tensor(bucket.above, dtype=torch.long)  # (segments, before)
+        keys = torch.cat([above, queries], 1)
+        mask = None
+        if before:
+            mask = torch.ones(longest, before + longest, dtype=torch.bool).tril(before).to(device)
+        size = len(bucket.segments)
+        self.batches.append((queries.flatten().to(device), keys.flatten().to(device), size, mask))
+        for row, segment in enumerate(bucket.segments):
+            places = done + row * longest + torch.arange(segment.length)
+            self.rows[segment.start : segment.start + segment.length] = places
+        return queries.numel()
+
+    def attend(self, query, key, value, scaling):
+        """(1, H, T, d) each -> (1, T, H, d)."""
+        query = query[0].transpose(0, 1)  # (T, H, d)
+        key = key[0].transpose(0, 1)
+        value = value[0].transpose(0, 1)
+        results = []
+        for queries, keys, size, mask in self.batches:
+            attended = F.scaled_dot_product_attention(
+                _gather(query, queries, size),
+                _gather(key, keys, size),
+                _gather(value, keys, size),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            results.append(attended.transpose(1, 2).reshape(-1, *query.shape[1:]))
+        return torch.cat(results).index_select(0, self.rows).unsqueeze(0)
+
+
+def _gather(x, places, size):
+    """Rows of x (T, H, d) at `places`, as a batch (size, H, places / size, d)."""
+    return x.index_select(0, places).view(size, -1, *x.shape[1:]).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------- on CUDA
+class FlexLayout:
+    """The same through torch's FlexAttention: one kernel, which skips what nobody attends to."""
+
+    kernel = None  # compiled at its first call
+
+    def __init__(self, pack):
+        sees = pack.sees()
+        segment = pack.segment
+        size = len(pack.ids)
+
+        def rule(batch, head, query, key):
+            return (query >= key) & sees[segment[query], segment[key]]
+
+        self.mask = create_block_mask(rule, None, None, size, size, device=pack.ids.device)
+
+    def attend(self, query, key, value, scaling):
+        """(1, H, T, d) each -> (1, T, H, d)."""
+        if FlexLayout.kernel is None:
+            FlexLayout.kernel = torch.compile(flex_attention)  # shapes become dynamic by themselves
+        attended = FlexLayout.kernel(
+            query,
+            key,
+            value,
+            block_mask=self.mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return attended.transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------- for transformers
+def pack_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """In the text layers, (1, H, T, d) each -> (1, T, H, d). layout: the pack's, or the sampler."""
+    if layout is not None and module.is_causal:
+        return layout.attend(query, key, value, scaling), None
+    if module.is_causal:
+        raise RuntimeError(
+            "this model was loaded for packs: call it through attention.forward_pack or "
+            "sampler.generate"
+        )
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
+
+
+def image_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
+):
+    """In the vision tower: (1, H, P, d) each -> (1, P, H, d), neighbouring images (or windows) of
+    one size at once. Transformers hands the whole row over only to what is named like flash
+    attention, and loops over images otherwise."""
+    if not hasattr(cu_seq_lens_q, "runs"):  # once per forward: all layers get the same tensor
+        sizes = cu_seq_lens_q.diff().tolist()
+        cu_seq_lens_q.runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    runs = cu_seq_lens_q.runs  # (patches of an image, so many images)
+    patches = [size * images for size, images in runs]
+    query, key, value = (x[0].split(patches, 1) for x in (query, key, value))
+    results = []
+    for run, (size, images) in enumerate(runs):
+        q, k, v = (x[run].unflatten(1, (images, size)).transpose(0, 1) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=scaling)  # (images, H, size, d)
+        results.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(results).unsqueeze(0), None
+
+
+AttentionInterface.register("packs", pack_attention)
+AttentionInterface.register("images-like-flash", image_attention)
+
+
+class PatchProduct(nn.Conv3d):
+    """The patch embedding. Its convolution moves by its own size: a matrix product, at which
+    convolution kernels are slower."""
+
+    def forward(self, x):  # (P, channels, time, height, width) -> (P, D)
+        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
+
+
+def adopt(base):
+    """Make a transformers vision-language model without head run packs; weights and their names
+    stay as they are."""
+    base.language_model.config._attn_implementation = "packs"
+    base.visual.config._attn_implementation = "images-like-flash"
+    patches = base.visual.patch_embed.proj
+    if type(patches) is nn.Conv3d and patches.kernel_size == patches.stride:
+        patches.__class__ = PatchProduct
+    return base
+
+
+def forward_pack(base, pack, **kwargs):
+    """Final hidden states (T, D) of `pack` under `base`, a transformers model without head."""
+    nothing = 0.0
+    if pack.pixel_values is None:
+        nothing = _blank_image(base, pack.ids.device)
+    output = base(
+        input_ids=pack.ids.unsqueeze(0),
+        position_ids=pack.positions.unsqueeze(1),
+        pixel_values=pack.pixel_values,
+        image_grid_thw=pack.grid_thw,
+        layout=pack.layout,
+        **kwargs,
+    )
+    return output.last_hidden_state[0] + nothing
+
+
+def _blank_image(base, device):
+    """Run the vision tower on one blank image -> 0, with a gradient of zeros.
+
+    All ranks run the tower in every forward, and first, or the collectives of a sharded one never
+    meet. So does one rank alone: a parameter then has a gradient of zero, which AdamW treats
+    otherwise than none, on any number of ranks.
+    """
+    config = base.config.vision_config
+    side = config.spatial_merge_size
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.zeros(side**2, width, device=device)
+    seen = base.visual(pixels, grid_thw=torch.tensor([[1, side, side]], device=device))
+    features = [seen.pooler_output, *getattr(seen, "deepstack_features", ())]
+    return 0.0 * sum(feature.sum() for feature in features)

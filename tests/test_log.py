@@ -1,0 +1,106 @@
+"""log.jsonl, rollouts.jsonl, the printed line, and what a resumed run keeps of them."""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engine import arguments
+from engine.log import Log
+
+
+@dataclass
+class Args(arguments.Common):
+    alpha: float = arguments.option(0.5, "a weight")
+
+
+def records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_log(tmp_path, capsys):
+    args = Args(policy="p", out=str(tmp_path / "run"), steps=4)
+    log = Log(args.out, args, show=("loss", "gap"))
+    for step in (1, 2, 3):
+        log.step(step, {"loss": 1.0 / step, "n": step, "empty": math.nan})
+    path = Path(args.out, "log.jsonl")
+    header, *steps = records(path)
+    assert header["args"]["alpha"] == 0.5
+    assert {"commit", "versions", "hardware"} <= set(header)
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert steps[1]["loss"] == 0.5
+    assert math.isnan(steps[0]["empty"]) and "NaN" in path.read_text()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert len({len(line) for line in lines}) == 1  # aligned
+    assert "loss 0.5" in lines[1] and "gap nan" in lines[1]
+    assert Path(args.out, "test_log.py").read_text() == Path(__file__).read_text()
+
+    with pytest.raises(SystemExit, match="--resume"):
+        Log(args.out, args)
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    args.resume = True
+    Log(args.out, args, done=2).step(3, {"loss": 9.0})
+    found = records(path)
+    assert [record.get("step") for record in found] == [None, 1, 2, None, 3]
+    assert found[-1]["loss"] == 9
+
+
+def test_printed_lines(tmp_path, capsys):
+    """Every --log_every steps and at the end, under labels of their own; log.jsonl has all."""
+    args = Args(policy="p", out=str(tmp_path / "run"), steps=5, log_every=2)
+    log = Log(args.out, args, show=("grad_norm grad",))
+    for step in range(1, 6):
+        log.step(step, {"grad_norm": step})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["2/5", "4/5", "5/5"]
+    assert "| grad 2 " in lines[0]
+    assert len(records(Path(args.out, "log.jsonl"))) == 6
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    asked = {"wandb": {"wandb": "project"}, "tensorboard": {"tensorboard": True}}
+    for package, flag in asked.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(SystemExit, match=f"pip install {package}"):
+            Log(tmp_path / package, Args(policy="p", out="o", **flag))
+        assert not (tmp_path / package).exists()  # so that the next start finds no log in its way
+
+
+def test_tensorboard_gets_every_scalar(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = Args(policy="p", out="o", tensorboard=True, resume=True)
+    # The second goes on from a checkpoint of step 2.
+    for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = Log(tmp_path, args, done=done)
+        for step in steps:
+            log.step(step, {"a/loss": done + step / 2, "gap": math.nan})
+        log.board.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in found.Scalars("a/loss")]
+    assert losses == [(1, 0.5), (2, 1.0), (3, 3.5), (4, 4.0)]
+    assert all(math.isnan(event.value) for event in found.Scalars("gap"))
+
+
+def test_resume_drops_later_rollouts(tmp_path):
+    args = Args(policy="p", out="o", resume=True)
+    log = Log(tmp_path, args)
+    file = tmp_path / "rollouts.jsonl"
+    assert not file.exists()  # stage 1 has none
+    for step in (1, 2, 3):
+        log.rollouts(step, {"advantage": [math.nan, 1.5]})
+    with open(file, "a") as end:
+        end.write('{"step": 1, "te')  # killed while writing
+    Log(tmp_path, args, done=2).rollouts(3, {"advantage": []})
+    kept = [(record["step"], record["stage"], record["advantage"]) for record in records(file)]
+    assert kept == [
+        (1, "test_log", [None, 1.5]),
+        (2, "test_log", [None, 1.5]),
+        (3, "test_log", []),
+    ]
