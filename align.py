@@ -366,7 +366,14 @@ def load_discriminator(args) -> Discriminator:
 def upcycle(base, args) -> Discriminator:
     """A discriminator made of `base`, a dense transformers model without head."""
     torch.manual_seed(args.seed)
-    return Discriminator(base, args.disc, args.experts, args.experts_per_token, args.upcycle_noise)
+    return Discriminator(
+        base,
+        args.disc,
+        args.experts,
+        args.experts_per_token,
+        args.upcycle_noise,
+        spans=len(span_table(args)),
+    )
 
 
 def open_discriminator(path, expected=None) -> Discriminator:
@@ -522,7 +529,7 @@ def discriminator_pass(disc, groups, args, device, train=True):
     spans = len(span_table(args))
     routed_whole = routing_of_split_trees(disc, trees, args, device)
     total = 0.0
-    load = torch.zeros(spans, 0, 1)
+    loads = []
     found = []  # (group, span, rollout, score, reference's score) of each pair
     for pack in packs_of(trees, args.pack_tokens, device):
         with torch.set_grad_enabled(train):
@@ -543,7 +550,7 @@ def discriminator_pass(disc, groups, args, device, train=True):
         if train:
             (loss * world()).backward()  # FSDP averages over ranks; the weights are global already
         total += float(loss.detach())
-        load = load + load_of_spans(routed, pack, spans)
+        loads.append(load_of_spans(routed, pack, spans))
         scores = zip(ours.tolist(), theirs.tolist(), strict=True)
         for (g, s, k), (our, their) in zip(pairs.names(), scores, strict=True):
             found.append((g, s, k, our, their))
@@ -551,7 +558,9 @@ def discriminator_pass(disc, groups, args, device, train=True):
         for g, s, k, our, their in part:
             groups[g].score[s, k] = our
             groups[g].reference_score[s] = their
-    return all_sum(total), sum(gather(load))
+    if not loads:  # there was nothing to score
+        return 0.0, torch.zeros(spans, 0, 1)
+    return all_sum(total), sum(gather(sum(loads)))
 
 
 def mean_of_trees(values, pack):

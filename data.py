@@ -22,6 +22,7 @@ import sys
 import unicodedata
 from dataclasses import dataclass, field
 from functools import partial
+from string import ascii_lowercase
 
 import torch
 from tqdm import tqdm
@@ -29,11 +30,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 
 from engine.answers import MAX_CHARS
 from engine.benchmarks import (
-    FIELDS,
     is_among,
     name_pictures,
     pictures,
     refuse_fields,
+    refuse_flags,
     refuse_in_turn,
     refuse_marks,
     standard,
@@ -59,12 +60,14 @@ Your output must strictly follow this XML format:
 </answer>
 """
 
-# The parts of a response, in their order, and the spans that they form: each is scored by itself.
+# The spans that the discriminator scores, and the parts of a response that each is made of, in the
+# response's order. The ablation `whole` scores the response as one span.
 SPANS = {"perception": ("caption",), "reasoning": ("think", "answer")}
-# The ablation of one score for the whole response.
-WHOLE = {"whole": tuple(part for parts in SPANS.values() for part in parts)}
-PARTS = WHOLE["whole"]
-TAGS = [tag for part in PARTS for tag in (f"<{part}>", f"</{part}>")]
+PARTS = tuple(name for names in SPANS.values() for name in names)
+WHOLE = {"whole": PARTS}
+TAGS = [tag for name in PARTS for tag in (f"<{name}>", f"</{name}>")]
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 # What a file's rows are for. "rl" and "eval" take rows of any format that hold answers.
 KINDS = ("sft", "align", "rl", "pairs", "eval")
@@ -164,23 +167,28 @@ def split_spans(response, spans=SPANS):
     return tuple(texts)
 
 
-# ----------------------------------------------------------------------------------- rows -> examples
+# ------------------------------------------------------------------------------- rows -> examples
 def to_example(row, where="", index=-1, kind=None, root=".", links=True):
     """A row of any format as an Example, of kind "pairs" as a PairExample. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow(where, "the row is not an object", "Each row is {...} with named fields.")
     kind = kind or _kind_of(row)
-    pair = from_pairs(row, where) if kind == "pairs" else None
-    example = pair.example if pair else _reader_of(row)(row, where)
+    if kind == "sft":
+        refuse_flags(row, where)
+    if kind == "pairs":
+        found = from_pairs(row, where)
+        example = found.example
+    else:
+        found = example = _reader_of(row)(row, where)
     example.where = where
     example.row = index
     example.images = [find_image(image, root, where, links) for image in example.images]
+    _check_marks(example)
     if kind == "sft":
         if example.response is None:
             mend = "SFT rows end with the assistant's turn, others hold the user's."
             raise BadRow(where, "the last turn is missing", mend)
         example.messages.append({"role": "assistant", "content": example.response})
-    _check_images(example)
     if kind == "align":
         written = parts(example.response)
         if written is None or not all(written.values()):
@@ -188,4 +196,638 @@ def to_example(row, where="", index=-1, kind=None, root=".", links=True):
             raise BadRow(where, "the reference lacks the three parts", mend)
     if kind in ("rl", "eval"):
         _check_answer(example)
-    return pair or example
+    return found
+
+
+def _kind_of(row):
+    if row.get("student_response") or row.get("student_caption"):
+        return "pairs"
+    if row.get("messages") or row.get("conversations"):
+        return "sft"
+    if row.get("teacher_response") or row.get("teacher_caption"):
+        return "align"
+    return "eval"
+
+
+def _reader_of(row):
+    """The function that reads a row's format: the field that holds its turns decides."""
+    if row.get("messages") is not None or row.get("conversations") is not None:
+        return from_sharegpt
+    prompt = row.get("prompt")
+    # A list that is written as text is no question either: from_verl says so.
+    if isinstance(prompt, list) or str(prompt).lstrip().startswith("[{"):
+        return from_verl
+    return from_plain
+
+
+def from_sharegpt(row, where):
+    """LLaMA-Factory's form, in both dialects, for SFT and anything else.
+
+    messages [{role, content}], or conversations [{from, value}]; system?; images, one for each
+    `<image>` in the users' turns.
+    """
+    if row.get("conversations") is not None:
+        turns = _turns(row, "conversations", ("from", "value"), where)
+    else:
+        turns = _turns(row, "messages", ("role", "content"), where)
+    return _example(row, where, turns)
+
+
+def from_verl(row, where):
+    """verl's form, for alignment and RL.
+
+    prompt [{role, content}]; images; reward_model {ground_truth, equivalent_answers?}; data_source;
+    extra_info {choices?}; for alignment teacher_response, or teacher_caption and teacher_cot.
+    """
+    return _example(row, where, _turns(row, "prompt", ("role", "content"), where))
+
+
+def from_plain(row, where):
+    """A question, for evaluation and RL: question, choices?, answer, image.
+
+    Other names that benchmarks give these: see engine/benchmarks.py. The system prompt is ours.
+    """
+    fields = standard(row, where)
+    images = fields["images"]
+    elsewhere = " (or `messages`, `conversations`, `prompt`)"
+    question = _text(fields["question"], "question", where, elsewhere)
+    choices = _strings(fields["choices"], "choices", where)
+    question, choices = name_pictures(question, choices, len(images), fields["numbers"], where)
+    shown, _ = unlettered(choices, ())
+    turns = [("system", SYSTEM_PROMPT), ("user", _ask(question, shown, len(images)))]
+    return _example(row, where, turns, fields | {"choices": choices})
+
+
+def from_pairs(row, where) -> PairExample:
+    """A row of any of the formats above that has two responses, for the discriminator's warm-up:
+    teacher_response and student_response, or of either side its _caption and _cot."""
+    example = _reader_of(row)(row, where)
+    reference = split_spans(example.response)
+    policy = split_spans(_written(row, "student", where))
+    if reference is None or policy is None:
+        side = "teacher_*" if reference is None else "student_*"
+        mend = "Leave malformed responses out."
+        raise BadRow(where, "a side of the pair lacks the three parts", mend, side)
+    texts = zip(reference, policy, strict=True)
+    return PairExample(example, dict(zip(SPANS, texts, strict=True)))
+
+
+# What all formats share
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+def _turns(row, name, fields, where):
+    """The turns under `name` as [(role, text)]; fields: what role and text are called there."""
+    turns = row[name]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        mend = f'Write [{{"{fields[0]}": .., "{fields[1]}": ..}}, ..].'
+        raise BadRow(where, f"`{name}` is not a list of turns", mend)
+    found = []
+    for turn in turns:
+        role = ROLES.get(str(turn.get(fields[0])))
+        refuse_in_turn(turn, role, fields, where)
+        found.append((role, _text(turn.get(fields[1]), fields[1], where)))
+    return found
+
+
+def _example(row, where, turns, plain=None):
+    """An Example of a row's turns [(role, text)]; plain: what `standard` found, of a plain row."""
+    if row.get("system"):
+        system = ("system", _text(row["system"], "system", where))
+        if turns[:1] != [system]:
+            turns = [system, *turns]
+    roles = [role for role, _ in turns]
+    if roles[:1] == ["system"]:
+        roles = roles[1:]
+    usual = [("user", "assistant")[i % 2] for i in range(len(roles))]
+    if not roles or roles != usual:
+        mend = "An optional system turn, then user, assistant, user, .."
+        raise BadRow(where, "turns do not alternate", mend, roles)
+    response = _written(row, "teacher", where)
+    if roles[-1] == "assistant":
+        _, response = turns.pop()
+    images = plain["images"] if plain else pictures(row, where)[0]
+    refuse_fields(row, images, where, plain is not None)
+    choices, golds = _answers(row, plain or row, response, where)
+    return Example(
+        messages=[{"role": role, "content": text} for role, text in turns],
+        images=images,
+        response=response,
+        answer=golds[0] if golds else None,
+        choices=choices,
+        equivalent=golds[1:],
+        source=str(row.get("data_source") or ""),
+    )
+
+
+def _answers(row, named, response, where):
+    """(the options' texts, all right answers) of a row; named: holds `choices` and `answer`."""
+    extra = row.get("extra_info") or {}
+    reward = row.get("reward_model") or {}
+    if not isinstance(extra, dict) or not isinstance(reward, dict):
+        mend = "Write {..} with named fields."
+        raise BadRow(where, "reward_model or extra_info is not an object", mend)
+    choices = _strings(named.get("choices") or extra.get("choices"), "choices", where)
+    answer = named.get("answer")
+    if answer is None:
+        answer = reward.get("ground_truth")
+    golds = _strings(answer, "answer", where)
+    written = parts(response)
+    if not golds and written is not None:
+        golds = (written["answer"],)
+    others = reward.get("equivalent_answers") or row.get("equivalent_answers")
+    golds += _strings(others, "equivalent_answers", where)
+    golds = [unwrap(gold) for gold in golds]
+    return unlettered(choices, tuple(gold for gold in golds if gold))
+
+
+def _written(row, side, where):
+    """A side's response, from {side}_response or from {side}_caption and {side}_cot, or None."""
+    if row.get(f"{side}_response"):
+        return _text(row[f"{side}_response"], f"{side}_response", where)
+    caption = row.get(f"{side}_caption")
+    cot = row.get(f"{side}_cot")  # <think> and <answer>
+    if not caption and not cot:
+        return None
+    caption = _text(caption, f"{side}_caption", where)
+    cot = _text(cot, f"{side}_cot", where)
+    if "<caption>" not in caption:
+        caption = f"<caption>{caption}</caption>"
+    return f"{caption}\n{cot}"
+
+
+def _ask(question, choices, n_images):
+    """A plain question as a user's turn: images first, as in the paper's data, then the text, then
+    lettered options. What the picture letters ("A", "(B)"), or the question lists in this order, is
+    not written again."""
+    if "<image>" not in question:
+        question = "<image>\n" * n_images + question
+    # One option after the other: as one pattern with gaps it could take exponential time.
+    end = 0
+    listed = True
+    for choice in choices:
+        pattern = re.compile(rf"(?<!\w){re.escape(choice)}(?!\w)")
+        found = pattern.search(question, end)
+        listed = found is not None
+        if not listed:
+            break
+        end = found.end()
+    if listed or all(re.fullmatch(r"\(?[A-Z][).]?", choice) for choice in choices):
+        return question
+    options = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(choices)]
+    return "\n".join([question, "Options:", *options])
+
+
+def _check_marks(example):
+    """BadRow unless the users' turns hold one `<image>` for each image, and no turn other marks."""
+    where = example.where
+    n = 0
+    texts = [(message["role"], message["content"]) for message in example.messages]
+    for role, text in [*texts, ("assistant", example.response or "")]:
+        refuse_marks(role, text, example.images, where)
+        n += text.count("<image>")
+        if role != "user" and "<image>" in text:
+            mend = "Move it into a user's turn, or out of the text."
+            raise BadRow(where, "<image> outside a user's turn", mend)
+    if n != len(example.images):
+        detail = f"{n} <image>, {len(example.images)} images"
+        mend = "Write it where each stands."
+        raise BadRow(where, "not one <image> for each image", mend, detail)
+
+
+def _check_answer(example):
+    """BadRow where no response can be right."""
+    where = example.where
+    if example.answer is None or len(example.answer) > MAX_CHARS:
+        mend = "Give `answer` or `reward_model.ground_truth`, or leave the row out."
+        raise BadRow(where, f"no answer, or one of more than {MAX_CHARS} characters", mend)
+    golds = (example.answer, *example.equivalent)
+    if any(tag in gold for gold in golds for tag in TAGS):
+        raise BadRow(where, "tags in the answer", "Write the answer alone.", example.answer)
+    if example.choices and not any(is_among(gold, example.choices) for gold in golds):
+        mend = "Write the right option's letter or its text, not its index."
+        raise BadRow(where, "the answer is none of the options", mend, example.answer)
+
+
+def _text(value, field, where, others=""):
+    if not isinstance(value, str) or not value.strip() or SURROGATE.search(value):
+        mend = f"Write `{field}`{others} as text in Unicode."
+        raise BadRow(where, f"`{field}` is missing, empty or no valid text", mend)
+    return value
+
+
+def _strings(value, field, where):
+    """A text, a number or a list of them as a tuple of texts; () of None and NaN."""
+    if value is None or value != value:
+        return ()
+    if field == "choices" and not isinstance(value, list | tuple):
+        values = [None]
+    else:
+        values = value if isinstance(value, list | tuple) else [value]
+    texts = []
+    for one in values:
+        if isinstance(one, int | float) and math.isfinite(one):
+            one = str(one)
+        if not isinstance(one, str) or SURROGATE.search(one):
+            mend = "Write texts in Unicode, `choices` as a list."
+            raise BadRow(where, f"`{field}` is neither a text nor a list of texts", mend)
+        texts.append(one)
+    return tuple(texts)
+
+
+# ----------------------------------------------------------------------------- examples -> prompts
+class Encoder:
+    """Text and images -> token ids and patches, in one way for all stages.
+
+    The prompt is rendered by the chat template and tokenised apart from the response that follows
+    it: a text has the same ids as a demonstration, a rollout's span and a reference's span.
+    rope_index: the transformers model's `get_rope_index` (None: plain positions). max_pixels:
+    larger images are scaled down to this area. blind: images are left out.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        image_processor,
+        config,
+        rope_index=None,
+        max_prompt_tokens=2048,
+        max_pixels=None,
+        blind=False,
+    ):
+        if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no chat template or no end token: "
+                "put chat_template.jinja beside it"
+            )
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.rope_index = rope_index
+        self.max_prompt_tokens = max_prompt_tokens
+        self.blind = blind
+        self.image_id = config.image_token_id
+        # The image processor's edges are areas, for all their names.
+        largest = min(image_processor.size["longest_edge"], max_pixels or math.inf)
+        smallest = min(image_processor.size["shortest_edge"], largest)
+        self.size = {"shortest_edge": smallest, "longest_edge": largest}
+
+        self.eos = tokenizer.eos_token_id
+        text_config = config.get_text_config()
+        known = set(tokenizer.get_vocab().values())
+        media = set()
+        for name in ("image", "video", "vision_start", "vision_end"):
+            media.add(getattr(config, f"{name}_token_id", None))
+        media &= known
+        # Never sampled: marks of images, padding, and rows of the embedding without a token.
+        unused = set(range(text_config.vocab_size)) - known
+        banned = media | unused | {tokenizer.pad_token_id}
+        self.banned = tuple(sorted(banned - {self.eos, None}))
+        # Any of these ends a rollout: the tokenizer's end token first, then the model's.
+        ends = getattr(text_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        others = [i for i in ends if i in known and i not in self.banned]
+        self.eos_ids = tuple(dict.fromkeys([self.eos, *others]))
+        # A text that holds one of these would steer the model.
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special.update(tokenizer.convert_ids_to_tokens(sorted(media)))
+        self.special = re.compile("|".join(map(re.escape, special)))
+
+    def prompt(self, example) -> Prompt:
+        """The prompt up to where the response starts. Raises BadRow, of a long prompt say."""
+        messages = example.messages
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        prompt, _ = self._encode(example, messages, self.max_prompt_tokens)
+        return prompt
+
+    def conversation(self, example, max_tokens=None):
+        """A whole conversation -> (Prompt, loss mask (T,) bool): True on the assistant's tokens and
+        its end tokens. Raises BadRow."""
+        return self._encode(example, example.messages, max_tokens or self.max_prompt_tokens)
+
+    def response(self, text) -> list[int]:
+        """Ids of a response or a span, and the end token. Special tokens in it are plain text."""
+        return [*self._ids(text, split=True), self.eos]
+
+    def decode(self, ids) -> str:
+        """The text of sampled ids: without an end token at the end, other special ones visible."""
+        ids = [int(i) for i in ids]
+        if ids and ids[-1] in self.eos_ids:
+            ids.pop()
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def pixels(self, example):
+        """The images as the model takes them: (patches (P, C) float32, grids (n, 3)), or Nones.
+
+        The one place where images are prepared. Each is opened upright in RGB (open_image), scaled
+        so that its area lies within `size`, normalised and cut into patches by the checkpoint's own
+        image processor. Raises BadRow.
+        """
+        if self.blind or not example.images:
+            return None, None
+        images = [open_image(image, example.where) for image in example.images]
+        try:
+            made = self.image_processor(images=images, size=self.size, return_tensors="pt")
+        except ValueError as error:
+            raise BadRow(
+                example.where, "an image has no usable shape", "Crop it.", str(error)
+            ) from None
+        return made["pixel_values"], made["image_grid_thw"]
+
+    def _encode(self, example, messages, limit):
+        where = example.where
+        texts = [message["content"] for message in messages]
+        for text in [*texts, example.response or ""]:
+            # Also as a blind encoder would see it.
+            found = self.special.search(text) or self.special.search(text.replace("<image>", ""))
+            if found:
+                mend = "Take it out: it would steer the model."
+                raise BadRow(where, "a special token in the text", mend, found[0])
+        ids, trained = self._tokens(example, messages)
+        ids = torch.tensor(ids)
+        trained = torch.tensor(trained)
+        pixels, grid = self.pixels(example)
+        slots = ids == self.image_id  # one for each image, to be widened
+        if slots.sum() != (0 if grid is None else len(grid)):
+            mend = "Use the template of a vision-language model."
+            raise BadRow(where, "the chat template does not write the images", mend)
+        repeats = torch.ones_like(ids)
+        if grid is not None:
+            repeats[slots] = grid.prod(-1) // self.image_processor.merge_size**2
+        if repeats.sum() > limit:  # never cut
+            of_images = repeats[slots].sum()
+            detail = f"{repeats.sum()}, of them {of_images} of images, allowed are {limit}"
+            mend = "Raise the limit, lower --max_pixels, or leave the row out."
+            raise BadRow(where, "too many tokens", mend, detail)
+        ids = ids.repeat_interleave(repeats)  # (T,)
+        trained = trained.repeat_interleave(repeats)  # (T,)
+        image_mask = ids == self.image_id  # (T,)
+        positions = torch.arange(len(ids)).expand(3, -1)  # (3, T)
+        if grid is not None and self.rope_index:
+            found, _ = self.rope_index(
+                input_ids=ids[None],
+                mm_token_type_ids=image_mask[None].int(),
+                image_grid_thw=grid,
+            )
+            positions = found[:, 0]
+        next_position = int(positions.max()) + 1
+        prompt = Prompt(ids, positions, next_position, pixels, grid, image_mask, example)
+        return prompt, trained
+
+    def _tokens(self, example, messages):
+        """(ids, trained on?) of a conversation, with one image token for each image."""
+        ids = []
+        trained = []
+        done = ""  # the text that `ids` stand for
+        for k in range(len(messages) + 1):
+            at_end = k == len(messages)
+            if not at_end and messages[k]["role"] != "assistant":
+                continue
+            # What the template adds behind an assistant's last turn is not kept.
+            closed = at_end and messages[-1]["role"] == "assistant"
+            text = self._render(messages[:k], not closed)
+            if not text.startswith(done):
+                mend = "Use an instruct model's template."
+                raise BadRow(example.where, "the chat template rewrites assistant turns", mend)
+            if not closed:
+                ids += self._ids(text[len(done) :])
+                trained += [False] * (len(ids) - len(trained))
+            if not at_end:
+                response = messages[k]["content"]
+                ids += self.response(response)
+                trained += [True] * (len(ids) - len(trained))
+                done = text + response + self.tokenizer.eos_token
+        return ids, trained
+
+    def _ids(self, text, split=False):
+        found = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=split, verbose=False
+        )
+        return found["input_ids"]
+
+    def _render(self, messages, start_response):
+        messages = [message | {"content": self._content(message)} for message in messages]
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=start_response
+        )
+
+    def _content(self, message):
+        """A turn's text, or the list of text and image parts that templates know."""
+        text = message["content"]
+        if self.blind:
+            text = text.replace("<image>", "")
+        if "<image>" not in text:
+            return text
+        content = []
+        for piece in re.split("(<image>)", text):
+            if piece == "<image>":
+                content.append({"type": "image"})
+            elif piece:
+                content.append({"type": "text", "text": piece})
+        return content
+
+
+# In front of a saved chat template, so that any server asks for the three parts: the system turn
+# that users leave out.
+ASKS = (
+    "{%- if messages[0].role != 'system' %}{%- set messages = [{'role': 'system', 'content': "
+    f"{json.dumps(SYSTEM_PROMPT)}}}] + messages %}}{{%- endif %}}"
+)
+
+
+def open_encoder(path, base=None, **options) -> Encoder:
+    """The encoder of a checkpoint, a folder or a hub name; options: of Encoder.
+
+    base: its model without head; None: one without weights is made of config.json, for its
+    positions alone. What write_template put before the chat template comes off: here the data's own
+    turns are all that a prompt holds.
+    """
+    folder = find(path)
+    if base is None:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            base = AutoModelForImageTextToText.from_config(config).model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    older = folder / "chat_template.json"
+    if not tokenizer.chat_template and older.exists():
+        tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
+    if tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
+    return Encoder(tokenizer, image_processor, base.config, base.get_rope_index, **options)
+
+
+def write_template(tokenizer, folder):
+    """One chat template in one place of a checkpoint's folder (a Path): chat_template.jinja.
+
+    It asks for the three parts where a conversation has no system turn, unless the vocabulary lacks
+    the words, as the embedded world's does.
+    """
+    words = tokenizer(SYSTEM_PROMPT)["input_ids"]
+    asks = "" if tokenizer.unk_token_id in words else ASKS
+    template = asks + tokenizer.chat_template
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    # Of transformers 4, whose processors prefer it.
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.pop("chat_template", None):
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------- drift proxies
+CHINESE = "一二三四五六七八九十"
+CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳"
+# What marks an item or a step, at the start of a line or of a part behind `;`
+MARKS = (
+    r"[-*+•][^\S\n]+\S",  # - a
+    r"[•‣◦▪●○■◆·・–—][^\S\n]*\S",  # – a, •a
+    r"\d{1,3}(?:\*\*|__)?[.):](?:\*\*|__)?[^\S\n]+\S",  # 1. a, 2) a, **3.** a, 4: a
+    r"[(（](?:\d{1,3}|[a-z]|[ivx]{1,4}|[一二三四五六七八九十]{1,3})[)）]",  # (1), (a), (iv), （一）
+    r"[a-z]\)[^\S\n]+\S",  # a) a
+    rf"(?:\d{{1,3}}|[{CHINESE}]{{1,3}})[、．）][^\S\n]*\S",  # 1、a, 一、a
+    rf"[{CIRCLED}]",
+    rf"(?:step|步骤)[^\S\n]*(?:\d{{1,3}}|[{CHINESE}]{{1,3}})",  # Step 1
+    rf"第(?:\d{{1,3}}|[{CHINESE}]{{1,3}})步",
+)
+MARK_AT_START = re.compile(
+    rf"(?im)(?:^|[;；])[^\S\n]*+(?:#+[^\S\n]+|\*\*|__)?(?:{'|'.join(MARKS)})"
+)
+# Marks anywhere in a line: they count where they run 1, 2, 3 .., at least to the second.
+RUNNING_MARKS = (
+    re.compile(r"(?<!\w)[(（](\d{1,2}|[a-z])[)）]"),  # (1) a (2) b; not f(1) or f(2)
+    re.compile(rf"([{CIRCLED}])"),
+    re.compile(r"(?i)\bstep (\d{1,2})\b"),
+    re.compile(rf"第(\d{{1,2}}|[{CHINESE}])步"),
+    re.compile(r"(?:^|(?<=[.;:!?]\s)|(?<=[。；：！？]))(\d{1,2})[.)]\s"),  # 1. a. 2. b.
+)
+# A number and words, where a line or a part starts: "1 red circle ; 2 blue square", not "12 cm".
+BARE_NUMBER = re.compile(r"(?m)(?:^|[;；])[^\S\n]*+(\d{1,3})[^\S\n]+[^\W\d]")
+# A full stop that ends no sentence
+ABBREVIATION = re.compile(
+    r"\b(?:[Ee]\.g|[Ii]\.e|[Vv]s|[Cc]f|[Aa]pprox|[Ff]igs?|[Ee]qs?|Dr|Mrs?|Ms|Prof|St|Jr|Sr)\.(?=\s)"
+    r"|\b(?:etc|al|resp|[ap]\.m|U\.S)\.(?=\s+[a-z(])|\b[Nn]os?\.(?=\s+\d)"
+)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s|(?<=[.!?][\"')\]”’])\s|(?<=[。！？])")
+
+
+def count_items(caption) -> int:
+    """Items of a caption: marked ones (bullets, numbers, letters), else parts behind `;`, else
+    sentences. For rollouts and references alike."""
+    text = re.sub(r"</?caption>", "", caption).strip()
+    marked = _marked(text, RUNNING_MARKS)
+    if marked:
+        return marked
+    if re.search("[;；]", text):
+        return _filled(re.split("[;；]", text))
+    return _filled(_sentences(text))
+
+
+def count_steps(think) -> int:
+    """Steps of a reasoning: marked ones (numbers, letters, bullets, "Step 1"), else lines, else
+    sentences. For rollouts and references alike."""
+    text = re.sub(r"</?think>", "", think).strip()
+    marked = _marked(text, (*RUNNING_MARKS, BARE_NUMBER))
+    if marked:
+        return marked
+    if "\n" in text:
+        return _filled(text.splitlines())
+    return _filled(_sentences(text))
+
+
+def _marked(text, running):
+    """The number of marks in a text: of those that start lines, or of those that run 1, 2, 3 .."""
+    most = len(MARK_AT_START.findall(text))
+    for pattern in running:
+        n = 0
+        for label in pattern.findall(text):
+            if _place(label) == n + 1:
+                n += 1
+        if n > 1:
+            most = max(most, n)
+    return most
+
+
+def _place(label):
+    """1 of "1", "a", "①" and "一"."""
+    if label.isdecimal():
+        return int(label)
+    for order in (ascii_lowercase, CIRCLED, CHINESE):
+        if label in order:
+            return order.index(label) + 1
+    return 0
+
+
+def _sentences(text):
+    return SENTENCE_END.split(ABBREVIATION.sub("", text))
+
+
+def _filled(pieces):
+    """How many pieces hold a letter or a digit."""
+    return sum(re.search(r"\w", piece) is not None for piece in pieces)
+
+
+# -------------------------------------------------------------------------------------- the check
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="say whether a data file is usable, show a row as the model sees it"
+    )
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("file")
+    parser.add_argument(
+        "--kind", choices=KINDS, help="what the rows are for (default: by each row's fields)"
+    )
+    parser.add_argument(
+        "--model", help="checkpoint to encode with (default: images are opened, nothing is encoded)"
+    )
+    parser.add_argument(
+        "--image_root", help="folder that image paths are relative to (default: the file's)"
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, default=8192, help="rows with more are bad; needs --model"
+    )
+    args = parser.parse_args(argv)
+    data = read(args.file, args.kind, args.image_root, max_bad=math.inf)
+    encoder = None
+    if args.model:
+        encoder = open_encoder(args.model, max_prompt_tokens=args.max_tokens)
+    first = None  # the first good row, as it is shown
+    try:
+        for i in tqdm(range(len(data)), unit="row", disable=None):
+            for text in data.fetch([i], partial(_show, encoder=encoder)):
+                first = first or text
+    except ValueError as error:  # all rows are bad
+        print(error)
+    if first:
+        print(first)
+    print(f"{args.file}: {len(data) - len(data.bad)} of {len(data)} rows usable")
+    for what, n in data.skipped.most_common():
+        print(f"  {n} {what}")
+    sys.exit(0 if first else 1)
+
+
+def _show(row, encoder):
+    """A row as text: as the model sees it, or without an encoder as it was read."""
+    example = row.example if isinstance(row, PairExample) else row
+    if encoder is None:
+        for image in example.images:
+            open_image(image, example.where)
+        return str(row)
+    prompt, _ = encoder.conversation(example)
+    text = encoder.tokenizer.decode(prompt.ids[~prompt.image_mask])
+    return (
+        f"{example.where}: {len(prompt.ids)} tokens, "
+        f"{prompt.image_mask.sum()} of them image (not shown)\n{text}"
+    )
+
+
+if __name__ == "__main__":
+    main()

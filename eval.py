@@ -1,4 +1,4 @@
-"""
+r"""
 Evaluation of checkpoints on files with answers: is a response right, is it well-formed, and does
 it look like the references?
 
@@ -10,8 +10,7 @@ it look like the references?
    those of the references where the file has them, and the share of captions that are the
    reference's word by word.
 
-    python eval.py --policy ckpt/sft/last --data test.jsonl hard.jsonl --samples 8 \
-        --out out/sft.json
+    python eval.py --policy ckpt/sft/last --data test.jsonl hard.jsonl --samples 8 --out eval.json
 
 For stage 3, keep the prompts that the policy solves sometimes:
 

@@ -27,43 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
-try:  # TEMPORARY until data.py has them
-    from data import open_encoder, write_template
-except ImportError:
-    import json
-
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    from data import SYSTEM_PROMPT, Encoder
-
-    ASKS = (
-        "{%- if messages[0].role != 'system' %}{%- set messages = [{'role': 'system', 'content': "
-        f"{json.dumps(SYSTEM_PROMPT)}}}] + messages %}}{{%- endif %}}"
-    )
-
-    def open_encoder(path, base, **options):
-        folder = find(path)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        images = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        if not tokenizer.chat_template and (folder / "chat_template.json").exists():
-            file = folder / "chat_template.json"
-            tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
-        if tokenizer.chat_template:
-            tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
-        return Encoder(tokenizer, images, base.config, base.get_rope_index, **options)
-
-    def write_template(tokenizer, folder):
-        asks = "" if tokenizer.unk_token_id in tokenizer(SYSTEM_PROMPT)["input_ids"] else ASKS
-        text = asks + tokenizer.chat_template
-        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-        (folder / "chat_template.json").unlink(missing_ok=True)
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if settings.pop("chat_template", None):
-            (folder / "tokenizer_config.json").write_text(
-                json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8"
-            )
-
-
+from data import open_encoder, write_template
 from engine.attention import adopt, forward_pack
 from engine.files import copy_processor, expect_none, find, read_files
 from engine.logprob import token_logps

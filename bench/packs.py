@@ -1,130 +1,195 @@
 """
-Claim: a group in one pack costs a fraction of one row per rollout, since prompt and image are computed once.
+Claim: a group in one pack costs a fraction of one row per rollout, since prompt and image are
+computed once.
 
-    python bench/packs.py                       # policy, forward and backward, prompt 1x and 3x the mean response
-    python bench/packs.py --discriminator       # forward and backward over the spans of a group and of its reference
-    python bench/packs.py --device cuda         # the 4B's shape in bfloat16 (the discriminator: the 2B's, upcycled)
+    python bench/packs.py                       # policy; prompt 1x and 3x the mean response
+    python bench/packs.py --discriminator       # the spans of a group and of its reference
+    python bench/packs.py --device cuda         # the 4B's shape, bfloat16 (discriminator: the 2B's)
+
+Measured are forward and backward.
 """
 
 import argparse
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from measure import clock, lengths, median, model, peak, prompt, report
 
 from align import Discriminator, bradley_terry
+from engine.attention import adopt, forward_pack
 from engine.logprob import token_logps
-from engine.packs import Tree, adopt, make, run
+from engine.packs import Tree, build_pack
 
 N = 16  # rollouts of the group
 
 
-def texts(hf, sizes, seed=1):
+@dataclass
+class Contender:
+    run: Callable[[], None]  # forward and backward
+    model: torch.nn.Module  # whose parameters get the gradients
+
+    def forget(self):
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def step(self):
+        self.forget()
+        self.run()
+
+    def gradient_norms(self):
+        norms = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                norms[name] = parameter.grad.float().norm().item()
+        return norms
+
+
+def random_texts(hf, sizes, seed):
+    """Token ids of texts of these sizes."""
     random = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(3, hf.config.text_config.vocab_size - 8, (n,), generator=random).tolist()
-        for n in sizes
-    ]
+    most = hf.config.text_config.vocab_size - 8
+    return [torch.randint(3, most, (n,), generator=random).tolist() for n in sizes]
 
 
-def policy(hf, root, mean, device):
-    """{contender: forward and backward}, the model of each, tokens of a row's responses."""
-    ours, responses = copy.deepcopy(hf), texts(hf, lengths(N, mean))
-    adopt(ours.model)
-    coefficient = torch.randn(sum(map(len, responses)), device=device).split(
-        list(map(len, responses))
-    )
-    images = {
-        "pixel_values": root.pixel_values.to(device, hf.dtype),
-        "image_grid_thw": root.grid_thw.to(device),
-    }
+def one_pack(tree, device):
+    """A tree with all its children as one pack."""
+    return build_pack([tree], [(0, list(range(len(tree.children))))], device)
 
-    def theirs(rows):  # transformers' own forward, right-padded where there are several
-        whole = [torch.cat([root.ids, torch.tensor(row)]) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True).to(device)
-        mask = torch.nn.utils.rnn.pad_sequence(
-            [torch.ones_like(row) for row in whole], batch_first=True
-        ).to(device)
-        kinds = (ids == hf.config.image_token_id).int()
-        many = {k: v.repeat(len(rows), 1) for k, v in images.items()}
-        hf.model.rope_deltas = None
-        hidden = hf.model(
+
+# -------------------------------------------------------------------------------------- the policy
+class PolicyCase:
+    """Log-probs of N responses to one prompt, in three ways, with the same loss."""
+
+    def __init__(self, hf, root, mean, device):
+        self.theirs = hf
+        self.ours = copy.deepcopy(hf)
+        adopt(self.ours.model)
+        self.root = root
+        self.device = device
+        self.texts = random_texts(hf, lengths(N, mean), seed=1)
+        sizes = [len(text) for text in self.texts]
+        self.coefficient = torch.randn(sum(sizes), device=device)  # of each token in the loss
+        self.coefficients = self.coefficient.split(sizes)
+
+    def contenders(self):
+        return {
+            "rows": Contender(self.rows, self.theirs),
+            "padded": Contender(self.padded, self.theirs),
+            "packed": Contender(self.packed, self.ours),
+        }
+
+    def rows(self):
+        """One row after the other."""
+        for k, text in enumerate(self.texts):
+            hidden = self.hidden_by_transformers([text])
+            self.loss(hidden[0], k).backward()
+
+    def padded(self):
+        """All rows at once, padded to the longest."""
+        hidden = self.hidden_by_transformers(self.texts)
+        losses = [self.loss(hidden[k], k) for k in range(N)]
+        sum(losses).backward()
+
+    def packed(self):
+        pack = one_pack(Tree(self.root, self.texts), self.device)
+        hidden = forward_pack(self.ours.model, pack)[pack.source]
+        weight = self.ours.lm_head.weight
+        logp = token_logps(hidden, weight, pack.target, coefficient=self.coefficient)
+        (logp * self.coefficient).sum().backward()
+
+    def hidden_by_transformers(self, texts):
+        """Hidden states (rows, tokens, D) that predict the texts, by transformers' own forward."""
+        whole = [torch.cat([self.root.ids, torch.tensor(text)]) for text in texts]
+        kept = [torch.ones_like(row) for row in whole]
+        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True).to(self.device)
+        mask = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).to(self.device)
+        pixels = self.root.pixel_values.to(self.device, self.theirs.dtype)
+        self.theirs.model.rope_deltas = None
+        output = self.theirs.model(
             input_ids=ids,
-            attention_mask=mask if len(rows) > 1 else None,
-            mm_token_type_ids=kinds,
-            **many,
+            attention_mask=mask if len(texts) > 1 else None,
+            mm_token_type_ids=(ids == self.theirs.config.image_token_id).int(),
+            pixel_values=pixels.repeat(len(texts), 1),
+            image_grid_thw=self.root.grid_thw.to(self.device).repeat(len(texts), 1),
         )
-        return hidden.last_hidden_state[:, len(root.ids) - 1 :]
+        return output.last_hidden_state[:, len(self.root.ids) - 1 :]
 
-    def loss(
-        hidden, k
-    ):  # the same log-prob everywhere: what is compared is the model's forward and backward
-        target = torch.tensor(responses[k], device=device)
-        logp = token_logps(
-            hidden[: len(target)], hf.lm_head.weight, target, coefficient=coefficient[k]
-        )
-        return (logp * coefficient[k]).sum()
-
-    def rows():
-        for k, row in enumerate(responses):
-            loss(theirs([row])[0], k).backward()
-
-    def padded():
-        hidden = theirs(responses)
-        sum(loss(hidden[k], k) for k in range(N)).backward()
-
-    def packed():
-        pack = make([Tree(root, responses)], [(0, list(range(N)))], device)
-        c = torch.cat(coefficient)
-        (
-            token_logps(
-                run(ours.model, pack)[pack.source], ours.lm_head.weight, pack.target, coefficient=c
-            )
-            * c
-        ).sum().backward()
-
-    return {"rows": (rows, hf), "padded": (padded, hf), "packed": (packed, ours)}, responses
+    def loss(self, hidden, k):
+        """Of the k-th text. The log-prob is ours for all: compared are the model's passes."""
+        target = torch.tensor(self.texts[k], device=self.device)
+        coefficient = self.coefficients[k]
+        weight = self.theirs.lm_head.weight
+        logp = token_logps(hidden[: len(target)], weight, target, coefficient=coefficient)
+        return (logp * coefficient).sum()
 
 
-def discriminator(hf, root, mean, device):
-    disc = Discriminator(copy.deepcopy(hf.model), "moe", noise=0.01).to(device, hf.dtype)
-    spans, kinds = (
-        texts(hf, [n // 2 for n in lengths(2 * (N + 1), mean, 2)]),
-        [0, 1] * (N + 1),
-    )  # 0 and 1: the reference's
+# ------------------------------------------------------------------------------- the discriminator
+class DiscriminatorCase:
+    """Scores of the spans of N responses and of the reference, in three ways, with the same loss.
 
-    def one(k):
-        return disc(make([Tree(root, [spans[k]], [kinds[k]])], [(0, [0])], device))[0]
+    The texts are spans of two kinds in turn; the first two are the reference's.
+    """
 
-    def pairs(score):
-        return sum(bradley_terry(score(k % 2), score(k), N) for k in range(2, len(spans)))
+    def __init__(self, hf, root, mean, device):
+        disc = Discriminator(copy.deepcopy(hf.model), "moe", noise=0.01)
+        self.disc = disc.to(device, hf.dtype)
+        self.root = root
+        self.device = device
+        sizes = [n // 2 for n in lengths(2 * (N + 1), mean, seed=2)]
+        self.texts = random_texts(hf, sizes, seed=1)
+        self.kinds = [0, 1] * (N + 1)
 
-    def released():  # a row for each span, and the reference's again for each rollout
-        for k in range(2, len(spans)):
-            bradley_terry(one(k % 2), one(k), N).backward()
+    def contenders(self):
+        return {
+            "rows, reference each time": Contender(self.rows_as_released, self.disc),
+            "rows": Contender(self.rows, self.disc),
+            "packed": Contender(self.packed, self.disc),
+        }
 
-    def rows():  # a row for each span, each once
-        scores = [one(k) for k in range(len(spans))]
-        pairs(lambda k: scores[k]).backward()
+    def rows_as_released(self):
+        """A row for each span, and the reference's again for each rollout."""
+        for k in range(2, len(self.texts)):
+            bradley_terry(self.score(k % 2), self.score(k), N).backward()
 
-    def packed():
-        raw = disc(make([Tree(root, spans, kinds)], [(0, list(range(len(spans))))], device))[0]
-        pairs(lambda k: raw[k : k + 1]).backward()
+    def rows(self):
+        """A row for each span, each once."""
+        self.loss(torch.cat([self.score(k) for k in range(len(self.texts))])).backward()
 
-    return {
-        "rows, reference each time": (released, disc),
-        "rows": (rows, disc),
-        "packed": (packed, disc),
-    }, spans
+    def packed(self):
+        pack = one_pack(Tree(self.root, self.texts, self.kinds), self.device)
+        self.loss(self.disc(pack)[0]).backward()
+
+    def score(self, k):
+        """Raw score (1,) of one span in a row of its own."""
+        pack = one_pack(Tree(self.root, [self.texts[k]], [self.kinds[k]]), self.device)
+        return self.disc(pack)[0]
+
+    def loss(self, scores):
+        """scores: (spans,)."""
+        reference = scores[:2].repeat(N)
+        return bradley_terry(reference, scores[2:], N)
 
 
-def measured(run, model):
-    def once():
-        for p in model.parameters():
-            p.grad = None
-        run()
+# ------------------------------------------------------------------------------------- the measure
+def check(contenders, tolerance):
+    """All contenders give the same gradients."""
+    norms = []
+    for contender in contenders.values():
+        contender.step()
+        norms.append(contender.gradient_norms())
+    first, *others = norms
+    floor = 1e-6 * max(first.values())
+    for other in others:
+        for name, expected in first.items():
+            difference = abs(other[name] - expected) / (expected + floor)
+            assert difference < tolerance, (name, difference)
 
-    return once
+
+def image_side(tokens):
+    """Patches on a side of the square image that comes next to so many tokens."""
+    return min(range(2, 300, 2), key=lambda side: abs((side // 2) ** 2 - tokens))
 
 
 def main():
@@ -137,47 +202,48 @@ def main():
     args = parser.parse_args()
     cuda = args.device != "cpu"
     mean = args.response or (512 if cuda else 128)
-    size = ("2B" if args.discriminator else "4B") if cuda else "small"
-    figures = {"ratio": {}, "ratio_memory": {}, "seconds": {}, "tokens": {}}
+    size = "small"
+    if cuda:
+        size = "2B" if args.discriminator else "4B"
+    ratio = {}
+    ratio_memory = {}
+    seconds = {}
+    tokens = {}
     for times in (1, 3):
         hf = model(size, args.device).train()
-        side = min(
-            range(2, 300, 2), key=lambda s: abs((s // 2) ** 2 - 0.75 * times * mean)
-        )  # three quarters are image
+        side = image_side(0.75 * times * mean)  # three quarters of the prompt
         root = prompt(hf, times * mean - (side // 2) ** 2 - 2, side)
-        contenders, texts_ = (discriminator if args.discriminator else policy)(
-            hf, root, mean, args.device
-        )
-        runs, grads, bytes_ = {}, {}, {}
-        for name, (run_, m) in contenders.items():
-            if args.checkpointing:
-                getattr(m, "model", m).gradient_checkpointing_enable({"use_reentrant": False})
-            runs[name] = measured(run_, m)
-            runs[name]()
-            grads[name] = {
-                k: p.grad.float().norm().item()
-                for k, p in m.named_parameters()
-                if p.grad is not None
-            }
-        first, *rest = grads.values()
-        worst = max(
-            abs(g[k] - first[k]) / (first[k] + 1e-6 * max(first.values()))
-            for g in rest
-            for k in first
-        )
-        assert worst < (0.2 if cuda else 5e-3), worst  # the same gradients, whichever way
-        seconds = {k: median(v) for k, v in clock(runs, args.device, args.repeat).items()}
-        for name, (_, m) in contenders.items():
-            for p in m.parameters():
-                p.grad = None
-            bytes_[name] = peak(runs[name], args.device)
+        case_of = DiscriminatorCase if args.discriminator else PolicyCase
+        case = case_of(hf, root, mean, args.device)
+        contenders = case.contenders()
+        if args.checkpointing:
+            for contender in contenders.values():
+                base = getattr(contender.model, "model", contender.model)
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+        check(contenders, tolerance=0.2 if cuda else 5e-3)
+        runs = {name: contender.step for name, contender in contenders.items()}
         key = f"prompt {times}x"
-        figures["seconds"][key] = seconds
-        figures["ratio"][key] = {k: v / seconds["packed"] for k, v in seconds.items()}
-        figures["ratio_memory"][key] = {k: v / bytes_["packed"] for k, v in bytes_.items()}
-        figures["tokens"][key] = {"prompt": len(root.ids), "others": [len(text) for text in texts_]}
-    claim = "packs, discriminator" if args.discriminator else "packs, policy"
-    report(claim, **figures, size=size, checkpointing=args.checkpointing, device=args.device)
+        found = clock(runs, args.device, args.repeat)
+        seconds[key] = {name: median(values) for name, values in found.items()}
+        memory = {}
+        for name, contender in contenders.items():
+            contender.forget()
+            memory[name] = peak(contender.step, args.device)
+        fastest = seconds[key]["packed"]
+        ratio[key] = {name: value / fastest for name, value in seconds[key].items()}
+        ratio_memory[key] = {name: value / memory["packed"] for name, value in memory.items()}
+        others = [len(text) for text in case.texts]
+        tokens[key] = {"prompt": len(root.ids), "others": others}
+    report(
+        "packs, discriminator" if args.discriminator else "packs, policy",
+        ratio=ratio,
+        ratio_memory=ratio_memory,
+        seconds=seconds,
+        tokens=tokens,
+        size=size,
+        checkpointing=args.checkpointing,
+        device=args.device,
+    )
 
 
 if __name__ == "__main__":

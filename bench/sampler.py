@@ -1,19 +1,17 @@
 """
-Claim: rollouts come several times faster than from transformers' generate, with the same checkpoint,
-rows and ragged lengths.
+Claim: rollouts come several times faster than from transformers' generate, with the same
+checkpoint, the same rows and ragged lengths.
 
-    python bench/sampler.py                     # on a CPU, after `bash runs/base.sh`: ckpt/base-tiny
-    python bench/sampler.py --policy out/tiny-0/sft         # after `bash runs/tiny.sh`
-    python bench/sampler.py --random            # a larger model of random weights, lengths as ragged
-                                                # as a language model's
-    python bench/sampler.py --device cuda       # 4B shape, 8 prompts with an image x 16, lengths of
-                                                # about 300
-    python bench/sampler.py --growth            # tokens per second at 4 to 64 rows and 256 to 4096
-                                                # tokens, on both devices
-    python bench/sampler.py --profile           # which operators a decoding step is made of
+    python bench/sampler.py                             # on a CPU, after `bash runs/base.sh`
+    python bench/sampler.py --policy out/tiny-0/sft     # after `bash runs/tiny.sh`
+    python bench/sampler.py --random            # a larger model, random weights, ragged lengths
+    python bench/sampler.py --device cuda       # the 4B's shape, lengths of about 300
+    python bench/sampler.py --growth            # 4 to 64 rows of 256 to 4096 tokens
+    python bench/sampler.py --profile           # on a CPU: what sampling spends its time on
 """
 
 import argparse
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -193,6 +191,96 @@ def copy_rate(device):
     return 2 * x.numel() / median(seconds)
 
 
+class Stopwatch:
+    """Seconds that functions spend by themselves, without other watched ones that they call."""
+
+    def __init__(self):
+        self.open = [
+            "the rest"
+        ]  # labels of the watched functions that are running, the last inside
+        self.reset()
+
+    def reset(self):
+        self.seconds = Counter()
+        self.calls = Counter()
+        self.last = time.perf_counter()
+
+    def count(self):
+        """Give the time since the last count to the function that was running."""
+        now = time.perf_counter()
+        self.seconds[self.open[-1]] += now - self.last
+        self.last = now
+
+    def watch(self, owner, name, label):
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            if self.open[-1] == "reading prompts":  # counts as a whole
+                return function(*args, **kwargs)
+            self.count()
+            self.open.append(label)
+            result = function(*args, **kwargs)
+            self.count()
+            self.open.pop()
+            self.calls[label] += 1
+            return result
+
+        setattr(owner, name, timed)
+
+
+def profile(args):
+    """Which share of sampling's time is transformers' own layers, and which is ours."""
+    case, name = case_of(args)
+    text = case.ours.model.language_model
+    stopwatch = Stopwatch()
+    for owner, function, label in (
+        (sampler._Queue, "read_prompts", "reading prompts"),
+        (sampler._Decoder, "fill", "ours: filling slots"),
+        (sampler._Decoder, "reserve", "ours: growing the store"),
+        (sampler._Decoder, "shrink", "ours: shrinking the store"),
+        (sampler._Decoder, "step", "ours: the rest of a step"),
+        (sampler._Store, "begin_step", "ours: mask and places"),
+        (sampler._Store, "update", "ours: writing keys and values"),
+        (sampler._Store, "attend", "ours: attention"),
+        (sampler, "logits", "ours: logits"),
+        (sampler, "pick", "ours: picking tokens"),
+        (text, "forward", "transformers: around the layers"),
+        (text.rotary_emb, "forward", "transformers: rotary positions"),
+        (text.norm, "forward", "transformers: norms"),
+    ):
+        stopwatch.watch(owner, function, label)
+    for layer in text.layers:
+        stopwatch.watch(layer, "forward", "transformers: around attention and MLP")
+        stopwatch.watch(layer.self_attn, "forward", "transformers: projections and rotation")
+        stopwatch.watch(layer.mlp, "forward", "transformers: MLPs")
+        for part in (layer, layer.self_attn):
+            for norm in part.children():
+                if type(norm) is type(text.norm):
+                    stopwatch.watch(norm, "forward", "transformers: norms")
+    case.by_us(seed=0, slots=args.slots)  # a warm-up
+    stopwatch.reset()
+    for seed in range(args.repeat):
+        case.by_us(seed=seed, slots=args.slots)
+    stopwatch.count()
+    seconds = sum(stopwatch.seconds.values())
+    steps = stopwatch.calls["ours: the rest of a step"]
+    shares = {}
+    for label, value in sorted(stopwatch.seconds.items()):
+        owner, _, _ = label.partition(":")
+        shares[label] = value / seconds
+        if owner != label:
+            shares[owner] = shares.get(owner, 0.0) + value / seconds
+    report(
+        "sampler, profile",
+        share=shares,
+        milliseconds_per_step=1000 * seconds / steps,
+        steps=steps,
+        model=name,
+        slots=args.slots,
+        device=args.device,
+    )
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
@@ -204,10 +292,13 @@ def main():
     parser.add_argument(
         "--all", action="store_true", help="on a CPU the long cases of --growth too"
     )
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
     if args.growth:
         growth(args)
+    elif args.profile:
+        profile(args)
     else:
         compare(args)
 

@@ -39,13 +39,11 @@ OPTION_FIELD = re.compile(r"([A-J])|(?:choice|option)_([A-Ja-j])")  # of MMBench
 
 def says(value):
     """Does a field's value say anything? Where a row lacks it, files hold None, NaN, "" or []."""
-    if isinstance(value, list):
-        return any(says(one) for one in value)
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # a struct of parquet has all its names
         return any(says(one) for one in value.values())
     if isinstance(value, float):
         return value == value
-    return value is not None and value not in ("", b"")
+    return value is not None and value not in ("", b"", [])
 
 
 def first(row, names):
@@ -307,25 +305,32 @@ PICTURE_IN_TEXT = re.compile(
 )
 
 
-def refuse_fields(row, images, read, where, trained):
-    """BadRow for a field that says something which is not read.
+def refuse_fields(row, images, where, plain):
+    """BadRow for a field that says something which is not read; images: those that were.
 
-    images: those that were read; read: the names that they stand under; trained: are the row's
-    turns trained on?
+    plain: is the row a plain question, whose images may stand under other names?
     """
     for name, value in row.items():
-        if name in read or not says(value):
+        read = name in ("images", "image")
+        if plain:
+            read = read or name in FIELDS["images"] or IMAGE_FIELD.fullmatch(name)
+        if read or not says(value):
             continue
         what = f"`{name}` is not read"
         for names, mend in UNREAD_FIELDS.items():
             if re.fullmatch(names, name, re.IGNORECASE):
                 raise BadRow(where, what, mend)
-        if trained and LOSS_FLAG.fullmatch(name) and value != 1:
-            raise BadRow(where, what, ALL_ALIKE, value)
         if name == "objects" and isinstance(value, dict) and first(value, ("bbox", "ref"))[0]:
             raise BadRow(where, what, BOXES)
         if not images and _holds_media(name, value):
             raise BadRow(where, f"{what}, and the row has no other image", INTO_IMAGES)
+
+
+def refuse_flags(row, where):
+    """BadRow for a row that asks to be trained on otherwise than as a whole."""
+    for name, value in row.items():
+        if LOSS_FLAG.fullmatch(name) and says(value) and value != 1:
+            raise BadRow(where, f"`{name}` is not read", ALL_ALIKE, value)
 
 
 def _holds_media(name, value):

@@ -1,6 +1,6 @@
 """
-Is the adversarial game sound? These are pure functions of what a step has scored; the
-documentation has the healthy ranges.
+Is the adversarial game sound? These are pure functions of what a step has scored; docs/method.md
+has the healthy ranges.
 
     B pairs of one span   L layers   E experts   F features of a probe
 

@@ -35,8 +35,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 POLICY=${POLICY:-Qwen/Qwen3-VL-4B-Instruct} DISC=${DISC:-Qwen/Qwen3-VL-2B-Instruct}
 GPUS=${GPUS:-8} ALGO=${ALGO:-grpo} OUT=${2:-ckpt/paper}
 fit="--dtype bfloat16 --checkpointing"
-game="--slots 16"             # of 4 * 16 / 8 = 8 rows
-rl="--slots 24 --algo $ALGO"  # of 32 * 16 / 8 = 64 rows: more do not fit beside the 8B model
+game="--slots 8" # a rank has 4 * 16 / 8 rows
+rl="--slots 24 --algo $ALGO" # of 32 * 16 / 8 = 64 rows: more do not fit beside the 8B model
 
 account() { # of a stage, from the configuration alone
     echo "=== $*"

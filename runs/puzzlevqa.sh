@@ -80,10 +80,10 @@ with open(out / "pairs.jsonl", "w") as file:
         }
         print(json.dumps(pair), file=file)
 PY
-align="--policy $OUT/sft2 --data $DATA/puzzlevqa/align.parquet --warmup_pairs 16"
-python align.py $align --out "$OUT/warmup" --pairs "$OUT/pairs.jsonl" --warmup_only \
+align=(--policy "$OUT/sft2" --data "$DATA/puzzlevqa/align.parquet" --warmup_pairs 16)
+python align.py "${align[@]}" --out "$OUT/warmup" --pairs "$OUT/pairs.jsonl" --warmup_only \
     --warmup_steps 3 --warmup_lr 1e-3 $small
-python align.py $align --out "$OUT/align" --warmup_steps 1 \
+python align.py "${align[@]}" --out "$OUT/align" --warmup_steps 1 \
     --steps 3 --prompts_per_step 2 --group_size 4 --max_response 256 $small
 for data in puzzlevqa/rl.parquet nlvr/train.jsonl; do
     python rlvr.py --policy "$OUT/align" --data "$DATA/$data" \

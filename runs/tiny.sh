@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both, and one
-# table of every checkpoint, greedy and at temperature 1; last, a page with table, curves and
+# The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both, and
+# one table of every checkpoint, greedy and at temperature 1; last, a page with table, curves and
 # rollouts: out/tiny-0/report.html.
 #   bash runs/tiny.sh             base within 20 minutes, the rest within 20, on two cores
 #   bash runs/tiny.sh --quick     everything smaller, within 5 minutes: shows that it runs, not that

@@ -15,24 +15,27 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_data import (
+from test_data import (  # noqa: F401
     ASSISTANT,
     BAD,
     ONE,
     RESPONSE,
     USER,
+    bpe,
+    folder,
     picture,
     png,
+    real,
     verl,
     write,
-)  # noqa: F401
+)
 from test_stages import COMMON, ROLLOUTS, leave_no_group, records, world  # noqa: F401
 
 import align
 import rlvr
 import sft
-from data import BadRow, Example, Rows, count_items, count_steps, read
-from engine.rows import open_image
+from data import Example, count_items, count_steps, read
+from engine.rows import BadRow, Rows, open_image
 
 pa = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
 import pyarrow.parquet as pq  # noqa: E402

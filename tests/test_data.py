@@ -20,17 +20,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import data
 from data import (
     SYSTEM_PROMPT,
-    BadRow,
     Encoder,
     Example,
-    Order,
-    Rows,
     count_items,
     count_steps,
     read,
     split_spans,
 )
-from engine.rows import open_image
+from engine.rows import BadRow, Order, Rows, open_image
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
 CHAT = (
@@ -568,7 +565,7 @@ def test_broken_truncated_and_huge_images(monkeypatch):
     assert len(bomb) < 200_000
     with pytest.raises(BadRow, match="8000 x 8000 pixels"):
         open_image(bomb)
-    monkeypatch.setattr("rows.MAX_IMAGE", 1000)
+    monkeypatch.setattr("engine.rows.MAX_IMAGE", 1000)
     with pytest.raises(BadRow, match="200 x 200 pixels, allowed are 1000"):
         open_image(whole)
 

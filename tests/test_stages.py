@@ -73,7 +73,7 @@ def build_world(folder):
     spec.loader.exec_module(scenes)
     for name, rows in {"curated": 32, "align": 24, "pairs": 24, "rl": 12}.items():
         scenes.FILES[name] = replace(scenes.FILES[name], objects=(1, 2), matches=1)
-        scenes.write(folder / f"{name}.jsonl", scenes.build_pack(folder, name, rows, 0))
+        scenes.write(folder / f"{name}.jsonl", scenes.make(folder, name, rows, 0))
     (folder / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     world = SimpleNamespace(folder=folder, sft=f"{folder}/sft/last", config=f"{folder}/config.json")
     world.init = str(init(world.config, folder / "init", [folder / "curated.jsonl"]))

@@ -68,14 +68,7 @@ THIS_REQUEST = (400, 413, 422)  # HTTP errors of one request alone: its picture 
 LONGEST_DELAY = 60  # s before a retry
 LONGEST_WAIT = 600  # s: a server that wants more, as for a daily quota, ends the run
 # What can go wrong with a request or in the reading of what came back.
-FAULTS = (
-    httpx.HTTPError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)
+FAULTS = (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(kw_only=True)
@@ -135,11 +128,8 @@ class Args:
 
     def __post_init__(self):
         check(self)
-        for name, share in {
-            "hardest": self.hardest,
-            "near": self.near,
-            "shares": sum(self.shares),
-        }.items():
+        shares = {"hardest": self.hardest, "near": self.near, "shares": sum(self.shares)}
+        for name, share in shares.items():
             if share > 1:
                 raise ValueError(f"--{name} is {share}: it must be 1 or less")
         if not re.fullmatch(r"https?://[^@?#\s]+", self.base_url):

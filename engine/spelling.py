@@ -1,0 +1,319 @@
+r"""One spelling for what LaTeX, Markdown, Unicode and Chinese typesetting write in several ways.
+
+`clean(text)` takes an answer as it was written and gives it without wrappings: no box, dollars,
+fonts, lead-in ("The answer is") or full stop; commands in one form; symbols as LaTeX commands.
+Every rule has a name and an example, to which a test holds it. A pattern may meet any text of 4,000
+characters: each takes at worst quadratic time.
+"""
+
+import re
+import unicodedata
+from functools import lru_cache
+from typing import NamedTuple
+
+# ---------------------------------------------------------------------------------- characters
+ONE_FOR_MANY = {
+    "-": "−–—‐‑‒﹣",
+    "'": "’‘`´",
+    '"': "“”「」",
+    ". ": "。",
+    ", ": "、，",
+    "; ": "；",
+    ":": "：∶",
+    "/": "⁄÷",
+    "*": "∗",
+    "°": "º",
+    "¥": "￥",
+    r"\cdot ": "·⋅",
+    r"\times ": "×✕",
+    r"\pi ": "π",
+    r"\infty ": "∞",
+    r"\le ": "≤⩽≦",
+    r"\ge ": "≥⩾≧",
+    r"\ne ": "≠",
+    r"\approx ": "≈",
+    r"\cong ": "≅≌",
+    r"\sim ": "∽∼",
+    r"\pm ": "±",
+    r"\cup ": "∪",
+    r"\cap ": "∩",
+    r"\in ": "∈",
+    r"\angle ": "∠",
+    r"\triangle ": "△▵",
+    r"\perp ": "⊥",
+    r"\parallel ": "∥",
+    r"\to ": "→⟶",
+    r"\emptyset ": "∅",
+    r"\alpha ": "α",
+    r"\beta ": "β",
+    r"\gamma ": "γ",
+    r"\theta ": "θ",
+    r"\lambda ": "λ",
+    r"\phi ": "φ",
+    r"\rho ": "ρ",
+    r"\sigma ": "σ",
+    r"\omega ": "ω",
+    r"\Delta ": "Δ∆",
+}
+SYMBOLS = {ord(sign): one for one, signs in ONE_FOR_MANY.items() for sign in signs}
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
+LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋"
+RAISED_RUN = re.compile(f"[{RAISED}]+")
+LOWERED_RUN = re.compile(f"[{LOWERED}]+")
+ON_THE_LINE = str.maketrans(RAISED + LOWERED, "0123456789+-" * 2)
+VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
+CIRCLED = re.compile("[①-⑳]")
+ROOT_SIGN = re.compile(r"√ ?(\d+(?:\.\d+)?|[A-Za-zπ])")
+
+
+def plain_characters(text):
+    r"""`H₂O` -> `H_{2}O`, `１０⁻³` -> `10^{-3}`, `2½` -> `2 1/2`, `√23` -> `\sqrt{23}`."""
+    text = RAISED_RUN.sub(lambda run: f"^{{{run[0].translate(ON_THE_LINE)}}}", text)
+    text = LOWERED_RUN.sub(lambda run: f"_{{{run[0].translate(ON_THE_LINE)}}}", text)
+    text = VULGAR_FRACTION.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]), text)
+    text = CIRCLED.sub(spell_circled, text)
+    text = ROOT_SIGN.sub(r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
+    text = text.translate(SYMBOLS)  # before NFKC, which would take `´` for a blank
+    text = unicodedata.normalize("NFKC", text)  # full width, ligatures, accents, `℃`
+    text = text.translate(SYMBOLS)
+    return "".join(each for each in text if unicodedata.category(each) != "Cf")  # zero width
+
+
+def spell_circled(found):
+    """`①②` -> `1, 2`: the next one is another item of a list."""
+    number = str(ord(found[0]) - ord("①") + 1)
+    another = CIRCLED.match(found.string, found.end())
+    return number + ", " if another else number
+
+
+# ---------------------------------------------------------------------------------- wrappings
+BOX = re.compile(r"\\+f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+
+
+def unbox(text):
+    r"""`so x = \boxed{3}` -> `3`; of several boxes all stay, where they are."""
+    boxes = BOX.findall(text)
+    while boxes:
+        text = boxes[0] if len(boxes) == 1 else BOX.sub(r"\1", text)
+        boxes = BOX.findall(text)
+    return text
+
+
+MATRIX = re.compile(
+    r"(?:\\left ?[\[(] ?)?\\+begin ?\{(?:[pbB]?matrix|array)\}(?:\{[lcr| ]*\})?"
+    r"((?:[^\\]|\\(?!begin|end))*)\\+end ?\{(?:[pbB]?matrix|array)\}(?: ?\\right ?[\])])?"
+)
+
+
+def list_rows(found):
+    r"""`\begin{pmatrix}1&2\\3&4\end{pmatrix}` -> `[[1,2],[3,4]]`; a column is a plain list."""
+    rows = [row.split("&") for row in re.split(r"\\{2,}", found[1]) if row.strip()]
+    if all(len(row) == 1 for row in rows):
+        return "[" + ",".join(row[0] for row in rows) + "]"
+    return "[" + ",".join("[" + ",".join(row) + "]" for row in rows) + "]"
+
+
+INTRODUCTION = re.compile(  # `We find that $x < 3$.`: words that lead to one formula
+    r"(?i)^[a-z ,']*\b(?:is|are|that|get|find|have|equals|matrix)\b ?:? ?"
+    r"(?:\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\])[ .]*$"
+)
+DENIAL = re.compile(
+    r"(?i)\b(?:not|never|cannot|neither|nor|maybe|perhaps|if|unless|whether|than|either|yes|no|true"
+    r"|false|at least|at most)\b|n't\b|不|非"
+)
+
+
+def introduced(text):
+    """The formula of a sentence that says nothing else, and nothing against it."""
+    found = INTRODUCTION.match(text)
+    if found and not DENIAL.search(text[: found.start(found.lastindex)]):
+        return found[found.lastindex]
+    return text
+
+
+CLAIM = re.compile(  # `The answer is`, `Answer:`, `答案是`, `选项`
+    r"(?i)\b(?:answer|result|option|choice|solution)s?(?: (?:to|of|for) (?:the|this) \w+)?"
+    r"(?: is\b| are\b| ?[:=])[ :=]*(?=\S)"
+    r"|(?:答案|结果)(?:应该|应)?[是为选]?[ :]*(?=\S)|(?:故|应|因此|所以|正确)?选[项择]?[ :]*(?=\S)"
+)
+SENTENCE_END = re.compile(r"[.;!?\n](?= |\n|$)")
+
+
+def claimed(text):
+    """What a text says that the answer is; the text itself where it denies it, or says it twice."""
+    claims = list(CLAIM.finditer(text))
+    if not claims:
+        return text
+    sentence = SENTENCE_END.split(text[: claims[0].start()])[-1]
+    if DENIAL.search(sentence):
+        return text
+    answer = text[claims[-1].end() :]
+    for claim, following in zip(claims, claims[1:], strict=False):
+        other = SENTENCE_END.split(text[claim.end() : following.start()])[0]
+        if other.strip(" *.") != answer.strip(" *."):
+            return text
+    return answer
+
+
+def items(text):
+    """(the brackets around all of it or "", its parts between top-level commas or semicolons)."""
+    depth = 0
+    end = None  # of the brackets that begin the text
+    cuts = {}  # where to cut, by (depth, is it a semicolon)
+    for mark in MARKS.finditer(text):
+        if mark[0] in "([{":
+            depth += 1
+        elif mark[0] in ")]}":
+            depth -= 1
+            if depth == 0 and end is None:
+                end = mark.end()
+        else:
+            cuts.setdefault((depth, mark[0] == ";"), []).extend(mark.span())
+    inner = 1 if end == len(text) and text[0] in "([{" else 0
+    inside = cuts.get((inner, True)) or cuts.get((inner, False), [])
+    ends = [inner, *inside, len(text) - inner]
+    pieces = [text[a:b].strip() for a, b in zip(ends[::2], ends[1::2], strict=True)]
+    brackets = text[0] + text[-1] if inner else ""
+    return brackets, [piece for piece in pieces if piece]
+
+
+MARKS = re.compile(r"[(\[{]|[)\]}]|;|,(?: ?and\b| ?or\b)?|(?<![A-Za-z\\])(?:and|or)\b")
+
+
+def unwrap(text):
+    """`((x + 1))` -> `x + 1`: no brackets around one thing."""
+    brackets, parts = items(text)
+    while brackets in ("()", "{}") and len(parts) == 1:
+        text = parts[0]
+        brackets, parts = items(text)
+    return text
+
+
+# ---------------------------------------------------------------------------------- rewriting
+class Rewrite(NamedTuple):
+    what: str
+    pattern: str
+    by: str
+    before: str  # an example, and what becomes of it
+    after: str
+
+
+SPACING = (
+    Rewrite("a backslash escaped", r"\\\\(?=[a-zA-Z])", r"\\", r"\\frac", r"\frac"),
+    Rewrite("a backslash lost", r"\x0c(?=rac)", r"\\f", "\x0crac{1}{2}", r"\frac{1}{2}"),
+    Rewrite("a backslash lost", r"\t(?=imes|ext|heta|an\b)", r"\\t", "2\times 3", r"2\times 3"),
+    Rewrite("dollars", r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 ", "$x$", " x "),
+    Rewrite("comma of thousands", r",\\!\s*|\{,\}(?:\\!)?", ",", "1{,}234", "1,234"),
+    Rewrite("size", r"\\(?:left|right|displaystyle|rm|bf)(?![a-zA-Z])|\\!|\{\}", "", r"\left(", "("),
+    Rewrite("delimiters", r"(?<!\\)\\[()\[\]]", "", r"\(x\)", "x"),
+    Rewrite("tilde as range", r"(?<=\d) ?~ ?(?=\d)", "-", "3~5", "3-5"),
+    Rewrite("tilde as about", r"^ *~ ?(?=[\d$€£¥])", "", "~4", "4"),
+    Rewrite("blanks", r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s+", " ", r"5\,cm", "5 cm"),
+    Rewrite("escapes", r"\\([{}%$&#_])", r"\1", r"50\%", "50%"),
+    Rewrite("raised in HTML", r"<sup>([^<>]*)</sup>", r"^{\1}", "m<sup>2</sup>", "m^{2}"),
+    Rewrite("lowered in HTML", r"<sub>([^<>]*)</sub>", r"_{\1}", "H<sub>2</sub>O", "H_{2}O"),
+    Rewrite("power in Python", r"(?<=[\dA-Za-z)])\*\*(?=[\d(])", "^", "x**2", "x^2"),
+    Rewrite("bold", r"\*\*", "", "**B**", "B"),
+)
+FONT = r"text\w*|math(?:rm|bf|it|sf|bb)|mbox|operatorname|ce"
+FUNCTION = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp"
+COMMANDS = (
+    Rewrite("fonts", rf"\\(?:{FONT}) ?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r" \1 ", r"\text{m}", " m "),
+    Rewrite("fractions", r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", r"\dfrac12", r"\frac12"),
+    Rewrite("at most", r"\\le(?:q|qslant)?(?![a-zA-Z])|<=", r"\\le ", r"x \leq 3", r"x \le  3"),
+    Rewrite("at least", r"\\ge(?:q|qslant)?(?![a-zA-Z])|>=", r"\\ge ", "x >= 3", r"x \ge  3"),
+    Rewrite("unequal", r"\\neq?(?![a-zA-Z])|!=", r"\\ne ", "x != 3", r"x \ne  3"),
+    Rewrite("less", r"\\lt(?![a-zA-Z])", "<", r"x \lt 3", "x < 3"),
+    Rewrite("greater", r"\\gt(?![a-zA-Z])", ">", r"x \gt 3", "x > 3"),
+    Rewrite("arrows", r"\\(?:long)?rightarrow(?![a-zA-Z])|-+>", r"\\to ", "A -> B", r"A \to  B"),
+    Rewrite("ellipsis", r"\\[lc]?dots(?![a-zA-Z])", "...", r"\ldots", "..."),
+    Rewrite("ampersand", r" ?& ?", " and ", "1 & 3", "1 and 3"),
+    Rewrite("pi", r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", "5pi", r"5\pi "),
+    Rewrite("infinity", r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty ", "inf", r"\infty "),
+    Rewrite("plus infinity", r"\+ ?(?=\\infty)", "", r"(0, +\infty)", r"(0, \infty)"),
+    Rewrite(
+        "root of brackets",
+        r"\\?(?<![A-Za-z])sqrt ?\(((?:[^()]|\([^()]*\))*)\)",
+        r"\\sqrt{\1}",
+        "sqrt(x+(1))",
+        r"\sqrt{x+(1)}",
+    ),
+    Rewrite("root in words", r"(?<![A-Za-z\\])sqrt ?(\d+|[a-z])", r"\\sqrt{\1}", "sqrt2", r"\sqrt{2}"),
+    Rewrite("root", r"\\sqrt ?(\w)", r"\\sqrt{\1}", r"\sqrt2", r"\sqrt{2}"),
+    Rewrite(
+        "functions in words",
+        rf"(?<![A-Za-z\\])({FUNCTION})(?= ?(?:[\d({{\\^_]|[a-z](?![a-z])))",
+        r"\\\1",
+        "sin(x)",
+        r"\sin(x)",
+    ),
+    Rewrite("degree", r"\*? ?(?:\^ ?\{? ?\\circ ?\}?|\\(?:degree|circ)(?![a-zA-Z]))", "°", r"9^\circ", "9°"),
+    Rewrite("Celsius", r"(?i)(?:° ?|\bdegrees? )(?:celsius|c\b)", "°C", "25 degrees C", "25 °C"),
+    Rewrite("Fahrenheit", r"(?i)(?:° ?|\bdegrees? )(?:fahrenheit|f\b)", "°F", "77° F", "77°F"),
+    Rewrite("blanks in braces", r"(?<=\{) +| +(?=\})", "", r"\frac{ 5 }{3}", r"\frac{5}{3}"),
+    Rewrite("blanks at braces", r"(?<=[a-z}]) +(?=\{)", "", r"\frac {5} {3}", r"\frac{5}{3}"),
+    Rewrite("short fraction", r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", r"\frac12", r"\frac{1}{2}"),
+    Rewrite("short numerator", r"\\frac ?(\d)(?=\{)", r"\\frac{\1}", r"\frac1{72}", r"\frac{1}{72}"),
+    Rewrite("short divisor", r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", r"\frac{36}7", r"\frac{36}{7}"),
+    Rewrite("a word in braces", r"(?<!begin)(?<!end)\{([a-z]{4,})\}", r" \1 ", "69{degrees}", "69 degrees "),
+    Rewrite("powers", r" ?\^ ?", "^", "x ^ 2", "x^2"),
+    Rewrite("indices", r" ?_ ?", "_", "CO _2", "CO_2"),
+    Rewrite("runs of blanks", " +", " ", "a  b", "a b"),
+)
+MONEY = "US\\$|USD|EUR|GBP|RMB|CNY|Rs\\.?|[$€£¥₹]"
+WORDING = (
+    Rewrite("hundred", r"(?i)(?<=\d) hundred\b", "*10^2", "5 hundred", "5*10^2"),
+    Rewrite("thousand", r"(?i)(?<=\d) thousand\b", "*10^3", "5 thousand", "5*10^3"),
+    Rewrite("million", r"(?i)(?<=\d) ?(?:million|mn)\b", "*10^6", "5 million", "5*10^6"),
+    Rewrite("billion", r"(?i)(?<=\d) ?(?:billion|bn)\b", "*10^9", "5bn", "5*10^9"),
+    Rewrite("trillion", r"(?i)(?<=\d) trillion\b", "*10^{12}", "5 trillion", "5*10^{12}"),
+    Rewrite("万", r"(?<=\d) ?万", "*10^4", "5万", "5*10^4"),
+    Rewrite("亿", r"(?<=\d) ?亿", "*10^8", "5亿", "5*10^8"),
+    Rewrite(
+        "currency in front",
+        rf"({MONEY}) ?(\d[\d.,]*(?:\*10\^\d|[KMBk]\b)?)",
+        r"\2 \1",
+        "$10",
+        "10 $",
+    ),
+    Rewrite("per", " per | ?/ ?", "/", "km per h", "km/h"),
+    Rewrite("和", r"(?<=[\dA-Z)}]) ?[和与及] ?(?=[\d(A-Z\\])", " and ", "A和C", "A and C"),
+    Rewrite("或", r"(?<=[\dA-Z)}]) ?或 ?(?=[\d(A-Z\\])", " or ", "1或2", "1 or 2"),
+    Rewrite("what approximates it", r"(?<=[\d})]) ?\\approx.*", "", r"1/3 \approx 0.3", "1/3"),
+    Rewrite(
+        "about",
+        r"(?i)^(?:about|approximately|approx\.?|around|roughly|exactly|\\approx|约|大约)(?: ?(?=\d)| (?=[-+.\\]))",
+        "",
+        "about 5",
+        "5",
+    ),
+    Rewrite("is about", r"\\approx", "=", r"x \approx 3", "x = 3"),
+    Rewrite("equals sign in front", "^= ?", "", "= 5", "5"),
+    Rewrite("quotes and stops", r"^[*\" ]+|[*\" .,;:?]+$", "", '"B".', "B"),
+    Rewrite("quotes", "^'(.*)'$", r"\1", "'B'", "B"),
+)
+
+
+def compiled(rewrites):
+    return [(re.compile(rewrite.pattern), rewrite.by) for rewrite in rewrites]
+
+
+BEFORE_CLAIM = compiled(SPACING + COMMANDS)
+AFTER_CLAIM = compiled(WORDING)
+
+
+@lru_cache(maxsize=1 << 14)
+def clean(text):
+    """One spelling of an answer, without wrappings."""
+    text = unbox(plain_characters(text))
+    text = introduced(MATRIX.sub(list_rows, text).strip())
+    text = rewrite(text, BEFORE_CLAIM)
+    text = claimed(text)
+    text = rewrite(text, AFTER_CLAIM)
+    return unwrap(text)
+
+
+def rewrite(text, rules):
+    for pattern, by in rules:
+        text = pattern.sub(by, text.strip())
+    return text.strip()
