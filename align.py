@@ -345,15 +345,15 @@ class Discriminator(nn.Module):
         hidden = forward_pack(self.model, pack)  # (T, D)
         scores = self.v_head(hidden[pack.ends].float())  # (K, heads)
         if self.form == "experts":
-            scores = scores.gather(1, pack.kind[pack.ends].unsqueeze(1))
+            scores = scores.gather(1, pack.kind[pack.ends].unsqueeze(1))  # (K, 1)
         if self.form != "moe":
             nothing = hidden.new_zeros(0, len(pack.ids), 1)
-            return scores.squeeze(1), nothing, nothing
+            return scores.sum(1), nothing, nothing
         probability = torch.stack([mlp.probability for mlp in self.mlps])
         routed = torch.stack([mlp.routed for mlp in self.mlps])
         for mlp in self.mlps:
             mlp.probability = mlp.routed = None
-        return scores.squeeze(1), probability, routed
+        return scores.sum(1), probability, routed
 
 
 def load_discriminator(args) -> Discriminator:

@@ -291,8 +291,8 @@ def _turns(row, name, fields, where):
     found = []
     for turn in turns:
         role = ROLES.get(str(turn.get(fields[0])))
-        refuse_in_turn(turn, role, fields, where)
         found.append((role, _text(turn.get(fields[1]), fields[1], where)))
+        refuse_in_turn(turn, role, fields, where)
     return found
 
 
@@ -662,7 +662,8 @@ def open_encoder(path, base=None, **options) -> Encoder:
         tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
     if tokenizer.chat_template:
         tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
-    return Encoder(tokenizer, image_processor, base.config, base.get_rope_index, **options)
+    rope_index = getattr(base, "get_rope_index", None)
+    return Encoder(tokenizer, image_processor, base.config, rope_index, **options)
 
 
 def write_template(tokenizer, folder):

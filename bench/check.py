@@ -1,7 +1,8 @@
 """
-Claim: on a GPU packs, sampler, log-probs and a whole alignment step compute what they compute on a CPU.
+Claim: on a GPU packs, sampler, log-probs and whole steps of stages 2 and 3 compute what they
+compute on a CPU.
 
-    python bench/check.py --device cuda         # float32 against the CPU, then a step of each stage in bfloat16
+    python bench/check.py --device cuda       # float32 against the CPU, then each stage in bfloat16
 """
 
 import argparse
@@ -17,67 +18,94 @@ from measure import ROOT, lengths, model, prompt, report
 
 import align
 import rlvr
+from engine.attention import adopt, forward_pack
 from engine.logprob import token_logps
-from engine.packs import Tree, adopt, make, plan, run
-from engine.sampler import generate
+from engine.packs import Tree, build_pack, plan
+from engine.sampler import all_rows, generate
 from tools.init import init
 
 
-def forward(hf, trees, device):
-    found = []
+def logps_and_gradients(hf, trees, device):
+    """Log-probs of the trees' children (on the CPU), and {name: gradient} of their sum."""
+    logps = []
     for part in plan(trees, 600):
-        pack = make(trees, part, device)
-        hidden = run(hf.model, pack)[pack.source]
+        pack = build_pack(trees, part, device)
+        hidden = forward_pack(hf.model, pack)[pack.source]
+        coefficient = torch.ones(len(hidden), device=device)
         logp = token_logps(
-            hidden,
-            hf.lm_head.weight,
-            pack.target,
-            0.9,
-            (3, 4),
-            coefficient=torch.ones_like(hidden[:, 0]),
+            hidden, hf.lm_head.weight, pack.target, 0.9, banned=(3, 4), coefficient=coefficient
         )
         logp.sum().backward()
-        found.append(logp.detach().cpu())
-    return torch.cat(found), {
-        k: p.grad.cpu() for k, p in hf.named_parameters() if p.grad is not None
+        logps.append(logp.detach().cpu())
+    gradients = {}
+    for name, parameter in hf.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.cpu()
+    return torch.cat(logps), gradients
+
+
+def largest_difference(gradients, expected):
+    """Relative, over the parameters."""
+    worst = 0.0
+    for name, gradient in gradients.items():
+        norm = expected[name].norm() + 1e-9
+        worst = max(worst, float((expected[name] - gradient).norm() / norm))
+    return worst
+
+
+def same_rollouts(here, there, prompts):
+    """Share of the rollouts that have the same ids in both models."""
+    n = 4
+    found = []
+    for hf in (here, there):
+        rows = all_rows(prompts, n)
+        seeds = [(0, number) for number in range(len(prompts))]
+        rollouts = generate(hf, prompts, rows, 60, eos=(9, 10, 11), seeds=seeds, slots=6)
+        found.append([rollout.ids for rollout in rollouts])
+    same = [mine == theirs for mine, theirs in zip(*found, strict=True)]
+    return sum(same) / len(same)
+
+
+def steps_of_stages(device, folder):
+    """Two steps of alignment and two of GRPO from random weights, sharded, on CUDA in bfloat16.
+
+    Returns for each the mean difference between the sampler's log-probs and the trainer's.
+    """
+    text = "<caption> red </caption> <think> one </think> <answer> 1 </answer>"
+    rows = []
+    for number in range(24):
+        row = {
+            "prompt": [{"role": "user", "content": f"how many {number} ?"}],
+            "images": [],
+            "teacher_response": text,
+            "reward_model": {"ground_truth": "1"},
+        }
+        rows.append(json.dumps(row) + "\n")
+    data = folder / "rows.jsonl"
+    data.write_text("".join(rows))
+    init(ROOT / "runs/tiny.json", folder / "init", [data])
+    common = {
+        "policy": str(folder / "init"),
+        "data": str(data),
+        "device": device,
+        "dtype": "float32" if device == "cpu" else "bfloat16",
+        "group_size": 4,
+        "max_response": 24,
+        "steps": 2,
+        "prompts_per_step": 2,
+        "save_every": 0,
     }
+    out = folder / "align"
+    align.main(align.Args(out=str(out), warmup_steps=1, warmup_pairs=16, **common))
+    rlvr.main(rlvr.Args(out=str(folder / "rlvr"), **common))
+    differences = {}
+    for stage in ("align", "rlvr"):
+        lines = (folder / stage / "log.jsonl").read_text().splitlines()
+        differences[stage] = json.loads(lines[-1])["logp_diff"]
+    return differences
 
 
-def stages(device, folder):
-    """Two alignment steps and two GRPO steps of a tiny model from random weights, sharded, in bfloat16."""
-    rows, text = [], "<caption> red </caption> <think> one </think> <answer> 1 </answer>"
-    for i in range(24):
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": f"how many {i} ?"}],
-                "images": [],
-                "teacher_response": text,
-                "reward_model": {"ground_truth": "1"},
-            }
-        )
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    init(ROOT / "runs/tiny.json", folder / "init", [folder / "rows.jsonl"])
-    flags = dict(
-        policy=str(folder / "init"),
-        data=str(folder / "rows.jsonl"),
-        device=device,
-        group_size=4,
-        max_response=24,
-        steps=2,
-        prompts_per_step=2,
-        dtype="bfloat16" if device != "cpu" else "float32",
-        save_every=0,
-    )
-    align.main(align.Args(out=str(folder / "align"), warmup_steps=1, warmup_pairs=16, **flags))
-    rlvr.main(rlvr.Args(out=str(folder / "rlvr"), **flags))
-    logs = [
-        json.loads((folder / stage / "log.jsonl").read_text().splitlines()[-1])
-        for stage in ("align", "rlvr")
-    ]
-    return {stage: log["logp_diff"] for stage, log in zip(("align", "rlvr"), logs, strict=True)}
-
-
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
@@ -86,30 +114,35 @@ if __name__ == "__main__":
     adopt(here.model)
     there = copy.deepcopy(here).to(device)
     random = torch.Generator().manual_seed(0)
-    trees = [
-        Tree(
-            prompt(here, 20, 8, s),
-            [torch.randint(3, 4000, (n,), generator=random).tolist() for n in lengths(6, 30, s)],
-        )
-        for s in range(4)
-    ]
-    (a, a_grads), (b, b_grads) = forward(here, trees, "cpu"), forward(there, trees, device)
-    logps = float((a - b).abs().max())
-    grads = max(
-        float((a_grads[k] - g).norm() / (a_grads[k].norm() + 1e-9)) for k, g in b_grads.items()
-    )
-    prompts = [tree.prompt for tree in trees]
-    mine, theirs = (generate(m, prompts, 4, 60, eos=(9, 10, 11), slots=6) for m in (here, there))
-    same = (
-        sum(
-            x.ids == y.ids
-            for g, h in zip(mine, theirs, strict=True)
-            for x, y in zip(g, h, strict=True)
-        )
-        / 16
-    )
+    trees = []
+    for seed in range(4):
+        children = []
+        for length in lengths(6, 30, seed):
+            children.append(torch.randint(3, 4000, (length,), generator=random).tolist())
+        trees.append(Tree(prompt(here, 20, 8, seed), children))
+
+    expected_logps, expected_gradients = logps_and_gradients(here, trees, "cpu")
+    logps, gradients = logps_and_gradients(there, trees, device)
+    logp_difference = float((logps - expected_logps).abs().max())
+    gradient_difference = largest_difference(gradients, expected_gradients)
+    same = same_rollouts(here, there, [tree.prompt for tree in trees])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        steps = stages(device, Path(folder))
-    differences = {"logp": logps, "gradient, relative": grads, "logp_diff in bfloat16": steps}
-    report("check", differences=differences, same_rollouts=same, device=device)
-    assert logps < 1e-3 and grads < 1e-2 and same > 0.9, "the GPU computes something else"
+        stages = steps_of_stages(device, Path(folder))
+    report(
+        "check",
+        differences={
+            "logp": logp_difference,
+            "gradient, relative": gradient_difference,
+            "logp_diff in bfloat16": stages,
+        },
+        same_rollouts=same,
+        device=device,
+    )
+    # Written so that NaN fails.
+    assert logp_difference < 1e-3, "log-probs are others on the GPU"
+    assert gradient_difference < 1e-2, "gradients are others on the GPU"
+    assert same > 0.9, "rollouts are others on the GPU"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,27 +1,41 @@
 #!/usr/bin/env bash
-# Every claim on one GPU, within 9 minutes: a JSON line each on the terminal and in $OUT/gpu.jsonl. A case that fails or
-# outlasts its limit says so and the rest go on.
-#   bash bench/gpu.sh            PYTHON=python3 to use an environment that is there; DEVICE=cpu to try the script itself
+# Every claim on one GPU, within 9 minutes: a JSON line each on the terminal and in $OUT/gpu.jsonl.
+# A case that fails or outlasts its limit says so, and the rest go on.
+#
+#   bash bench/gpu.sh
+#   DEVICE=cpu bash bench/gpu.sh            to try the script itself, with small models
+#   PYTHON=python3 bash bench/gpu.sh        to use an environment that is there
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)} DEVICE=${DEVICE:-cuda} OUT=${OUT:-out}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+DEVICE=${DEVICE:-cuda}
+OUT=${OUT:-out}
+errors="$OUT/gpu.err"
+lines="$OUT/gpu.jsonl"
 mkdir -p "$OUT"
-: > "$OUT/gpu.jsonl"
-failed=0
-try() { # seconds, script, arguments
-    local limit=$1 begin=$SECONDS
-    shift
-    if ! timeout "$limit" "$PYTHON" "bench/$1" --device "$DEVICE" "${@:2}" 2> "$OUT/gpu.err" | tee -a "$OUT/gpu.jsonl"; then
-        failed=$((failed + 1))
-        echo "{\"failed\": \"$*\", \"after_seconds\": $((SECONDS - begin)), \"why\": $(tail -n 3 "$OUT/gpu.err" |
-            "$PYTHON" -c 'import json, sys; print(json.dumps(sys.stdin.read()[-400:]))')}" | tee -a "$OUT/gpu.jsonl"
-    fi
-}
+: > "$lines"
 set -o pipefail
+failed=0
+
+try() { # seconds, script, arguments
+    local limit=$1 script=$2 begin=$SECONDS
+    shift 2
+    if timeout "$limit" "$PYTHON" "bench/$script" --device "$DEVICE" "$@" 2> "$errors" |
+        tee -a "$lines"; then
+        return
+    fi
+    failed=$((failed + 1))
+    local why
+    why=$(tail -n 3 "$errors" |
+        "$PYTHON" -c 'import json, sys; print(json.dumps(sys.stdin.read()[-400:]))')
+    echo "{\"failed\": \"$script $*\", \"after_seconds\": $((SECONDS - begin)), \"why\": $why}" |
+        tee -a "$lines"
+}
+
 try 90 check.py # does it compute the same there? before how fast
 try 60 logprob.py --repeat 3
 try 60 vision.py --repeat 5
 try 80 packs.py --repeat 3
 try 80 packs.py --discriminator --repeat 3
-try 90 sampler.py --repeat 2
+try 90 sampler.py --random --repeat 2
 try 80 sampler.py --growth
-echo "$failed cases failed; lines in $OUT/gpu.jsonl"
+echo "$failed cases failed; lines in $lines"

@@ -1,11 +1,14 @@
 """
-Claim: a whole GRPO step of the tiny run is several times faster than TRL's GRPOTrainer (same model, prompts, lengths).
+Claim: a whole GRPO step of the tiny run is several times faster than TRL's GRPOTrainer (same model,
+prompts and limits).
 
-    python bench/step.py --trl /tmp/trl/bin/python      # an environment with trl, accelerate, datasets, torchvision
-    python bench/step.py                                # ours alone: GRPO and alignment steps and where their time goes
+    python bench/step.py                            # ours alone: a step of GRPO and of alignment,
+                                                    # and where its time goes
+    python bench/step.py --trl /tmp/trl/bin/python  # an environment with trl, accelerate, datasets
+                                                    # and torchvision
 
-After `bash runs/tiny.sh`. TRL generates with transformers (its vLLM needs a GPU), with images, in float32, in batches of all
-rollouts of a step, as ours.
+After `bash runs/tiny.sh`. TRL generates with transformers (its vLLM needs a GPU), with images, in
+float32, in batches of all rollouts of a step, as ours.
 """
 
 import argparse
@@ -21,154 +24,177 @@ from measure import ROOT, median, report
 
 import align
 import rlvr
-from data import Order, read
+from data import read
 from engine.optimiser import optimizer, step_if_finite
-from engine.packs import Tree
 from engine.ranks import setup
-from engine.rollouts import sample, verify
+from engine.rollouts import Group, sample_groups
+from engine.rows import Order
 from model import load
+from rewards import verify
 
 
 class Parts:
-    """Seconds of each part of a step."""
+    """Seconds of each part of each step, and the tokens of each step's rollouts."""
 
     def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
+        self.seconds = {}
+        self.tokens = []
 
-    def __call__(self, name):
+    def begin_step(self):
+        self.last = time.perf_counter()
+
+    def end_part(self, name):
         now = time.perf_counter()
         self.seconds.setdefault(name, []).append(now - self.last)
         self.last = now
 
     def medians(self):
-        return {k: median(v[1:]) for k, v in self.seconds.items()}
+        """Of the whole step, of each part, and of the tokens; the first step is a warm-up."""
+        steps = [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
+        figures = {"step": median(steps[1:])}
+        for name, seconds in self.seconds.items():
+            figures[name] = median(seconds[1:])
+        figures["tokens"] = median(self.tokens[1:])
+        return figures
 
 
-def grpo(args, steps):
+def grpo_steps(args, steps):
     policy = load(args.policy).train()
-    encoder, opt, data = policy.encoder, optimizer(policy, args.lr, 0.01), read(args.data, "rl")
-    order, parts, tokens = Order(len(data), 0), Parts(), []
-    spare = Tree(data.draw(Order(len(data), 0), 1, encoder.prompt)[0], [[encoder.eos]])
-    for step in range(steps):
-        parts.last = time.perf_counter()
-        prompts = data.draw(order, args.prompts_per_step, encoder.prompt)
-        parts("encode")
-        groups = sample(policy.hf, encoder, prompts, range(len(prompts)), args, (0, step, 0))
-        parts("sample")
-        for g in groups:
-            verify(g)
-            g.advantage = rlvr.group_advantage(g.scores["reward"], args.group_size)
-        parts("verify")
-        rlvr.policy_update(policy, opt, groups, range(len(groups)), args, spare, "cpu")
-        parts("policy's update")
-        tokens.append(sum(len(r.ids) for g in groups for r in g.rollouts))
-    return parts, tokens
-
-
-def game(args, steps):
-    policy, disc = load(args.policy).train(), align.load_discriminator(args).train()
-    encoder, opt, disc_opt = (
-        policy.encoder,
-        optimizer(policy, args.lr, 0.01),
-        optimizer(disc, args.disc_lr, 0.01),
-    )
-    data, parts, tokens = read(args.data, "align"), Parts(), []
-    build = partial(align.demonstration, encoder=encoder, disc_encoder=encoder, args=args)
-    order, spare = Order(len(data), 0), data.draw(Order(len(data), 0), 1, build)[0]
-    for step in range(steps):
-        parts.last = time.perf_counter()
-        items = data.draw(order, args.prompts_per_step, build)
-        parts("encode")
-        groups = align.roll(items, range(len(items)), policy.hf, encoder, args, (0, 0, step))
-        parts("sample")
-        loss, _ = align.disc_pass(disc, items, args, "cpu", spare)
-        step_if_finite(disc_opt, loss, 1.0, "discriminator")
-        parts("discriminator's update")
-        for group, item in zip(groups, items, strict=True):
-            raw = [
-                [item.score.get(kind, {}).get(k, float("nan")) for k in range(args.group_size)]
-                for kind in (0, 1)
-            ]
-            group.advantage = align.alignment_advantage(
-                *map(torch.tensor, raw), item.well_formed, args.group_size
-            )
-            verify(group)
-        parts("advantage, verify")
-        rlvr.policy_update(
-            policy, opt, groups, range(len(items)), args, Tree(spare.prompt, [[encoder.eos]]), "cpu"
-        )
-        parts("policy's update")
-        tokens.append(sum(len(r.ids) for g in groups for r in g.rollouts))
-    return parts, tokens
-
-
-def trl(python, args, steps, batch):
+    encoder = policy.encoder
+    opt = optimizer(policy, args.lr, args.weight_decay)
     data = read(args.data, "rl")
+    order = Order(len(data), args.seed)
+    parts = Parts()
+    for step in range(steps):
+        parts.begin_step()
+        prompts = data.draw(order, args.prompts_per_step, encoder.prompt)
+        parts.end_part("encode")
+        groups = [Group(prompt) for prompt in prompts]
+        sample_groups(policy.hf, encoder, groups, verify, args, (args.seed, step, 0))
+        parts.end_part("sample, verify")
+        for group in groups:
+            group.advantage = rlvr.group_advantage(group.verdicts["reward"], args.group_size)
+        rlvr.update_policy(policy, opt, groups, args, "cpu")
+        parts.end_part("policy's update")
+        parts.tokens.append(sum(group.tokens() for group in groups))
+    return parts.medians()
+
+
+def alignment_steps(args, steps):
+    policy = load(args.policy).train()
+    encoder = policy.encoder
+    disc = align.load_discriminator(args).train()
+    opt = optimizer(policy, args.lr, args.weight_decay)
+    disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
+    data = read(args.data, "align")
+    order = Order(len(data), args.seed)
+    build = partial(align.new_group, encoder=encoder, disc_encoder=encoder, args=args)
+    weights = list(align.span_weights(args).values())
+    parts = Parts()
+    for step in range(steps):
+        parts.begin_step()
+        groups = data.draw(order, args.prompts_per_step, build)
+        parts.end_part("encode")
+        align.roll(groups, policy.hf, encoder, args, (args.seed, 0, step))
+        parts.end_part("sample, verify")
+        loss, _ = align.discriminator_pass(disc, groups, args, "cpu")
+        step_if_finite(disc_opt, loss, args.grad_clip, "discriminator")
+        parts.end_part("discriminator's update")
+        for group in groups:
+            group.advantage = align.span_advantage(group.score, weights, group.well_formed)
+        align.update_policy(policy, opt, groups, args, "cpu")
+        parts.end_part("policy's update")
+        parts.tokens.append(sum(group.tokens() for group in groups))
+    return parts.medians()
+
+
+def trl_steps(python, args, steps, batch):
+    """Figures of TRL's steps, with `batch` rows in a forward."""
+    policy = load(args.policy)
     rows = []
-    for example in data.fetch(range(args.prompts_per_step * steps)):
-        turns = [
-            m | {"content": m["content"].replace("<image>", "").strip()} for m in example.messages
-        ]
-        images = [
-            {"path": x} if isinstance(x, str) else {"bytes": base64.b64encode(x).decode()}
-            for x in example.images
-        ]
+    for example in read(args.data, "rl").fetch(range(args.prompts_per_step * steps)):
+        turns = []
+        for message in example.messages:
+            text = message["content"].replace("<image>", "").strip()
+            turns.append({**message, "content": text})
+        images = []
+        for image in example.images:
+            if isinstance(image, str):
+                images.append({"path": image})
+            else:
+                images.append({"bytes": base64.b64encode(image).decode()})
         rows.append({"prompt": turns, "answer": example.answer, "images": images})
     with tempfile.TemporaryDirectory() as out:
         job = {
-            "policy": str(load(args.policy).source),
+            "policy": str(policy.source),
             "rows": rows,
             "prompts": args.prompts_per_step,
-            "lr": args.lr,
             "group": args.group_size,
             "most": args.max_response,
+            "lr": args.lr,
             "steps": steps,
+            "batch": batch,
+            "banned": list(policy.encoder.banned),
             "out": out,
             "device": "cpu",
-            "batch": batch,
-            "banned": list(load(args.policy).encoder.banned),
             "threads": torch.get_num_threads(),
         }
         command = [python, str(ROOT / "bench/trl_step.py"), json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
+    marker = "RESULT "
+    results = [line for line in done.stdout.splitlines() if line.startswith(marker)]
+    if not results:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
-    return json.loads(found[0][7:])
+    found = json.loads(results[0].removeprefix(marker))
+    rollouts = args.prompts_per_step * args.group_size
+    return {
+        "step": median(found["seconds"]),
+        "tokens": median(found["mean_length"]) * rollouts,
+        **found["versions"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--policy", default="out/tiny-0/sft", help="as runs/tiny.sh left it")
+    parser.add_argument("--data", default="data/tiny", help="folder of the embedded world's files")
+    parser.add_argument("--disc_init", default="ckpt/base-tiny")
+    parser.add_argument("--trl", help="the Python of an environment with TRL")
+    parser.add_argument("--steps", type=int, default=8)
+    flags = parser.parse_args()
+    common = {
+        "policy": flags.policy,
+        "out": "unused",
+        "group_size": 8,
+        "lr": 1.5e-4,
+        "max_response": 128,
+        "device": "cpu",
+    }
+    grpo_args = rlvr.Args(data=f"{flags.data}/rl.jsonl", prompts_per_step=24, **common)
+    alignment_args = align.Args(
+        data=f"{flags.data}/align.jsonl",
+        prompts_per_step=16,
+        disc_init=flags.disc_init,
+        disc_lr=5e-4,
+        **common,
+    )
+    setup(grpo_args)
+    figures = {
+        "GRPO": grpo_steps(grpo_args, flags.steps),
+        "alignment": alignment_steps(alignment_args, flags.steps),
+    }
+    ratio = {}
+    if flags.trl:
+        ours = figures["GRPO"]
+        # All rows of a step at once; and TRL's own default, with accumulation.
+        for batch in (192, 8):
+            name = f"TRL, {batch} rows a forward"
+            theirs = trl_steps(flags.trl, grpo_args, flags.steps, batch)
+            figures[name] = theirs
+            step = theirs["step"] / ours["step"]
+            ratio[name] = {"step": step, "token": step / theirs["tokens"] * ours["tokens"]}
+    report("step", ratio=ratio, seconds=figures, prompts=24, rollouts=8, device="cpu")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", default="out/tiny-0", help="folder that runs/tiny.sh left")
-    parser.add_argument("--data", default="data/tiny")
-    parser.add_argument("--trl", help="the Python of an environment with TRL")
-    parser.add_argument("--steps", type=int, default=8)
-    cli = parser.parse_args()
-    common = dict(
-        policy=f"{cli.out}/sft",
-        out="unused",
-        group_size=8,
-        lr=1.5e-4,
-        max_response=128,
-        device="cpu",
-    )
-    for_grpo = rlvr.Args(data=f"{cli.data}/rl.jsonl", prompts_per_step=24, **common)
-    game_data = dict(data=f"{cli.data}/align.jsonl", disc_init="ckpt/base-tiny", disc_lr=5e-4)
-    for_game = align.Args(prompts_per_step=16, **game_data, **common)
-    setup(for_grpo)
-    figures, whole = {}, {}
-    for name, run, args in (("GRPO", grpo, for_grpo), ("alignment", game, for_game)):
-        parts, tokens = run(args, cli.steps)
-        each = [sum(v) for v in zip(*parts.seconds.values(), strict=True)][1:]
-        whole[name] = median(each)
-        figures[name] = {"step": whole[name], **parts.medians(), "tokens": median(tokens[1:])}
-    ratio = {}
-    for batch in (
-        (192, 8) if cli.trl else ()
-    ):  # all rows of a step at once; its own default, with accumulation
-        theirs, name = trl(cli.trl, for_grpo, cli.steps, batch), f"TRL, {batch} rows a forward"
-        tokens = median(theirs["mean_length"]) * 24 * 8
-        figures[name] = {"step": median(theirs["seconds"]), "tokens": tokens, **theirs["versions"]}
-        ratio[name] = {"step": figures[name]["step"] / whole["GRPO"]}
-        ratio[name]["token"] = ratio[name]["step"] / tokens * figures["GRPO"]["tokens"]
-    report("step", ratio=ratio, seconds=figures, prompts=24, rollouts=8, device="cpu")
+    main()

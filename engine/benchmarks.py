@@ -204,6 +204,8 @@ def _split_letters(text, separator):
         if mark is None:
             break
         marks.append(mark)
+    if not marks:
+        return []
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     pieces = [text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
     return [piece.strip("; \n") for piece in pieces]
@@ -264,6 +266,8 @@ def unwrap(gold):
 
 def is_among(gold, choices):
     """Is the answer one that can be chosen: an option's letter or text, or several letters?"""
+    if gold.isdecimal() and int(gold[:9]) <= len(choices):
+        return gold in [choice.strip(" $") for choice in choices]  # else it may be an index
     letters = re.sub(r"\band\b|[\s,;&().]", "", gold)
     if letters and set(letters) <= set(ascii_uppercase[: len(choices)]):
         return True

@@ -1,25 +1,31 @@
-"""Math-Verify in a process of its own, since SymPy can hang or swell on hostile text.
+"""Math-Verify in a process of its own, since SymPy can hang or swell on hostile formulas.
 
-A worker process (`python engine/math_worker.py`, JSON lines over pipes) forks a child per question,
-with limits on time and memory. That needs no signals in the caller, so any thread or notebook may
-ask. POSIX; the worker alone imports Math-Verify.
+`ask(pred, gold)` takes two trees of engine/formula.py. A worker process (`python
+engine/math_worker.py`, JSON lines over pipes) forks a child per question, with limits on time and
+memory. That needs no signals in the caller, so any thread or notebook may ask. POSIX; the worker
+alone imports Math-Verify.
 """
 
+import contextvars
 import functools
 import importlib.util
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 
-SECONDS = 1.5  # of a question
+SECONDS = 1.5  # of all the questions about one answer
 MEMORY = 1 << 30  # bytes of a question
 
+MAX_REMEMBERED = 1 << 14  # verdicts
+
+_left = contextvars.ContextVar("seconds left", default=SECONDS)
+_verdicts = {}  # by question
 _lock = threading.Lock()
 _process = None
 
@@ -34,25 +40,44 @@ def _forget():
 os.register_at_fork(after_in_child=_forget)
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def math_verify(pred, gold):
-    """The worker's verdict on two texts; False without Math-Verify and at a limit.
+def new_answer():
+    """From here on there are SECONDS for questions; an answer can need several, as a list does."""
+    _left.set(SECONDS)
 
-    A worker that somebody ended is replaced.
-    """
-    global _process
+
+def ask(pred, gold, tolerance=0):
+    """Are two trees equal, or two numbers at most `tolerance` apart? False where time runs out."""
     if importlib.util.find_spec("math_verify") is None:
         warnings.warn(
             "Math-Verify is missing (extra `math`): answers are compared as texts and numbers",
             stacklevel=1,
         )
         return False
+    question = json.dumps([pred, gold, str(tolerance)])
+    if question in _verdicts:
+        return _verdicts[question]
+    left = _left.get()
+    if left <= 0:
+        return False
+    verdict, seconds = exchange(question, left)
+    _left.set(left - seconds)
+    if verdict is None and left < SECONDS:
+        return False  # other questions took its time: not to be remembered
+    if len(_verdicts) >= MAX_REMEMBERED:
+        _verdicts.clear()
+    _verdicts[question] = bool(verdict)
+    return bool(verdict)
+
+
+def exchange(question, seconds):
+    """The worker's (verdict or None at a limit, seconds). A worker that somebody ended is replaced."""
+    global _process
     with _lock:
         process = _process
         _process = None  # so that after an interrupt nobody reads another question's answer
         if process is None or process.poll() is not None:
             process = start()
-        process.stdin.write(json.dumps([pred, gold]).encode() + b"\n")
+        process.stdin.write(json.dumps([question, seconds]).encode() + b"\n")
         line = process.stdout.readline()
         if not line:
             raise RuntimeError(
@@ -68,53 +93,122 @@ def start():
     return subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
 
 
-def serve():
-    """The worker: a line [pred, gold] in, a verdict out.
+# ---------------------------------------------------------------------------------- in the worker
+EQUAL, UNEQUAL = 10, 11  # exit codes of a child; any other: it hung, swelled or crashed
 
-    Each comes from a child of its own, which may hang, swell or crash.
-    """
-    warm_up = ("\\frac{1}{2}", "0.5")  # fills the parser's tables before the forks
-    judge(*warm_up)
+
+def serve():
+    """A line [question, seconds] in, [verdict, seconds] out, each from a child of its own."""
+    judge(["sqrt", "8"], ["*", "2", ["sqrt", "2"]], "0")  # imports and fills caches before forks
     for line in sys.stdin:
+        question, seconds = json.loads(line)
+        begin = time.monotonic()
         child = os.fork()
         if child == 0:
-            answer_and_exit(*json.loads(line))
-        status = os.waitpid(child, 0)[1]
-        print(json.dumps(status == 0), flush=True)
+            answer_and_exit(question, seconds)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        verdict = {EQUAL: True, UNEQUAL: False}.get(code)
+        print(json.dumps([verdict, time.monotonic() - begin]), flush=True)
 
 
-def answer_and_exit(pred, gold):
+def answer_and_exit(question, seconds):
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # its signal ends the child, whatever it does
-        equal = judge(pred, gold)
-        os._exit(0 if equal else 1)
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the child, whatever it does
+        equal = judge(*json.loads(question))
+        os._exit(EQUAL if equal else UNEQUAL)
     finally:
         os._exit(1)
 
 
-def judge(pred, gold):
+RELATIONS = {"=", "!=", "<", ">", "<=", ">="}
+FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+
+
+def judge(pred, gold, tolerance):
+    if pred[0] in RELATIONS and gold[0] in RELATIONS:
+        return same_relation(pred, gold)
+    if pred[0] in RELATIONS or gold[0] in RELATIONS:
+        return False
+    return same_value(build(pred), build(gold), tolerance)
+
+
+def same_relation(pred, gold):
+    """Is one a multiple of the other? `x <= 3` and `6 >= 2x`, `2x + 4y = 3` and `y = 3/4 - x/2`."""
+    import sympy
+
+    p_difference = build(pred[1]) - build(pred[2])
+    g_difference = build(gold[1]) - build(gold[2])
+    factor = sympy.simplify(p_difference / g_difference)
+    if not factor.is_number or factor.is_zero or not factor.is_finite:
+        return False
+    operator = pred[0] if factor.is_positive else FLIPPED[pred[0]]
+    return operator == gold[0]
+
+
+def same_value(pred, gold, tolerance):
     from math_verify import verify
+    from sympy import Rational
 
-    return verify(read(gold), read(pred), timeout_seconds=None)
-
-
-# No formula: a word of prose, a delimiter, a box, a foreign letter, a number alone.
-NO_FORMULA = re.compile(
-    r"(?<![\\{A-Za-z])(?!sqrt)[A-Za-z]{4,}|\$|\\[(\[]|\\boxed|[^\0-\x7f]|^[-\d.,]+$"
-)
+    if Rational(tolerance) and abs((pred - gold).evalf(30)) < Rational(tolerance):
+        return True
+    return verify(gold, pred, timeout_seconds=None) and is_close(pred, gold)
 
 
-def read(text):
-    """As a formula where nothing in it says prose, else by Math-Verify's extraction."""
-    from math_verify import parse
+def is_close(pred, gold):
+    """Math-Verify rounds to some decimals, and takes any two tiny numbers for equal."""
+    from sympy import Rational
 
-    text = text.replace("\\$", "")
-    if not NO_FORMULA.search(text):
-        found = parse(f"${text}$", parsing_timeout=None)
-        if found:
-            return found
-    return parse(text, parsing_timeout=None)
+    symbols = sorted(pred.free_symbols | gold.free_symbols, key=str)
+    values = {symbol: Rational(7 * i + 11, 13) for i, symbol in enumerate(symbols)}
+    p_value = pred.subs(values).evalf(30)
+    g_value = gold.subs(values).evalf(30)
+    if p_value == g_value:
+        return True
+    return bool(abs(p_value - g_value) <= abs(g_value) / 10**12)
+
+
+def build(tree):
+    """The SymPy expression of a tree."""
+    import sympy
+
+    if isinstance(tree, str):
+        return sympy.Rational(tree)
+    operator, *operands = tree
+    if operator == "symbol":
+        return sympy.Symbol(operands[0], real=True)
+    if operator == "constant":
+        constants = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "infinity": sympy.oo}
+        return constants[operands[0]]
+    if operator == "call":
+        return sympy.Function(operands[0])(build(operands[1]))
+    values = [build(operand) for operand in operands]
+    return operations()[operator](*values)
+
+
+@functools.cache
+def operations():
+    import operator
+
+    import sympy
+
+    named = (
+        "sin cos tan cot sec csc sinh cosh tanh exp binomial floor ceiling sqrt root log".split()
+    )
+    return {name: getattr(sympy, name) for name in named} | {
+        "+": operator.add,
+        "*": operator.mul,
+        "/": operator.truediv,
+        "^": operator.pow,
+        "-": operator.neg,
+        "!": sympy.factorial,
+        "°": sympy.rad,
+        "abs": sympy.Abs,
+        "ln": sympy.log,
+        "arcsin": sympy.asin,
+        "arccos": sympy.acos,
+        "arctan": sympy.atan,
+    }
 
 
 if __name__ == "__main__":

@@ -41,9 +41,8 @@ class BadRow(ValueError):
     """
 
     def __init__(self, where, what, mend, detail=""):
-        if detail:
-            detail = f" ({str(detail)[:200]})"
-        super().__init__(f"{where}: {what}{detail}. {mend}")
+        reason = what if detail == "" else f"{what} ({str(detail)[:200]})"
+        super().__init__(f"{where}: {reason}. {mend}")
         self.where = where
         self.what = what
         self.mend = mend

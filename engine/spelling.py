@@ -204,7 +204,9 @@ SPACING = (
     Rewrite("a backslash lost", r"\t(?=imes|ext|heta|an\b)", r"\\t", "2\times 3", r"2\times 3"),
     Rewrite("dollars", r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 ", "$x$", " x "),
     Rewrite("comma of thousands", r",\\!\s*|\{,\}(?:\\!)?", ",", "1{,}234", "1,234"),
-    Rewrite("size", r"\\(?:left|right|displaystyle|rm|bf)(?![a-zA-Z])|\\!|\{\}", "", r"\left(", "("),
+    Rewrite(
+        "size", r"\\(?:left|right|displaystyle|rm|bf)(?![a-zA-Z])|\\!|\{\}", "", r"\left(", "("
+    ),
     Rewrite("delimiters", r"(?<!\\)\\[()\[\]]", "", r"\(x\)", "x"),
     Rewrite("tilde as range", r"(?<=\d) ?~ ?(?=\d)", "-", "3~5", "3-5"),
     Rewrite("tilde as about", r"^ *~ ?(?=[\d$€£¥])", "", "~4", "4"),
@@ -218,7 +220,9 @@ SPACING = (
 FONT = r"text\w*|math(?:rm|bf|it|sf|bb)|mbox|operatorname|ce"
 FUNCTION = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp"
 COMMANDS = (
-    Rewrite("fonts", rf"\\(?:{FONT}) ?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r" \1 ", r"\text{m}", " m "),
+    Rewrite(
+        "fonts", rf"\\(?:{FONT}) ?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r" \1 ", r"\text{m}", " m "
+    ),
     Rewrite("fractions", r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", r"\dfrac12", r"\frac12"),
     Rewrite("at most", r"\\le(?:q|qslant)?(?![a-zA-Z])|<=", r"\\le ", r"x \leq 3", r"x \le  3"),
     Rewrite("at least", r"\\ge(?:q|qslant)?(?![a-zA-Z])|>=", r"\\ge ", "x >= 3", r"x \ge  3"),
@@ -229,7 +233,9 @@ COMMANDS = (
     Rewrite("ellipsis", r"\\[lc]?dots(?![a-zA-Z])", "...", r"\ldots", "..."),
     Rewrite("ampersand", r" ?& ?", " and ", "1 & 3", "1 and 3"),
     Rewrite("pi", r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", "5pi", r"5\pi "),
-    Rewrite("infinity", r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty ", "inf", r"\infty "),
+    Rewrite(
+        "infinity", r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty ", "inf", r"\infty "
+    ),
     Rewrite("plus infinity", r"\+ ?(?=\\infty)", "", r"(0, +\infty)", r"(0, \infty)"),
     Rewrite(
         "root of brackets",
@@ -238,7 +244,9 @@ COMMANDS = (
         "sqrt(x+(1))",
         r"\sqrt{x+(1)}",
     ),
-    Rewrite("root in words", r"(?<![A-Za-z\\])sqrt ?(\d+|[a-z])", r"\\sqrt{\1}", "sqrt2", r"\sqrt{2}"),
+    Rewrite(
+        "root in words", r"(?<![A-Za-z\\])sqrt ?(\d+|[a-z])", r"\\sqrt{\1}", "sqrt2", r"\sqrt{2}"
+    ),
     Rewrite("root", r"\\sqrt ?(\w)", r"\\sqrt{\1}", r"\sqrt2", r"\sqrt{2}"),
     Rewrite(
         "functions in words",
@@ -247,15 +255,29 @@ COMMANDS = (
         "sin(x)",
         r"\sin(x)",
     ),
-    Rewrite("degree", r"\*? ?(?:\^ ?\{? ?\\circ ?\}?|\\(?:degree|circ)(?![a-zA-Z]))", "°", r"9^\circ", "9°"),
+    Rewrite(
+        "degree",
+        r"\*? ?(?:\^ ?\{? ?\\circ ?\}?|\\(?:degree|circ)(?![a-zA-Z]))",
+        "°",
+        r"9^\circ",
+        "9°",
+    ),
     Rewrite("Celsius", r"(?i)(?:° ?|\bdegrees? )(?:celsius|c\b)", "°C", "25 degrees C", "25 °C"),
     Rewrite("Fahrenheit", r"(?i)(?:° ?|\bdegrees? )(?:fahrenheit|f\b)", "°F", "77° F", "77°F"),
     Rewrite("blanks in braces", r"(?<=\{) +| +(?=\})", "", r"\frac{ 5 }{3}", r"\frac{5}{3}"),
     Rewrite("blanks at braces", r"(?<=[a-z}]) +(?=\{)", "", r"\frac {5} {3}", r"\frac{5}{3}"),
     Rewrite("short fraction", r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", r"\frac12", r"\frac{1}{2}"),
-    Rewrite("short numerator", r"\\frac ?(\d)(?=\{)", r"\\frac{\1}", r"\frac1{72}", r"\frac{1}{72}"),
+    Rewrite(
+        "short numerator", r"\\frac ?(\d)(?=\{)", r"\\frac{\1}", r"\frac1{72}", r"\frac{1}{72}"
+    ),
     Rewrite("short divisor", r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", r"\frac{36}7", r"\frac{36}{7}"),
-    Rewrite("a word in braces", r"(?<!begin)(?<!end)\{([a-z]{4,})\}", r" \1 ", "69{degrees}", "69 degrees "),
+    Rewrite(
+        "a word in braces",
+        r"(?<!begin)(?<!end)\{([a-z]{4,})\}",
+        r" \1 ",
+        "69{degrees}",
+        "69 degrees ",
+    ),
     Rewrite("powers", r" ?\^ ?", "^", "x ^ 2", "x^2"),
     Rewrite("indices", r" ?_ ?", "_", "CO _2", "CO_2"),
     Rewrite("runs of blanks", " +", " ", "a  b", "a b"),

@@ -1,8 +1,9 @@
-"""Units of measure: what may stand behind a number, and which of them measure the same.
+"""Units of measure: which texts are units, and which of them measure the same.
 
-`read(text)` of `km/h`, `kilometers per hour`, `m^2`, `square meters`, `J K^{-1} mol^{-1}`, `元` or
-`apples` gives a `Unit`: its size in base units and their exponents. A word that nobody knows is a
-unit of its own, so that 5 apples are not 5 pears.
+`unit("km/h")`, `unit("kilometers per hour")`, `unit("m^2")`, `unit("square meters")`,
+`unit("J K^{-1} mol^{-1}")`, `unit("元")`, `unit("apples")` give a `Unit`: its size, and its base
+units with their exponents. A word that nobody knows is a unit of its own, so that 5 apples are not
+5 pears. None is what no unit can be: comparisons, negations, single unknown letters.
 """
 
 import re
@@ -12,90 +13,216 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    size: Fraction
+    size: Fraction  # in its base units
     bases: tuple  # of (base, exponent), sorted
+    known: bool = True  # False: an unknown word, which only stands behind a number
 
 
 NONE = Unit(Fraction(1), ())
 
-# size in the base, base: names; the first ones are symbols. What is marked with + takes prefixes.
+# Each line: the size in other units, then the names. With + in front a name takes the prefixes of
+# PREFIXES, a symbol (before the bar) as `km`, a word (behind it) as `kilometer`.
 TABLE = """
-+1 m: m meter metre 米
++ 1 m: m | meter metre 米
++ 0.001 kg: g | gram gramme 克
++ 1 s: s | second sec 秒
++ 1 A: A | ampere amp 安培 安
++ 1 K: K | kelvin
++ 1 mol: mol | mole 摩尔
++ 0.001 m^3: L l | liter litre 升
++ 1 kg m s^-2: N | newton 牛顿 牛
++ 1 kg m^2 s^-2: J | joule 焦耳 焦
++ 1 kg m^2 s^-3: W | watt 瓦特 瓦
++ 1 kg m^-1 s^-2: Pa | pascal 帕斯卡 帕
++ 1 s^-1: Hz | hertz 赫兹
++ 1 A s: C | coulomb 库仑
++ 1 kg m^2 s^-3 A^-1: V | volt 伏特 伏
++ 1 kg m^2 s^-3 A^-2: Ω | ohm 欧姆 欧
++ 1 kg^-1 m^-2 s^4 A^2: F | farad 法拉
++ 1 kg s^-2 A^-1: T | tesla
++ 1 kg m^2 s^-2 A^-1: Wb | weber
++ 1 kg m^2 s^-2 A^-2: H | henry
++ 4.184 J: cal | calorie
++ 1 eV: eV | electronvolt
++ 1000 kg: t | ton tonne 吨
++ 1 bit: bit |
++ 1 byte: | byte 字节
+1000 byte: KB kB
+1000000 byte: MB
+1000000000 byte: GB
+1000000000000 byte: TB
 0.0254 m: in inch inche 英寸
 0.3048 m: ft foot feet 英尺
 0.9144 m: yd yard
-1609.344 m: mi mile 英里
+1609.344 m: mi mile
 1852 m: nmi 海里
+500 m: 里
 0.1 m: 分米
 0.01 m: 厘米 公分
 0.001 m: 毫米
 1000 m: 千米 公里
 0.0000000001 m: Å angstrom
-+0.001 kg: g gram gramme 克
 1 kg: 千克 公斤
-0.000001 kg: 毫克
-0.45359237 kg: lb lbs pound
+0.001 g: 毫克
+0.45359237 kg: lb pound
 0.028349523125 kg: oz ounce
-+1000 kg: t ton tonne 吨
-+1 s: s sec second 秒
-60 s: min minute mins 分钟
-3600 s: h hr hour hrs 小时
-86400 s: d day 天
+60 s: min minute mins 分钟 分
+3600 s: h hr hour 小时
+86400 s: day 天
 604800 s: week wk 周
 1 month: month 个月 月
-1 year: yr year 年 岁
-+0.001 m3: L l liter litre 升
-0.000001 m3: cc 毫升
-0.003785411784 m3: gal gallon
-+1 A: A amp ampere 安
-+1 V: V volt 伏
-+1 W: W watt 瓦
-+1 Hz: Hz hertz 赫兹
-+1 N: N newton 牛
-+1 J: J joule 焦
-+1 Pa: Pa pascal 帕
+1 year: year yr 年
+0.001 L: cc 毫升
+3.785411784 L: gal gallon
 101325 Pa: atm atmosphere
 100000 Pa: bar
-+1 C: C coulomb 库仑
-+1 F: F farad
-+1 ohm: Ω ohm 欧姆 欧
-+1 T: T tesla
-+1 Wb: Wb weber
-+1 H: henry
-+1 eV: eV electronvolt
-+1 mol: mol mole 摩尔
-+1 K: K kelvin
-+1 cal: cal calorie
-+1 byte: byte 字节
-+1 bit: bit
 1 torr: torr mmHg
-1 °C: °C 摄氏度
-1 °F: °F
-1 °: ° deg degree 度
+1 celsius: °C 摄氏度
+1 fahrenheit: °F
+1 degree: ° deg degree 度
 1 rad: rad radian
-1 rev: rev revolution 转
+1 turn: rev revolution 转
 1 dB: dB decibel
-1 %: % percent percentage pct
-1 $: $ dollar usd us$ 美元
-0.01 $: cent ¢
-1 €: € euro eur
-1 £: £ gbp
-0.01 £: pence penny
-1 ¥: ¥ yen jpy 日元
-1 元: 元 yuan rmb cny 人民币
-1 ₹: ₹ rs rupee
-1 ha: ha hectare 公顷
+1 percent: % percent percentage pct
+1 usd: $ US$ usd dollar 美元
+0.01 usd: ¢ cent
+1 eur: € eur euro 欧元
+1 gbp: £ gbp 英镑
+0.01 gbp: pence penny
+1 jpy: 日元 円 yen jpy
+1 cny: ¥ 元 块 yuan rmb cny 人民币
+1 inr: ₹ Rs rupee
+10000 m^2: ha hectare 公顷
 1 acre: acre
+12 piece: dozen
+1 piece: piece pcs 个 只
 """
-PREFIXES = {
-    "p pico": "0.000000000001",
-    "n nano": "0.000000001",
-    "μ u micro": "0.000001",
-    "m milli": "0.001",
-    "c centi": "0.01",
-    "d deci": "0.1",
-    "k kilo": "1000",
-    "M mega": "1000000",
-    "G giga": "1000000000",
-    "T tera": "1000000000000",
+PREFIXES = {  # symbol: word and size
+    "p": ("pico", "0.000000000001"),
+    "n": ("nano", "0.000000001"),
+    "μ": ("micro", "0.000001"),
+    "u": ("micro", "0.000001"),
+    "m": ("milli", "0.001"),
+    "c": ("centi", "0.01"),
+    "d": ("deci", "0.1"),
+    "k": ("kilo", "1000"),
+    "M": ("mega", "1000000"),
+    "G": ("giga", "1000000000"),
+    "T": ("tera", "1000000000000"),
 }
+# What cannot be a unit: the number before it is compared, denied, doubted, or one of several.
+NO_UNIT = set(
+    """or and but not no never nor is are was to than as by if so because since maybe perhaps more
+    less fewer greater least most up down over under above below beyond between plus minus max
+    maximum minimum wrong incorrect false about am pm bc ad th st nd rd""".split()
+)
+JOINING = {"of", "the", "in", "on", "for", "at", "a", "an"}  # short words in `kinds of fruit`
+
+WORD = "[A-Za-zμΩÅ°%$€£¥₹¢\u4e00-\u9fff'-]+"
+TERM = re.compile(rf"({WORD})(?:\^?\{{?(-?\d)\}}?)?")  # `m`, `m^2`, `cm2`, `mol^{-1}`
+POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cubed": 3, "squared": 2}
+SEPARATOR = re.compile(r" ?(?:\\cdot|\*|\.) ?| ")
+
+
+def multiply(a, b, power=1):
+    exponents = dict(a.bases)
+    for base, exponent in b.bases:
+        exponents[base] = exponents.get(base, 0) + exponent * power
+    bases = tuple(sorted((base, n) for base, n in exponents.items() if n))
+    return Unit(a.size * b.size**power, bases, a.known and b.known)
+
+
+NAMES = {}
+
+
+def define(line):
+    """One line of the table into NAMES."""
+    definition, _, names = line.partition(": ")
+    prefixed = definition.startswith("+ ")
+    size, *bases = definition.removeprefix("+ ").split()
+    meaning = Unit(Fraction(size), ())
+    for base in bases:
+        name, _, exponent = base.partition("^")
+        meaning = multiply(
+            meaning, NAMES.get(name, Unit(Fraction(1), ((name, 1),))), int(exponent or 1)
+        )
+    symbols, _, words = names.partition("|")
+    for name in symbols.split() + words.split():
+        NAMES[name] = meaning
+    if not prefixed:
+        return
+    for symbol, (word, factor) in PREFIXES.items():
+        scaled = Unit(meaning.size * Fraction(factor), meaning.bases)
+        for name in symbols.split():
+            NAMES.setdefault(symbol + name, scaled)
+        for name in words.split():
+            NAMES.setdefault(word + name, scaled)
+
+
+for each in TABLE.strip().splitlines():
+    define(each)
+
+
+def known_unit(word):
+    """`km`, `Kilometers`, `KM`, `inches`, `平方米`, `squareinches`; None for an unknown word."""
+    if word in NAMES:
+        return NAMES[word]
+    lower = word.lower()
+    for name in (lower, lower.removesuffix("s"), lower.removesuffix("es")):
+        if len(name) > 1 and name in NAMES:
+            return NAMES[name]
+    for prefix, power in (("平方", 2), ("立方", 3), ("square", 2), ("cubic", 3)):
+        rest = known_unit(word.removeprefix(prefix)) if word.startswith(prefix) else None
+        if rest:
+            return multiply(NONE, rest, power)
+    return None
+
+
+def product(text):
+    """A product of units, `N m` or `square meters`; else unknown words, `red apples`."""
+    result = NONE
+    power = 1  # that a word in front asks for
+    last = None
+    words = SEPARATOR.split(text.strip())
+    for word in words:
+        term = TERM.fullmatch(word)
+        if not term:
+            return None
+        unit_of_word = known_unit(term[1])
+        name = term[1].lower()
+        if unit_of_word:
+            last = unit_of_word
+            result = multiply(result, last, int(term[2] or 1) * power)
+            power = 1
+        elif name in ("square", "sq", "cubic"):
+            power = POWER_WORDS[name]
+        elif name in ("squared", "cubed") and last:
+            result = multiply(result, last, POWER_WORDS[name] - 1)
+        else:
+            return phrase(words)
+    return result if power == 1 else phrase(words)
+
+
+def phrase(words):
+    """Unknown words as a unit of their own, without number and case."""
+    names = []
+    for word in words:
+        name = word.lower()
+        short = len(name) < 3 and name.isascii() and not known_unit(word)
+        if name in NO_UNIT or not re.fullmatch(WORD, word) or (short and name not in JOINING):
+            return None
+        names.append(name.removesuffix("s"))
+    return Unit(Fraction(1), ((" ".join(names), 1),), known=False)
+
+
+@lru_cache(maxsize=1 << 12)
+def unit(text):
+    """The unit that a text is, or None."""
+    numerator, *denominators = text.split("/")
+    result = product(numerator) if numerator.strip() else NONE
+    for denominator in denominators:
+        divisor = product(denominator)
+        if result is None or divisor is None:
+            return None
+        result = multiply(result, divisor, -1)
+    return result

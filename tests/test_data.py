@@ -18,15 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-from data import (
-    SYSTEM_PROMPT,
-    Encoder,
-    Example,
-    count_items,
-    count_steps,
-    read,
-    split_spans,
-)
+from data import SYSTEM_PROMPT, Encoder, Example, count_items, count_steps, read, split_spans
 from engine.rows import BadRow, Order, Rows, open_image
 
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()

@@ -61,7 +61,7 @@ FOLLOWS = {
     "</think>": {"<answer>": 13},
     "<answer>": {"1": 11.5, "2": 11, "A": 12, "B": 10, "three": 9},
     **{word: {"</answer>": 12} for word in ("1", "2", "A", "B", "three")},
-    "</answer>": {"<|im_end|>": 13, "<answer>": 10},
+    "</answer>": {"<|im_end|>": 14, "<answer>": 9},
 }
 UNUSED = 8  # ids without a word
 VOCABULARY = 320
@@ -241,7 +241,7 @@ def make_world(folder):
         if number % 5 == 4:
             images = []
         question = "<image>" * len(images) + drawn.choice(["count red", "\ncount green or dot"])
-        answer = drawn.choice(["1", "2", "3"])
+        answer = drawn.choice(["1", "2", "3"] if number % 5 == 2 else ["1", "2"])
         prompt = [{"role": "user", "content": question}]
         if number % 3 == 0:
             prompt.insert(0, {"role": "system", "content": "be brief"})
