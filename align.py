@@ -542,9 +542,9 @@ def discriminator_pass(disc, groups, args, device, train=True):
             squares = (theirs.square() + ours.square()) / 2  # raw: what is saturated is pulled back
             loss = loss + args.score_l2 * (weight * squares).sum() / spans
 
-            routed_here = mean_of_trees(routed, pack)  # (L, G, E)
+            routed_here = pack.mean_over_trees(routed)  # (L, G, E)
             routed_there = routed_here if routed_whole is None else routed_whole[:, pack.trees]
-            balance = load_balance(routed_there, mean_of_trees(probability, pack))  # (G,)
+            balance = load_balance(routed_there, pack.mean_over_trees(probability))  # (G,)
             share = [int(groups[g].well_formed.sum()) / rollouts for g in pack.trees]
             loss = loss + args.balance * (torch.tensor(share, device=device) * balance).sum()
         if train:
@@ -558,20 +558,21 @@ def discriminator_pass(disc, groups, args, device, train=True):
         for g, s, k, our, their in part:
             groups[g].score[s, k] = our
             groups[g].reference_score[s] = their
+    for group in groups:
+        share_scores_of_equal_spans(group)
     if not loads:  # there was nothing to score
         return 0.0, torch.zeros(spans, 0, 1)
     return all_sum(total), sum(gather(sum(loads)))
 
 
-def mean_of_trees(values, pack):
-    """Means of values (L, T, E) over the tokens of each tree of a pack: (L, G, E). Of a tree that
-    is split it is this pack's part of the mean: a token that stands in several packs counts a share
-    of one in each."""
-    values = values / pack.copies.unsqueeze(1)
-    padding = 1  # a padded tail counts as one tree more
-    sums = values.new_zeros(len(values), len(pack.trees) + padding, values.shape[2])
-    sums = sums.index_add(1, pack.tree, values)
-    return sums[:, : len(pack.trees)] / pack.tree_tokens.unsqueeze(1)
+def share_scores_of_equal_spans(group):
+    """Give spans with the same ids, the reference's among them, the same score. They differ by
+    rounding, which a group of nothing else would divide by itself."""
+    for s, reference in enumerate(group.reference):
+        score_of = {tuple(reference): group.reference_score[s]}
+        for k in group.well_formed.nonzero().flatten().tolist():
+            ids = tuple(group.spans[k][s])
+            group.score[s, k] = score_of.setdefault(ids, group.score[s, k].clone())
 
 
 @torch.no_grad()
@@ -586,7 +587,7 @@ def routing_of_split_trees(disc, trees, args, device):
     for pack in packs_of(trees, args.pack_tokens, device):
         _, _, routed = disc(pack)
         part = routed.new_zeros(len(routed), len(trees), routed.shape[2])
-        part[:, pack.trees] = mean_of_trees(routed, pack)
+        part[:, pack.trees] = pack.mean_over_trees(routed)
         whole = whole + part
     return all_sum(whole)
 
@@ -595,34 +596,6 @@ def load_of_spans(routed, pack, spans):
     """(S, L, E): tokens of each span of a pack that each expert gets, of their shares (L, T, E)."""
     routed = routed.detach() / pack.copies.unsqueeze(1)
     return torch.stack([routed[:, pack.kind == s].sum(1) for s in range(spans)]).cpu()
-
-
-def pairs_of_step(groups, names):
-    """{name of a span: health.Pairs} of all pairs of a step."""
-    pairs = {}
-    for s, name in enumerate(names):
-        rows = []
-        for g, group in enumerate(groups):
-            for k in group.well_formed.nonzero().flatten().tolist():
-                scores = (float(group.reference_score[s]), float(group.score[s, k]))
-                rows.append((*scores, g, len(group.reference[s]), len(group.spans[k][s])))
-        columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5).unbind(1)
-        pairs[name] = health.Pairs(*columns)
-    return pairs
-
-
-def probes_of_step(groups, names):
-    """{name of a span: (prompts, references, rollouts)}, token ids of each pair of a step."""
-    probes = {}
-    for s, name in enumerate(names):
-        prompts, references, policies = [], [], []
-        for group in groups:
-            for k in group.well_formed.nonzero().flatten().tolist():
-                prompts.append(group.seen.ids.tolist())
-                references.append(group.reference[s])
-                policies.append(group.spans[k][s])
-        probes[name] = (prompts, references, policies)
-    return probes
 
 
 # ----------------------------------------------------------------------------- the policy's update
@@ -718,7 +691,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         set_lr(opt, args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine"))
         norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
         # 3) log
-        metrics = health.game_metrics(pairs_of_step(groups, names), load, args.score_clip)
+        metrics = health.game_metrics(health.pairs_of(groups, names), load, args.score_clip)
         metrics["loss"] = loss if any(group.well_formed.any() for group in groups) else torch.nan
         metrics["grad_norm"] = norm
         metrics["skipped"] = skipped
@@ -756,9 +729,9 @@ def held_out_metrics(disc, test, args, device):
     """Pair accuracy on groups that are never trained on, and what gives their sides away."""
     names = list(span_table(args))
     _, load = discriminator_pass(disc, test, args, device, train=False)
-    found = health.game_metrics(pairs_of_step(test, names), load, args.score_clip)
+    found = health.game_metrics(health.pairs_of(test, names), load, args.score_clip)
     metrics = {f"{name}/held_out": found[f"{name}/acc"] for name in names}
-    return metrics | health.probe_metrics(probes_of_step(test, names))
+    return metrics | health.probe_metrics(health.probes_of(test, names))
 
 
 def save_players(policy, disc, folder):
@@ -833,9 +806,9 @@ def main(args):
         set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
         metrics = update_policy(policy, opt, groups, args, ranks.device)
         # 6) log
-        metrics |= health.game_metrics(pairs_of_step(groups, names), expert_load, args.score_clip)
+        metrics |= health.game_metrics(health.pairs_of(groups, names), expert_load, args.score_clip)
         if args.probe_every and step % args.probe_every == 0:
-            metrics |= health.probe_metrics(probes_of_step(groups, names))
+            metrics |= health.probe_metrics(health.probes_of(groups, names))
         metrics |= rollout_metrics(groups)  # the canary among them
         metrics["lr"] = opt.param_groups[0]["lr"]
         metrics["left_out"] = len(data.bad)

@@ -368,20 +368,25 @@ def _ask(question, choices, n_images):
     not written again."""
     if "<image>" not in question:
         question = "<image>\n" * n_images + question
-    # One option after the other: as one pattern with gaps it could take exponential time.
-    end = 0
-    listed = True
-    for choice in choices:
-        pattern = re.compile(rf"(?<!\w){re.escape(choice)}(?!\w)")
-        found = pattern.search(question, end)
-        listed = found is not None
-        if not listed:
-            break
-        end = found.end()
-    if listed or all(re.fullmatch(r"\(?[A-Z][).]?", choice) for choice in choices):
+    lettered = all(re.fullmatch(r"\(?[A-Z][).]?", choice) for choice in choices)
+    if lettered or _lists(question, choices):
         return question
     options = [f"({chr(65 + i)}) {choice}" for i, choice in enumerate(choices)]
     return "\n".join([question, "Options:", *options])
+
+
+def _lists(question, choices):
+    """Does a question's text hold all of the choices, in their order?"""
+    # One after the other: as one pattern with gaps it could take exponential time.
+    end = 0
+    for choice in choices:
+        if choice not in question:
+            return False
+        found = re.compile(rf"(?<!\w){re.escape(choice)}(?!\w)").search(question, end)
+        if found is None:
+            return False
+        end = found.end()
+    return True
 
 
 def _check_marks(example):
@@ -704,7 +709,7 @@ MARK_AT_START = re.compile(
 )
 # Marks anywhere in a line: they count where they run 1, 2, 3 .., at least to the second.
 RUNNING_MARKS = (
-    re.compile(r"(?<!\w)[(（](\d{1,2}|[a-z])[)）]"),  # (1) a (2) b; not f(1) or f(2)
+    re.compile(r"(?<![A-Za-z\d])[(（](\d{1,2}|[a-z])[)）]"),  # (1) a (2) b; not f(1) or f(2)
     re.compile(rf"([{CIRCLED}])"),
     re.compile(r"(?i)\bstep (\d{1,2})\b"),
     re.compile(rf"第(\d{{1,2}}|[{CHINESE}])步"),

@@ -9,6 +9,7 @@ The loader that all stages share: open, save and shard a vision-language policy.
 from __future__ import annotations
 
 import copy
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,20 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from data import open_encoder, write_template
 from engine.attention import adopt, forward_pack
-from engine.files import copy_processor, expect_none, find, read_files
+from engine.files import (
+    copy_processor,
+    expect_none,
+    find,
+    open_config,
+    read_files,
+    with_older_experts,
+    write_config,
+)
 from engine.logprob import token_logps
 from engine.ranks import is_main, world
 
@@ -70,6 +79,7 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     read_files(folder, "tokenizer.json")
     hf, found = AutoModelForImageTextToText.from_pretrained(
         folder,
+        config=open_config(folder),
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
@@ -81,6 +91,7 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     expect_packs_run(hf, folder)
     adopt(hf.model)
     encoder = open_encoder(folder, hf.model, **encoder_options)
+    expect_rows(hf, encoder.tokenizer, folder)
     return Policy(hf.to(device), encoder, folder)
 
 
@@ -88,11 +99,15 @@ def skeleton(path) -> Policy:
     """A policy without weights, on the meta device, from the configuration alone: for accounts of
     memory. path: as for `load`, or a config.json.
     """
-    source = find(path) if Path(path).is_dir() else path
-    config = AutoConfig.from_pretrained(source)
+    config = open_config(find(path) if Path(path).is_dir() else path)
     with torch.device("meta"):
         hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     return Policy(hf, None, path)
+
+
+def is_tied(hf):
+    """Whether the head is the embedding itself, whatever the configuration says."""
+    return hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
 
 
 def expect_packs_run(hf, folder):
@@ -107,16 +122,36 @@ def expect_packs_run(hf, folder):
         )
 
 
+def expect_rows(hf, tokenizer, folder):
+    """ValueError for token ids without a row in the embedding: looking one up would fail, or on
+    CUDA read something else.
+    """
+    rows = len(hf.get_input_embeddings().weight)
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= rows]
+    if beyond:
+        raise ValueError(
+            f"{folder}: its tokenizer has {len(beyond)} tokens beyond the {rows} rows of its "
+            f"embedding, as {min(beyond)!r}. Open it in transformers, call resize_token_embeddings("
+            "len(tokenizer)) and save it again; or take the tokenizer that it was trained with"
+        )
+
+
 def save(policy: Policy, folder):
     """Write `policy` to `folder` in transformers' layout, with its tokenizer and processor files.
-    All ranks call it.
+    What is written opens in version 4.57 as in version 5. All ranks call it.
     """
     state = full_state(policy.hf)
-    if policy.hf.get_output_embeddings().weight is policy.hf.get_input_embeddings().weight:
-        # A tied head is not written; where it is sharded, it is gathered as a tensor of its own.
+    tied = is_tied(policy.hf)
+    if tied:  # then it is not written; where it is sharded, it is gathered as a tensor of its own
         state.pop("lm_head.weight", None)
+    is_moe = policy.hf.config.model_type == "qwen3_vl_moe"
+    if is_moe:
+        state = with_older_experts(state)
     if is_main():
-        policy.hf.save_pretrained(folder, state_dict=state)
+        # Its "original format" would undo `with_older_experts`.
+        policy.hf.save_pretrained(folder, state_dict=state, save_original_format=not is_moe)
+        settings = json.loads(Path(folder, "config.json").read_text())
+        write_config(settings, folder, tied)
         copy_processor(policy.source, folder)
         write_template(policy.encoder.tokenizer, Path(folder))
 

@@ -58,7 +58,12 @@ def draw_rollout(y, rollout, references):
         ),
     ]
     y += 22
-    for number, (name, span) in enumerate(zip(SPANS, split_spans(rollout["text"]), strict=True)):
+    spans = split_spans(rollout["text"])
+    names = list(SPANS)
+    if spans is None:
+        spans = [rollout["text"]]
+        names = ["malformed"]
+    for number, (name, span) in enumerate(zip(names, spans, strict=True)):
         lines = textwrap.wrap(" ".join(span.split()), TEXT)
         height = LINE * max(2, len(lines)) + 10
         shapes.append(
@@ -67,10 +72,12 @@ def draw_rollout(y, rollout, references):
         )
         for i, line in enumerate(lines):
             shapes.append(text(LEFT + 10, y + 19 + i * LINE, line))
-        score = signed(rollout["scores"][name])
-        shapes.append(text(right - 10, y + 19, f"{name} {score}", "label strong", "end"))
-        reference = f"reference {signed(references[name])}"
-        shapes.append(text(right - 10, y + 19 + LINE, reference, "label note", "end"))
+        label = name
+        if name in SPANS:
+            label = f"{name} {signed(rollout['scores'][name])}"
+            reference = f"reference {signed(references[name])}"
+            shapes.append(text(right - 10, y + 19 + LINE, reference, "label note", "end"))
+        shapes.append(text(right - 10, y + 19, label, "label strong", "end"))
         y += height + 5
     return shapes, y + 13
 

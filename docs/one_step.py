@@ -24,31 +24,28 @@ POLICY = "ckpt/sft"
 DISCRIMINATOR = "out/tiny-0/align/warmup/last"  # after its warm-up, before the game
 DATA = "data/tiny/align.jsonl"
 
-torch.set_printoptions(precision=3, linewidth=96, threshold=60, edgeitems=7, sci_mode=False)
+torch.set_printoptions(precision=3, linewidth=96, threshold=60, sci_mode=False)
 
 
 def heading(title, prose):
-    print(f"\n## {title}\n\n{prose}\n")
+    print(f"## {title}\n\n{prose}\n")
 
 
 def show(name, value, meaning):
     """Print a tensor, or any other value, with what it is."""
-    print(f"**`{name}`** {meaning}\n")
     text = str(value)
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        text = str(value).removeprefix("tensor(").removesuffix(")").replace("\n       ", "\n")
-        text = text.split(", dtype=")[0].split(", grad_fn")[0]
+        torch.set_printoptions(edgeitems=7 if value.ndim < 2 else 3)
+        numbers = str(value).removeprefix("tensor(").removesuffix(")").replace("\n       ", "\n")
         kind = str(value.dtype).removeprefix("torch.")
-        text = f"{kind} {tuple(value.shape)}\n{text}"
-    print(f"```text\n{text}\n```\n")
+        text = f"{kind} {tuple(value.shape)}\n{numbers}"
+    print(f"**`{name}`** {meaning}\n\n```text\n{text}\n```\n")
 
 
-print("# One step of the game, tensor by tensor")
-print(
-    "\nThe output of [one_step.py](one_step.py), which has the code. T tokens of a pack, K spans, P"
-)
-print("pairs, S scored tokens, N rollouts of a prompt, G prompts.")
+print("# One step of the game, tensor by tensor\n")
+print("The output of [one_step.py](one_step.py), which has the code. T tokens of a pack, K spans,")
+print("P pairs, S scored tokens, E experts, N rollouts of a prompt, G prompts.\n")
 
 # %%
 heading(
@@ -69,7 +66,9 @@ example = group.prompt.example
 
 show("example.messages[-1]", example.messages[-1], "the user's turn")
 show("example.response", example.response, "the reference y*, a demonstration")
-show("prompt.ids", group.prompt.ids, "token ids; the image's stand where the template puts them")
+words = encoder.tokenizer.convert_ids_to_tokens(group.prompt.ids.tolist())
+show("words", " ".join(words), "the prompt's tokens; the image has one for each 2 x 2 patches")
+show("prompt.ids", group.prompt.ids, "(T,) their ids")
 show("prompt.positions", group.prompt.positions, "(3, T) rotary positions: time, height, width")
 show("prompt.pixel_values", group.prompt.pixel_values, "the image's patches, flattened")
 show("prompt.grid_thw", group.prompt.grid_thw, "the image in patches: time, height, width")
@@ -137,21 +136,21 @@ bradley_terry = -F.logsigmoid(theirs - ours).sum() / rollouts
 show("bradley_terry", bradley_terry, "summed over spans, mean over well-formed rollouts")
 squares = args.score_l2 * ((ours**2 + theirs**2) / 2).sum() / rollouts / len(SPANS)
 show("squares", squares, "1e-3 times the mean square of the raw scores")
-f = align.mean_of_trees(routed, pack)
-p = align.mean_of_trees(probability, pack)
+f = pack.mean_over_trees(routed)
+p = pack.mean_over_trees(probability)
 show("align.load_balance(f, p)", align.load_balance(f, p), "(G,) 1 where the load is balanced")
 
 # %%
 heading(
     "5. The discriminator's update",
-    "`align.discriminator_pass` makes the same forward pass and the gradients. The scores of this "
-    "very pass are the rewards. The reference has one score for each span, rollouts one more each.",
+    "`align.discriminator_pass` makes the same forward pass and the gradients, and writes the "
+    "scores of this very pass into the groups: they are the rewards.",
 )
 disc_opt = optimizer(disc, 5e-4, args.disc_weight_decay)
 loss, load_of_experts = align.discriminator_pass(disc, groups, args, "cpu")
-show("loss", loss, "the three terms together")
+show("loss", round(loss, 4), "Bradley-Terry, squares and 0.01 times the load balance, together")
 norm, skipped = step_if_finite(disc_opt, loss, args.grad_clip, "discriminator")
-show("norm", norm, "of the gradient, before it is clipped to 1")
+show("norm", round(norm, 4), "of the gradient, before it is clipped to 1")
 show("group.reference_score", group.reference_score, f"(spans,) {', '.join(SPANS)}")
 show("group.score", group.score, "(spans, N) of the rollouts, NaN where malformed")
 
@@ -195,7 +194,7 @@ opt = optimizer(policy, args.lr, args.weight_decay)
 loss = (coefficient * logp).sum()
 loss.backward()
 norm, skipped = step_if_finite(opt, loss, args.grad_clip, "policy")
-show("norm", norm, "of the gradient")
+show("norm", round(norm, 4), "of the gradient, before it is clipped to 1")
 
 # %%
 heading(

@@ -25,7 +25,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from engine.math_worker import math_verify
+from engine.old_math_worker import math_verify
 
 MAX_CHARS = 4000
 MAX_DEPTH = 20  # of brackets

@@ -243,8 +243,8 @@ def unlettered(choices, golds):
 
 def _without(choice, label):
     """A choice behind its label: "the lid" of "A) the lid", None where it has another or none."""
-    behind = r"[.:．：]\s+|[)）、]\s*" if label.isdigit() else r"[).:）、．：]\s*"
-    match = re.match(rf"\s*[(（]?{label}(?:{behind})", choice)
+    space = r"\s*" if label.isupper() else r"\s+"  # "A.the lid", but not "a.png" or "1.5"
+    match = re.match(rf"\s*[(（]?{label}(?:[)）、]\s*|[.:．：]{space})", choice)
     return choice[match.end() :].strip() if match else None
 
 

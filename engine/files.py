@@ -121,6 +121,51 @@ def copy_processor(source, folder):
                 shutil.copy(file, folder)
 
 
+# ------------------------------------------------------------- for transformers 4.57 and 5 alike
+def open_config(path):
+    """transformers' configuration of a checkpoint's folder or config.json. A tied head counts where
+    either version says it: 4.57 in the text model's settings, 5 in the whole model's.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    settings, _ = config.get_config_dict(path)
+    for part in (settings, settings.get("text_config", {})):
+        if part.get("tie_word_embeddings"):
+            config.tie_word_embeddings = True
+    return config
+
+
+def write_config(settings, folder, tied):
+    """Write config.json, from a dict, so that both versions read the same from it. tied: whether
+    the head is the embedding, and so is not among the tensors.
+    """
+    text = settings["text_config"]
+    settings["tie_word_embeddings"] = tied
+    text["tie_word_embeddings"] = tied
+    rotary = dict(text.get("rope_parameters") or {})  # as 5 spells them
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rotary:
+            text[name] = rotary.pop(name)
+    if rotary:
+        text["rope_scaling"] = rotary
+    if "num_local_experts" in text:
+        text["num_experts"] = text["num_local_experts"]
+    Path(folder, "config.json").write_text(json.dumps(settings, indent=2))
+
+
+def with_older_experts(state):
+    """A state dict of a Qwen3-VL-MoE with the layers' experts as 4.57 has them, (E, D, 2I) and
+    (E, I, D). Version 5 has (E, 2I, D) and (E, D, I), and reads both, which it tells apart by their
+    shapes: where these are square, they stay as they are.
+    """
+    converted = {}
+    for key, tensor in state.items():
+        if ".mlp.experts." in key:
+            rows, columns = tensor.shape[1:]
+            tensor = tensor if rows == columns else tensor.transpose(1, 2).contiguous()
+        converted[key] = tensor
+    return converted
+
+
 # ------------------------------------------------------------------------------- discriminator
 def write_backbone(state, config, extra, source, folder, mixture=None):
     """Write a discriminator; rank 0 does.
@@ -137,7 +182,8 @@ def write_backbone(state, config, extra, source, folder, mixture=None):
         settings = as_mixture(settings, *mixture)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(settings | extra, indent=1))
+    # It has no head; whoever opens it as a model with one gets the embedding, and no random one.
+    write_config(settings | extra, folder, tied=True)
     tensors = {key: tensor.contiguous() for key, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     copy_processor(source, folder)

@@ -235,7 +235,7 @@ class Reader:
         return ["^", value, power] if power else value
 
     def argument(self):
-        r"""Of `\sin(x)` what is in brackets, of `\sin 2x` all factors up to a sign or a function."""
+        r"""Of `\sin(x)` what is in brackets, of `\sin 2x` all up to a sign or a function."""
         if self.next in ("(", "{"):
             return self.group(self.next)
         total = self.factor()

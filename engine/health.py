@@ -30,6 +30,34 @@ class Pairs:
     policy_length: torch.Tensor  # (B,) float64, tokens
 
 
+def pairs_of(groups, names):
+    """{name of a span: Pairs} of all pairs of a step."""
+    pairs = {}
+    for s, name in enumerate(names):
+        rows = []
+        for g, group in enumerate(groups):
+            for k in group.well_formed.nonzero().flatten().tolist():
+                scores = (float(group.reference_score[s]), float(group.score[s, k]))
+                rows.append((*scores, g, len(group.reference[s]), len(group.spans[k][s])))
+        columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5).unbind(1)
+        pairs[name] = Pairs(*columns)
+    return pairs
+
+
+def probes_of(groups, names):
+    """{name of a span: (prompts, references, rollouts)}, token ids of each pair of a step."""
+    probes = {}
+    for s, name in enumerate(names):
+        prompts, references, policies = [], [], []
+        for group in groups:
+            for k in group.well_formed.nonzero().flatten().tolist():
+                prompts.append(group.seen.ids.tolist())
+                references.append(group.reference[s])
+                policies.append(group.spans[k][s])
+        probes[name] = (prompts, references, policies)
+    return probes
+
+
 def game_metrics(pairs, load, clip):
     """
     Return all that is logged of the discriminator's side in one step: {"<span>/<metric>": float}.

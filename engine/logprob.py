@@ -80,12 +80,12 @@ class _OneSweep(torch.autograd.Function):
         entropies = torch.empty_like(logp)
         gradient = _Gradient(ctx.needs_input_grad, hidden, weight, targets, temperature)
         for at in _chunks(weight, len(targets)):
-            x = logits(hidden[at], weight, temperature, banned)  # (C, V)
-            chunk = _softmax(x, targets[at], banned, entropy)
+            chunk = _softmax_chunk(hidden[at], weight, targets[at], temperature, banned, entropy)
             logp[at] = chunk.logp
             if entropy:
                 entropies[at] = chunk.entropy
             gradient.add(at, chunk.p.div_(chunk.total), coefficient[at])
+            del chunk  # (C, V) is free before the next is made
         ctx.save_for_backward(coefficient)
         ctx.gradient = gradient
         ctx.mark_non_differentiable(entropies)
@@ -122,12 +122,12 @@ class _TwoSweeps(torch.autograd.Function):
         lse = torch.empty_like(logp)
         entropies = torch.empty_like(logp)
         for at in _chunks(weight, len(targets)):
-            x = logits(hidden[at], weight, temperature, banned)  # (C, V)
-            chunk = _softmax(x, targets[at], banned, entropy)
+            chunk = _softmax_chunk(hidden[at], weight, targets[at], temperature, banned, entropy)
             logp[at] = chunk.logp
             lse[at] = chunk.lse
             if entropy:
                 entropies[at] = chunk.entropy
+            del chunk  # (C, V) is free before the next is made
         ctx.save_for_backward(hidden, weight, targets, banned, lse)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies)
@@ -138,9 +138,10 @@ class _TwoSweeps(torch.autograd.Function):
         hidden, weight, targets, banned, lse = ctx.saved_tensors
         gradient = _Gradient(ctx.needs_input_grad, hidden, weight, targets, ctx.temperature)
         for at in _chunks(weight, len(targets)):
-            x = logits(hidden[at], weight, ctx.temperature, banned)  # (C, V)
-            p = x.sub_(lse[at, None]).exp_()
+            p = logits(hidden[at], weight, ctx.temperature, banned)  # (C, V)
+            p.sub_(lse[at, None]).exp_()
             gradient.add(at, p, d_logp[at])
+            del p
         d_hidden, d_weight = gradient.finished()
         return d_hidden, d_weight, None, None, None, None
 
@@ -152,7 +153,9 @@ def _chunks(weight, length):
     return [slice(start, start + rows) for start in range(0, length, rows)]
 
 
-class _Softmax(NamedTuple):
+class _Chunk(NamedTuple):
+    """What is known of a chunk of tokens after its softmax."""
+
     logp: torch.Tensor  # (C,) of the targets
     lse: torch.Tensor  # (C,) log of the sum of exp
     entropy: torch.Tensor | None  # (C,)
@@ -160,20 +163,21 @@ class _Softmax(NamedTuple):
     total: torch.Tensor  # (C, 1)
 
 
-def _softmax(x, targets, banned, entropy):
-    """Softmax of the logits x (C, V), which are overwritten, and what is read off it."""
-    of_target = x.gather(1, targets[:, None])
+def _softmax_chunk(hidden, weight, targets, temperature, banned, entropy) -> _Chunk:
+    """hidden (C, D), targets (C,): at most two tensors of (C, V) at a time, one without entropy."""
+    x = logits(hidden, weight, temperature, banned)  # (C, V)
+    of_target = x.gather(1, targets[:, None])  # (C, 1)
     top = x.amax(1, keepdim=True)
     x.sub_(top)
     p = x.exp() if entropy else x.exp_()
     total = p.sum(1, keepdim=True)
     lse = (top + total.log()).squeeze(1)
-    logp = of_target.squeeze(1) - lse
     entropies = None
     if entropy:
         x.index_fill_(1, banned, 0)  # a banned id has probability 0 and adds 0, not 0 * -inf
-        entropies = total.log().squeeze(1) - torch.linalg.vecdot(p, x) / total.squeeze(1)
-    return _Softmax(logp, lse, entropies, p, total)
+        mean = x.mul_(p).sum(1, keepdim=True) / total
+        entropies = (total.log() - mean).squeeze(1)
+    return _Chunk(of_target.squeeze(1) - lse, lse, entropies, p, total)
 
 
 class _Gradient:

@@ -103,13 +103,23 @@ class Pack:
         return sees.to(self.ids.device)
 
     def rows(self, values):
-        """Values (S,) of the scored tokens in one row a sequence: (K, longest), 0 behind its end."""
+        """Values (S,) of the scored tokens one row a sequence: (K, longest), 0 behind its end."""
         lengths = self.sequence.bincount()
         starts = lengths.cumsum(0) - lengths
         place = torch.arange(len(values), device=values.device) - starts[self.sequence]
         longest = int(lengths.max()) if len(lengths) else 0
         out = values.new_zeros(len(lengths), longest)
         return out.index_put((self.sequence, place), values)
+
+    def mean_over_trees(self, values):
+        """Means of values (L, T, E) over the tokens of each tree: (L, G, E). Of a tree that is
+        split it is this pack's part of the mean: a token that stands in several packs counts a
+        share of one in each."""
+        values = values / self.copies.unsqueeze(1)
+        padding = 1  # a padded tail counts as one tree more
+        sums = values.new_zeros(len(values), len(self.trees) + padding, values.shape[2])
+        sums = sums.index_add(1, self.tree, values)
+        return sums[:, : len(self.trees)] / self.tree_tokens.unsqueeze(1)
 
 
 # ----------------------------------------------------------------------------- which packs

@@ -91,10 +91,10 @@ BOX = re.compile(r"\\+f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\
 
 
 def unbox(text):
-    r"""`so x = \boxed{3}` -> `3`; of several boxes all stay, where they are."""
+    r"""`so x = \boxed{3}` -> `3`; of boxes that differ all stay, where they are."""
     boxes = BOX.findall(text)
     while boxes:
-        text = boxes[0] if len(boxes) == 1 else BOX.sub(r"\1", text)
+        text = boxes[0] if len(set(boxes)) == 1 else BOX.sub(r"\1", text)
         boxes = BOX.findall(text)
     return text
 
@@ -131,26 +131,38 @@ def introduced(text):
     return text
 
 
-CLAIM = re.compile(  # `The answer is`, `Answer:`, `答案是`, `选项`
-    r"(?i)\b(?:answer|result|option|choice|solution)s?(?: (?:to|of|for) (?:the|this) \w+)?"
-    r"(?: is\b| are\b| ?[:=])[ :=]*(?=\S)"
-    r"|(?:答案|结果)(?:应该|应)?[是为选]?[ :]*(?=\S)|(?:故|应|因此|所以|正确)?选[项择]?[ :]*(?=\S)"
+OF_IT = r"(?: (?:to|of|for) (?:the|this) \w+)?(?: is\b| are\b| ?[:=])[ :=]*(?=\S)"
+CLAIMS = (  # the first one that a text makes counts
+    re.compile(  # `The answer is`, `Answer:`, `Answer 7`, `答案是`
+        rf"(?i)^answer (?=[\d\\(]|[A-J]\b)|\banswers?{OF_IT}|答案(?:应该|应)?[是为选]?[ :]*(?=\S)"
+    ),
+    re.compile(  # `The result is`, `Solution:`, `故选`, `选项`
+        rf"(?i)\b(?:result|option|choice|solution)s?{OF_IT}|结果(?:应该|应)?[是为]?[ :]*(?=\S)"
+        r"|(?:故|应|因此|所以|正确)?选[项择]?[ :]*(?=\S)"
+    ),
 )
 SENTENCE_END = re.compile(r"[.;!?\n](?= |\n|$)")
+NO_CLAIM = re.compile(
+    r"(?i)(?:the|my|final|correct|[ :*])*"
+)  # `Final answer: The correct answer is`
+HOPE = re.compile(r"[ .]*I hope it is correct.*")  # how a common prompt has answers end
 
 
 def claimed(text):
-    """What a text says that the answer is; the text itself where it denies it, or says it twice."""
-    claims = list(CLAIM.finditer(text))
-    if not claims:
+    """What a text says that the answer is; the text itself where it denies it, or differs."""
+    for pattern in CLAIMS:
+        claims = list(pattern.finditer(text))
+        if claims:
+            break
+    else:
         return text
     sentence = SENTENCE_END.split(text[: claims[0].start()])[-1]
     if DENIAL.search(sentence):
         return text
-    answer = text[claims[-1].end() :]
+    answer = HOPE.sub("", text[claims[-1].end() :])
     for claim, following in zip(claims, claims[1:], strict=False):
         other = SENTENCE_END.split(text[claim.end() : following.start()])[0]
-        if other.strip(" *.") != answer.strip(" *."):
+        if not NO_CLAIM.fullmatch(other) and other.strip(" *.") != answer.strip(" *."):
             return text
     return answer
 
@@ -203,7 +215,7 @@ SPACING = (
     Rewrite("a backslash lost", r"\x0c(?=rac)", r"\\f", "\x0crac{1}{2}", r"\frac{1}{2}"),
     Rewrite("a backslash lost", r"\t(?=imes|ext|heta|an\b)", r"\\t", "2\times 3", r"2\times 3"),
     Rewrite("dollars", r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 ", "$x$", " x "),
-    Rewrite("comma of thousands", r",\\!\s*|\{,\}(?:\\!)?", ",", "1{,}234", "1,234"),
+    Rewrite("comma of thousands", r" ?\{, ?\}(?:\\!)?|,\\!\s*", ",", "1{,}234", "1,234"),
     Rewrite(
         "size", r"\\(?:left|right|displaystyle|rm|bf)(?![a-zA-Z])|\\!|\{\}", "", r"\left(", "("
     ),
@@ -216,6 +228,7 @@ SPACING = (
     Rewrite("lowered in HTML", r"<sub>([^<>]*)</sub>", r"_{\1}", "H<sub>2</sub>O", "H_{2}O"),
     Rewrite("power in Python", r"(?<=[\dA-Za-z)])\*\*(?=[\d(])", "^", "x**2", "x^2"),
     Rewrite("bold", r"\*\*", "", "**B**", "B"),
+    Rewrite("tags", r"^<answer>(.*)</answer>$", r"\1", "<answer>B</answer>", "B"),
 )
 FONT = r"text\w*|math(?:rm|bf|it|sf|bb)|mbox|operatorname|ce"
 FUNCTION = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp"
@@ -304,7 +317,8 @@ WORDING = (
     Rewrite("what approximates it", r"(?<=[\d})]) ?\\approx.*", "", r"1/3 \approx 0.3", "1/3"),
     Rewrite(
         "about",
-        r"(?i)^(?:about|approximately|approx\.?|around|roughly|exactly|\\approx|约|大约)(?: ?(?=\d)| (?=[-+.\\]))",
+        r"(?i)^(?:about|approximately|approx\.?|around|roughly|exactly|\\approx|约|大约)"
+        r"(?: ?(?=\d)| (?=[-+.\\]))",
         "",
         "about 5",
         "5",

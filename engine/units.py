@@ -118,7 +118,8 @@ NO_UNIT = set(
 )
 JOINING = {"of", "the", "in", "on", "for", "at", "a", "an"}  # short words in `kinds of fruit`
 
-WORD = "[A-Za-zμΩÅ°%$€£¥₹¢\u4e00-\u9fff'-]+"
+LETTER = "A-Za-zμΩÅ°%$€£¥₹¢\u4e00-\u9fff"
+WORD = f"[{LETTER}](?:[{LETTER}]|['-](?=[{LETTER}]))*+"
 TERM = re.compile(rf"({WORD})(?:\^?\{{?(-?\d)\}}?)?")  # `m`, `m^2`, `cm2`, `mol^{-1}`
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cubed": 3, "squared": 2}
 SEPARATOR = re.compile(r" ?(?:\\cdot|\*|\.) ?| ")

@@ -19,7 +19,6 @@ from align import (
     encode_spans,
     load_balance,
     load_discriminator,
-    mean_of_trees,
     save_discriminator,
     span_advantage,
     spans_tree,
@@ -219,25 +218,18 @@ def test_experts_reference():
 
 
 def test_load_balance():
-    """Two trees of four and two tokens, one layer: 1 where balanced, E where one expert has all; a
-    token that stands in several packs counts a share of one."""
-    tree = torch.tensor([0, 0, 0, 0, 1, 1])
-    pack = SimpleNamespace(
-        tree=tree, trees=[0, 1], tree_tokens=torch.tensor([4, 2]), copies=torch.ones(6)
-    )
-    even = mean_of_trees(torch.full((1, 6, 4), 0.25), pack)
+    """1 where balanced, E where one expert has all; 0 without routing."""
+    even = torch.full((1, 2, 4), 0.25)
     near(load_balance(even, even), [1.0, 1.0])
-    one = mean_of_trees(F.one_hot(torch.zeros(1, 6, dtype=torch.long), 4).float(), pack)
+    one = F.one_hot(torch.zeros(1, 2, dtype=torch.long), 4).float()
     near(load_balance(one, one), [4.0, 4.0])
     near(load_balance(torch.zeros(0, 2, 1), torch.zeros(0, 2, 1)), [0.0, 0.0])
-    pack.copies = torch.tensor([2, 2, 1, 1, 1, 1])
-    near(mean_of_trees(torch.ones(1, 6, 4), pack)[0, :, 0], [3 / 4, 1.0])
 
 
 def balance_of(d, trees):
     pack = build_pack(trees, plan(trees, 10**6)[0])
     _, probability, routed = d(pack)
-    return load_balance(mean_of_trees(routed, pack), mean_of_trees(probability, pack))
+    return load_balance(pack.mean_over_trees(routed), pack.mean_over_trees(probability))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

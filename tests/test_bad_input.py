@@ -1,10 +1,12 @@
-"""Data that is not clean: every kind of malformed row, file and image gets an error or a counted exclusion that names the
-file, the row and the mend, in each format that can hold it; what is random raises nothing else; and nothing is injected."""
+"""Data that is not clean: every kind of malformed row, file and image gets an error or a counted
+exclusion that names the file, the row and the mend, in each format that can hold it; what is random
+raises nothing else; and nothing is injected."""
 
 import copy
 import gzip
 import io
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +28,7 @@ from test_data import (  # noqa: F401
     picture,
     png,
     real,
+    turns,
     verl,
     write,
 )
@@ -34,47 +37,47 @@ from test_stages import COMMON, ROLLOUTS, leave_no_group, records, world  # noqa
 import align
 import rlvr
 import sft
-from data import Example, count_items, count_steps, read
+from data import Example, count_items, count_steps, read, split_spans
 from engine.rows import BadRow, Rows, open_image
 
 pa = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
 import pyarrow.parquet as pq  # noqa: E402
 
 GOOD = {
-    "sft": ONE | {"messages": [USER, ASSISTANT]},
+    "sft": turns(USER, ASSISTANT),
     "align": verl(teacher_response=RESPONSE),
     "rl": verl(),
     "eval": verl(),
     "pairs": {"question": "How?", "teacher_response": RESPONSE, "student_response": RESPONSE},
 }
 ASK = {"question": "How many dots?", "answer": "1"}
+LOOK = ASK | {"image": "images/0.png"}
+LIDS = ASK | {"choices": ["the lid", "the base", "the wheel"]}
 THINK = RESPONSE.index("<think>")
 
 
 def sft_row(user=USER["content"], answer=RESPONSE, **more):
-    return (
-        ONE
-        | {
-            "messages": [
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": answer},
-            ]
-        }
-        | more
-    )
+    question = {"role": "user", "content": user}
+    return turns(question, {"role": "assistant", "content": answer}) | more
 
 
 def asked(content, **more):
     return verl(prompt=[{"role": "user", "content": content}], **more)
 
 
+def flagged(**more):
+    return turns(USER, ASSISTANT | more)
+
+
 ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JSONL
     **{f"{i} {what}": (kind, row, what) for i, (kind, row, what) in enumerate(BAD)},
+    # ---- no rows of ours
     "empty object": ("rl", {}, "`question` is missing.*`messages`, `conversations`, `prompt`"),
     "unknown fields": ("sft", {"input": "x", "output": "y"}, "`question` is missing"),
     "null": ("rl", "null", "not an object"),
     "number": ("rl", "5", "not an object"),
     "list": ("rl", "[1, 2]", "not an object"),
+    # ---- no JSON
     "cut line": ("rl", json.dumps(verl())[:70], "not valid JSON"),
     "single quotes": ("rl", "{'question': 'x'}", "not valid JSON"),
     "trailing comma": ("rl", '{"question": "x",}', "not valid JSON"),
@@ -97,9 +100,13 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
     "giant number": ("rl", '{"question": "x", "answer": %s}' % ("9" * 5000), "not valid JSON"),
     "Infinity": ("rl", '{"question": "x", "answer": Infinity}', "`answer` is neither"),
     "1e999": ("rl", '{"question": "x", "answer": 1e999}', "`answer` is neither"),
+    # ---- options
     "NaN among choices": ("eval", ASK | {"choices": [float("nan"), 1.0]}, "`choices` is neither"),
     "choices as a text": ("eval", ASK | {"choices": "A, B"}, "the options are in no known form"),
+    "choices as a text of numpy": ("eval", ASK | {"options": "['1' '2']"}, "in no known form"),
     "choices as an object": ("eval", ASK | {"choices": {"A": ["x"]}}, "`choices` is neither"),
+    "choices with a gap": ("eval", ASK | {"options": {"A": "1", "C": "2"}}, "have a gap .A, C"),
+    "columns with a gap": ("eval", ASK | {"A": "1", "B": None, "C": "2"}, "have a gap .A, C"),
     "choices in lists": ("eval", ASK | {"choices": [["a"], ["b"]]}, "`choices` is neither"),
     "a null among choices": ("eval", ASK | {"choices": [None, "b"]}, "`choices` is neither"),
     "a lone surrogate among choices": (
@@ -117,6 +124,7 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         ASK | {"choices": ["<|im_end|>", "1"]},
         "a special token",
     ),
+    # ---- answers
     "answer as an object": ("rl", ASK | {"answer": {"a": "b"}}, "`answer` is neither"),
     "answer in lists": ("rl", ASK | {"answer": [["a"]]}, "`answer` is neither"),
     "no answers": ("rl", ASK | {"answer": []}, "no answer"),
@@ -142,6 +150,34 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         verl(extra_info=["1"]),
         "reward_model or extra_info is not an object",
     ),
+    # ---- answers that no response can win
+    "index from 0": ("eval", LIDS | {"answer": 0}, "none of the options .0.*not its index"),
+    "index from 1 in a text": ("rl", LIDS | {"answer": "3"}, "none of the options .3"),
+    "index into measures": (
+        "rl",
+        ASK | {"choices": ["3 m", "1 m", "2 m"]},
+        "none of the options .1",
+    ),
+    "index of verl": (
+        "rl",
+        verl(extra_info={"choices": ["the lid", "the base"]}),
+        "none of the options .1",
+    ),
+    "a letter too far": ("eval", LIDS | {"answer": "D"}, "none of the options .D"),
+    "a text that is no option": ("rl", LIDS | {"answer": "the handle"}, "none of the options"),
+    "empty tags": ("rl", ASK | {"answer": "<answer> </answer>"}, "no answer"),
+    "an open tag": ("rl", ASK | {"answer": "<answer>3"}, "tags in the answer"),
+    "two answers in tags": (
+        "rl",
+        verl(reward_model={"ground_truth": "<answer>3</answer> or <answer>4</answer>"}),
+        "tags in the answer",
+    ),
+    "an open tag among equivalents": (
+        "rl",
+        verl(reward_model={"ground_truth": "3", "equivalent_answers": ["</answer>"]}),
+        "tags in the answer",
+    ),
+    # ---- turns
     "prompt as an object": ("rl", verl(prompt=USER), "`question` is missing"),
     "prompt as a number": ("rl", verl(prompt=5), "`question` is missing"),
     "prompt as JSON in a text": (
@@ -173,6 +209,104 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         sft_row("How?", system="<image>"),
         "<image> outside a user's turn",
     ),
+    # ---- what a row says and nobody reads
+    "videos": ("sft", sft_row("<video>Who?", images=[], videos=["7.mp4"]), "`videos` is not read"),
+    "videos besides images": ("sft", sft_row(videos=["7.mp4"]), "`videos` is not read"),
+    "a video of bytes": ("rl", ASK | {"video": [{"bytes": "AAAA"}]}, "`video` is not read"),
+    "audios": ("sft", sft_row(audios=["7.wav"]), "`audios` is not read"),
+    "an audio's path": ("rl", LOOK | {"audio_path": "7.wav"}, "`audio_path` is not read"),
+    "<video> alone": ("sft", sft_row("<image><video>"), "<video> in the text is not filled in"),
+    "<audio> in a question": ("eval", ASK | {"question": "<audio>How?"}, "<audio> in the text"),
+    "<video> in a reference": (
+        "align",
+        verl(teacher_response=RESPONSE.replace("dot", "<video>", 1)),
+        "<video> in the text is not filled in",
+    ),
+    "boxes": (
+        "sft",
+        sft_row(answer="At <bbox>.", objects={"ref": [], "bbox": [[1, 2, 3, 4]]}),
+        "`objects` is not read.*boxes",
+    ),
+    "<bbox> alone": ("sft", sft_row(answer="At <bbox>."), "<bbox> in the text is not filled in"),
+    "<ref-object> alone": ("sft", sft_row("<image>Where is <ref-object>?"), "<ref-object> in the"),
+    "loss of a turn": ("sft", flagged(loss=False), "`loss` in a turn is not read .False"),
+    "a turn not to be trained": ("sft", flagged(trainable=False), "`trainable` in a turn"),
+    "weight of a turn": ("sft", flagged(weight=0), "`weight` in a turn is not read .0"),
+    "half a weight": ("sft", flagged(loss_weight=0.5), "`loss_weight` in a turn is not read .0.5"),
+    "a user's turn to be trained": ("sft", turns(USER | {"loss": True}, ASSISTANT), "`loss` in a"),
+    "weight of the other dialect": (
+        "sft",
+        ONE
+        | {
+            "conversations": [
+                {"from": "human", "value": USER["content"]},
+                {"from": "gpt", "value": RESPONSE, "weight": 0},
+            ]
+        },
+        "`weight` in a turn",
+    ),
+    "thoughts beside a turn": (
+        "sft",
+        flagged(reasoning_content="I see one."),
+        "`reasoning_content` in a turn is not read .*its role and its text",
+    ),
+    "images of a turn": (
+        "rl",
+        verl(prompt=[USER | {"images": ["images/0.png"]}]),
+        "`images` in a turn is not read",
+    ),
+    "weight of a row": ("sft", sft_row(weight=0.5), "`weight` is not read .0.5"),
+    "a row not to be trained": ("sft", sft_row(loss=False), "`loss` is not read .False"),
+    "tools": ("sft", sft_row(tools='[{"name": "look"}]'), "`tools` is not read"),
+    "history": ("rl", LOOK | {"history": [["a", "b"]]}, "`history` is not read"),
+    # ---- images under another name
+    "path": ("rl", ASK | {"path": "images/0.png"}, "`path` is not read, and the row has no other"),
+    "image_urls": ("rl", ASK | {"image_urls": ["http://x/y?id=3"]}, "`image_urls` is not read"),
+    "image_urls besides an image": ("rl", verl(image_urls=["b.png"]), "`image_urls` is not read"),
+    "image_path of turns": (
+        "sft",
+        {"messages": [USER, ASSISTANT], "image_path": "images/0.png"},
+        "`image_path` is not read",
+    ),
+    "image_1 of turns": ("rl", verl(image_1="images/1.png"), "`image_1` is not read"),
+    "img": ("eval", ASK | {"img": "images/0.png"}, "`img` is not read"),
+    "any name": ("eval", ASK | {"stimulus": "images/0.JPG"}, "`stimulus` is not read"),
+    "a name inside": ("rl", ASK | {"extra_info": {"file": "images/0.png"}}, "`extra_info` is not"),
+    "base64 inside": ("rl", ASK | {"extra": ["data:image/png;base64,AA"]}, "`extra` is not read"),
+    "multi_modal_data": ("rl", verl(multi_modal_data={"image": ["x"]}), "`multi_modal_data` is"),
+    "image beside images": (
+        "rl",
+        verl(image="images/1.png"),
+        "images under two names .image and images",
+    ),
+    "image beside image_1": (
+        "eval",
+        LOOK | {"image_1": "images/1.png"},
+        "images under two names .image and image_1",
+    ),
+    "<image 1> without an image": (
+        "eval",
+        ASK | {"question": "What is <image 1>?"},
+        "the text calls for an image that is missing .<image 1>",
+    ),
+    "an option without its image": (
+        "eval",
+        ASK | {"choices": ["<image 2>", "<image 3>"], "answer": "A", "image_2": "images/0.png"},
+        "the text calls for an image that is missing .<image 3>",
+    ),
+    "<image1> in turns": (
+        "sft",
+        sft_row("<image1>How?", images=[]),
+        "a mark of an image that is not <image> .<image1>",
+    ),
+    "<img>": ("sft", sft_row("<img>How?", images=[]), "a mark of an image that is not <image>"),
+    "<Image>": ("rl", asked("<Image>How?", images=[]), "a mark of an image that is not <image>"),
+    "an image in Markdown": (
+        "rl",
+        ASK | {"question": "See ![](images/0.png). How?"},
+        "an image inside the text",
+    ),
+    # ---- special tokens
     "a special token in the system turn": ("sft", sft_row(system="x<|im_end|>"), "a special token"),
     "a special token of the user": (
         "rl",
@@ -187,12 +321,18 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         verl(teacher_response=RESPONSE.replace("dot", "<|im_end|>", 1)),
         "a special token",
     ),
+    # ---- responses
     "reference twice": ("align", verl(teacher_response=RESPONSE * 2), "lacks the three parts"),
     "reference as a number": ("align", verl(teacher_response=5), "`teacher_response` is missing"),
     "reference with a lone surrogate": (
         "align",
         verl(teacher_response=RESPONSE + "\ud800"),
         "no valid text",
+    ),
+    "reference of nothing that is seen": (
+        "align",
+        verl(teacher_response=RESPONSE.replace("one dot", "\u200b\ufeff")),
+        "lacks the three parts",
     ),
     "caption as a list": (
         "align",
@@ -216,12 +356,14 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         GOOD["pairs"] | {"student_response": 5},
         "`student_response` is missing",
     ),
+    # ---- sizes
     "1 MB of text": ("rl", asked("<image>" + "dots " * 200_000), "too many tokens"),
     "500 images": (
         "rl",
         asked("<image>" * 500, images=["images/0.png"] * 500),
         r"too many tokens \(.*4500 of images",
     ),
+    # ---- images
     "images as an empty text": ("rl", verl(images=""), "neither path nor bytes"),
     "images as lists": ("rl", verl(images=[["images/0.png"]]), "neither path nor bytes"),
     "image as base64": (
@@ -261,10 +403,12 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
 
 
 def encode(row, encoder):
+    """The row's index, once it is encoded as the stages do it."""
     example = getattr(row, "example", row)
-    encoder.conversation(example) if example.messages[-1][
-        "role"
-    ] == "assistant" else encoder.prompt(example)
+    if example.messages[-1]["role"] == "assistant":
+        encoder.conversation(example)
+    else:
+        encoder.prompt(example)
     return example.row
 
 
@@ -275,32 +419,30 @@ def whole(data, encoder, indices):
 
 def in_formats(folder, rows):  # noqa: F811
     """Files with these rows in each format that can hold them."""
-    raw = [
-        row
-        if isinstance(row, bytes)
-        else (row if isinstance(row, str) else json.dumps(row)).encode()
-        for row in rows
-    ]
+    raw = []
+    for row in rows:
+        text = json.dumps(row) if isinstance(row, dict) else row
+        raw.append(text if isinstance(text, bytes) else text.encode())
     (folder / "rows.jsonl").write_bytes(b"\n".join(raw))
     yield folder / "rows.jsonl"
     texts = [row for row in rows if not isinstance(row, dict)]
     if not texts or all(valid(text) for text in texts):
         (folder / "rows.json").write_bytes(b"[" + b",\n".join(raw) + b"]")
         yield folder / "rows.json"
-    if not texts:
-        try:
-            table = pa.concat_tables(
-                [pa.Table.from_pylist([row]) for row in rows], promote_options="default"
-            )
-            pq.write_table(table, folder / "rows.parquet")
-        except (pa.ArrowException, UnicodeEncodeError):
-            return  # a column of parquet has one type, and its texts are Unicode
-        if rows[1] and kept(rows[1], table.to_pylist()[1]):
-            yield folder / "rows.parquet"
+    if texts:
+        return
+    try:
+        tables = [pa.Table.from_pylist([row]) for row in rows]
+        table = pa.concat_tables(tables, promote_options="default")
+        pq.write_table(table, folder / "rows.parquet")
+    except (pa.ArrowException, UnicodeEncodeError):
+        return  # a column of parquet has one type, and its texts are Unicode
+    if rows[1] and kept(rows[1], table.to_pylist()[1]):
+        yield folder / "rows.parquet"
 
 
 def kept(value, found):
-    """Is all of a row still what it was in JSON? Nulls stand for fields that only other rows have."""
+    """Is a row still all that it was in JSON? Nulls stand for fields that only other rows have."""
     if isinstance(value, dict):
         return isinstance(found, dict) and all(kept(v, found.get(k)) for k, v in value.items())
     if isinstance(value, list):
@@ -309,12 +451,12 @@ def kept(value, found):
 
 
 def valid(text):
+    """Is a text JSON, as the scan of an array reads it?"""
     try:
-        return json.loads(text, strict=False) is not ... and isinstance(
-            text, str
-        )  # as the scan of an array reads it
+        json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return False
+    return isinstance(text, str)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -324,20 +466,19 @@ def test_bad_row_in_every_format(folder, bpe, name, capsys):  # noqa: F811
     (folder / "images/loop.png").symlink_to("loop.png")
     (folder / "images/link.png").symlink_to(ROOT / "README.md")
     for path in in_formats(folder, [GOOD[kind], row, GOOD[kind]]):
-        begin, found = time.perf_counter(), read(path, kind)
+        begin = time.process_time()
+        found = read(path, kind)
         assert whole(found, bpe, [0, 1, 2]) == [0, 2], path
-        (reason,), text = found.skipped, capsys.readouterr().err
-        assert found.skipped[reason] == 1 and time.perf_counter() - begin < 6
-        assert re.search(
-            rf"left out: {re.escape(str(path))}:2: {re.escape(reason)}", text
-        ) and re.search(says, text), text
+        assert time.process_time() - begin < 6
+        (reason,) = found.skipped
+        assert found.skipped[reason] == 1
+        text = capsys.readouterr().err
+        assert f"left out: {path}:2: {reason}" in text
+        assert re.search(says, text), text
         with pytest.raises(BadRow) as raised:
             encode(found[1], bpe)
-        assert (
-            len(raised.value.mend) > 5
-            and str(raised.value).endswith(raised.value.mend)
-            and len(str(raised.value)) < 600
-        )
+        assert len(raised.value.mend) > 5 and str(raised.value).endswith(raised.value.mend)
+        assert len(str(raised.value)) < 600
         if path.stat().st_size > 1e6:
             return
 
@@ -348,19 +489,16 @@ def test_links_are_followed_in_a_folder_that_the_user_names(folder):  # noqa: F8
     path = write(folder / "elsewhere", verl())
     with pytest.raises(BadRow, match="leads out"):
         read(path, "rl")[0]
-    assert read(path, "rl", image_root=folder / "elsewhere")[0].images == [
-        f"{folder}/elsewhere/images/0.png"
-    ]
-    (folder / "linked").symlink_to(
-        folder / "elsewhere"
-    )  # the data's folder may itself be reached through a link
+    named = read(path, "rl", image_root=folder / "elsewhere")
+    assert named[0].images == [f"{folder}/elsewhere/images/0.png"]
+    # The data's folder may itself be reached through a link.
+    (folder / "linked").symlink_to(folder / "elsewhere")
     (folder / "elsewhere/images").unlink()
     (folder / "images").rename(folder / "elsewhere/images")
     assert read(folder / "linked/rows.jsonl", "rl")[0].images == [f"{folder}/linked/images/0.png"]
 
 
-# -------------------------------------------------------------------------------------------------------------- files
-
+# -------------------------------------------------------------------------------------------- files
 LINE = json.dumps(verl()).encode()
 TWO = LINE + b"\n" + LINE
 FILES = {  # name -> (bytes, what the error says, bad rows of how many; None: of the file)
@@ -429,16 +567,20 @@ def test_bad_file(folder, bpe, name, capsys):  # noqa: F811
     path = folder / "rows.data"
     path.write_bytes(content)
     if count:
+        bad, rows = count
         found = read(path, "rl")
-        assert (
-            len(whole(found, bpe, range(count[1]))) == count[1] - count[0]
-            and len(found) == count[1]
-        )
-        assert re.search(says, capsys.readouterr().err) if count[0] else not found.skipped
+        assert len(found) == rows
+        assert len(whole(found, bpe, range(rows))) == rows - bad
+        if bad:
+            assert re.search(says, capsys.readouterr().err)
+        else:
+            assert not found.skipped
     else:
         with pytest.raises((ValueError, OSError), match=says) as raised:
-            whole(found := read(path, "rl"), bpe, range(len(found)))
-        assert str(path) in str(raised.value) and not isinstance(raised.value, UnicodeError)
+            found = read(path, "rl")
+            whole(found, bpe, range(len(found)))
+        assert str(path) in str(raised.value)
+        assert not isinstance(raised.value, UnicodeError)
 
 
 def parquet(columns, **options):
@@ -448,9 +590,8 @@ def parquet(columns, **options):
 
 
 Q = {"question": ["How many dots?"] * 2}
-LOST = pa.Array.from_buffers(
-    pa.string(), 2, [*pa.array(["ab", "cd"]).buffers()[:2], pa.py_buffer(b"a\xffcd")]
-)
+BUFFERS = pa.array(["ab", "cd"]).buffers()
+LOST = pa.Array.from_buffers(pa.string(), 2, [*BUFFERS[:2], pa.py_buffer(b"a\xffcd")])
 PARQUET = {  # name -> (bytes, says, good rows; None: error of the file)
     "no rows": (parquet({"question": pa.array([], pa.string())}), "holds no rows", None),
     "no columns": (parquet({}), "holds no rows", None),
@@ -522,9 +663,8 @@ def test_cut_parquet(folder):  # noqa: F811
 
 
 def test_folder_and_no_permission(folder):  # noqa: F811
-    with pytest.raises(
-        FileNotFoundError, match="images: a folder .one JSON, JSONL or parquet file is expected"
-    ):
+    says = "images: a folder .one JSON, JSONL or parquet file is expected"
+    with pytest.raises(FileNotFoundError, match=says):
         Rows(folder / "images")
     path = write(folder, verl())
     path.chmod(0)
@@ -532,10 +672,8 @@ def test_folder_and_no_permission(folder):  # noqa: F811
         with pytest.raises(PermissionError, match="rows.jsonl"):
             Rows(path)
     else:
-        assert (
-            as_nobody(folder, lambda: Rows(path))
-            == f"PermissionError: [Errno 13] Permission denied: '{path}'"
-        )
+        error = as_nobody(folder, lambda: Rows(path))
+        assert error == f"PermissionError: [Errno 13] Permission denied: '{path}'"
 
 
 def as_nobody(folder, act):  # noqa: F811
@@ -544,7 +682,8 @@ def as_nobody(folder, act):  # noqa: F811
         if place.stat().st_uid == os.getuid() and place != place.parent:
             place.chmod(place.stat().st_mode | 0o055)
     read_end, write_end = os.pipe()
-    if not (child := os.fork()):
+    child = os.fork()
+    if child == 0:
         text = "nothing"
         try:
             os.setgid(65534)
@@ -561,9 +700,7 @@ def as_nobody(folder, act):  # noqa: F811
         return pipe.read()
 
 
-# ------------------------------------------------------------------------------------------------------------- images
-
-
+# ------------------------------------------------------------------------------------------- images
 def frames(form):
     file = io.BytesIO()
     picture().save(file, form, save_all=True, append_images=[picture(seed=1)])
@@ -610,92 +747,77 @@ def test_bad_image(folder, bpe, name, capsys):  # noqa: F811
     content, says = IMAGES[name]
     (folder / "images/1.png").write_bytes(content)
     path = write(folder, verl(), verl(images=["images/1.png"]))
-    (folder / "rows.parquet").write_bytes(
-        parquet(
-            {k: [verl()[k]] for k in ("prompt", "reward_model")}
-            | {"images": [[{"bytes": content}]]}
-        )
-    )
-    found = read(path, "rl")
-    assert len(whole(found, bpe, [0, 1])) == 1 + (not says)
+    columns = {name: [verl()[name]] for name in ("prompt", "reward_model")}
+    columns["images"] = [[{"bytes": content}]]
+    (folder / "rows.parquet").write_bytes(parquet(columns))
+    good = whole(read(path, "rl"), bpe, [0, 1])
     text = capsys.readouterr().err
-    assert re.search(rf"{path}:2: an image .*{says}.*\. [A-Z]", text) if says else not text
-    if says:
-        with pytest.raises(
-            ValueError, match=f"1 of 1 rows are bad.*rows.parquet:1: an image .*{says}"
-        ):
-            whole(read(folder / "rows.parquet", "rl"), bpe, [0])
+    if not says:
+        assert good == [0, 1] and not text
+        return
+    assert good == [0]
+    assert re.search(rf"{path}:2: an image .*{says}.*\. [A-Z]", text)
+    alone = f"1 of 1 rows are bad.*rows.parquet:1: an image .*{says}"
+    with pytest.raises(ValueError, match=alone):
+        whole(read(folder / "rows.parquet", "rl"), bpe, [0])
 
 
 def test_an_image_beyond_the_limit_is_refused_or_made_smaller_never_cut(folder, real):  # noqa: F811
-    """With the real image settings: all of an image's tokens or none, and the row's number in the error."""
+    """With the real image settings: all of an image's tokens or none."""
     picture(640, 480).save(folder / "images/0.png")
     example = read(write(folder, verl()), "rl")[0]
     prompt = real.prompt(example)
     assert prompt.image_mask.sum() == (640 // 32) * (480 // 32) == prompt.grid_thw.prod() // 4
-    small, old = copy.copy(real), len(prompt.ids)
-    small.max_prompt_tokens = old - 1
-    with pytest.raises(
-        BadRow, match=rf"rows.jsonl:1: too many tokens \({old}, of them 300 of images.*--max_pixels"
-    ):
+    length = len(prompt.ids)
+    small = copy.copy(real)
+    small.max_prompt_tokens = length - 1
+    says = rf"rows.jsonl:1: too many tokens \({length}, of them 300 of images.*--max_pixels"
+    with pytest.raises(BadRow, match=says):
         small.prompt(example)
     small.size = real.size | {"longest_edge": 320 * 240}
     fitted = small.prompt(example)
     assert 0 < fitted.image_mask.sum() == fitted.grid_thw.prod() // 4 <= 320 * 240 // 32**2
 
 
-# ----------------------------------------------------------------------------------------------- nothing is injected
-
-
+# ------------------------------------------------------------------------------ nothing is injected
 def test_no_text_injects_a_token_of_the_real_tokenizer(real):  # noqa: F811
-    """Every special token, by every way of text into the model: refused from users, spelled out from models."""
+    """Every special token, by every way of text into the model: refused from users, spelled out
+    from models."""
     tokens = {t.content: i for i, t in real.tokenizer.added_tokens_decoder.items() if t.special}
-    assert {
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|image_pad|>",
-        "<|vision_start|>",
-        "<|endoftext|>",
-    } <= set(tokens)
-    user, blind = {"role": "user", "content": "How?"}, copy.copy(real)
+    assert {"<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|endoftext|>"} <= set(tokens)
+    user = {"role": "user", "content": "How?"}
+    blind = copy.copy(real)
     blind.blind = True
     for token, i in tokens.items():
         half = len(token) // 2
         for text in (token, f"a{token}b", token * 2, f"{token[:half]}<image>{token[half:]}"):
-            turns = (
+            conversations = (
                 [user | {"content": text}],
                 [{"role": "system", "content": text}, user],
                 [user, {"role": "assistant", "content": text}, user],
             )
-            for messages in turns:
+            images = [picture()] if "<image>" in text else []
+            says = f"f:1: a special token in the text .{re.escape(token)}"
+            for messages in conversations:
                 for encoder in (real, blind):
-                    with pytest.raises(
-                        BadRow, match=f"f:1: a special token in the text .{re.escape(token)}"
-                    ):
-                        encoder.prompt(
-                            Example(messages, [picture()] if "<image>" in text else [], "f:1")
-                        )
+                    with pytest.raises(BadRow, match=says):
+                        encoder.prompt(Example(messages, images, "f:1"))
             with pytest.raises(BadRow, match="a special token"):
                 real.prompt(Example([user], [], "f:1", response=text))
         ids = real.response(f"a {token} b")
-        assert ids.count(i) == (i == real.eos) and not set(ids[:-1]) & set(tokens.values())
-        for near in (
-            token[:-1],
-            token[1:],
-            token.replace("<", "＜"),
-            token.upper(),
-            token.replace("|", "\u200b|"),
-        ):
-            ids = real.prompt(
-                Example([user | {"content": near}], [])
-            ).ids.tolist()  # like one, but none
-            assert [ids.count(k) for k in tokens.values()] == [
-                real.prompt(Example([user], [])).ids.tolist().count(k) for k in tokens.values()
-            ]
+        assert ids.count(i) == (i == real.eos)
+        assert not set(ids[:-1]) & set(tokens.values())
+    # What is like one, but none, is plain text.
+    usual = real.prompt(Example([user], [])).ids.tolist()
+    for token in tokens:
+        near = [token[:-1], token[1:], token.upper()]
+        near += [token.replace("<", "＜"), token.replace("|", "\u200b|")]
+        for text in near:
+            ids = real.prompt(Example([user | {"content": text}], [])).ids.tolist()
+            assert all(ids.count(i) == usual.count(i) for i in tokens.values()), text
 
 
-# ------------------------------------------------------------------------------------------ what is random, or hostile
-
+# ----------------------------------------------------------------------- what is random, or hostile
 JUNK = [
     None,
     True,
@@ -729,8 +851,13 @@ JUNK = [
     RESPONSE * 2,
     10**30,
 ]
-NAMES = "messages conversations prompt question system images image choices answer reward_model extra_info".split()
-NAMES += "teacher_response teacher_caption teacher_cot student_response equivalent_answers".split()
+NAMES = [
+    *("messages", "conversations", "prompt", "question", "system", "images", "image"),
+    *("choices", "answer", "reward_model", "extra_info", "equivalent_answers"),
+    *("teacher_response", "teacher_caption", "teacher_cot", "student_response"),
+    *("problem", "options", "solution", "image_1", "A", "choice_b", "path", "videos", "objects"),
+    *("loss", "weight", "metadata"),
+]
 
 
 def spoil(value, draw):
@@ -749,12 +876,15 @@ def spoil(value, draw):
 
 
 def test_spoilt_rows_raise_bad_row_and_nothing_else(folder, bpe, monkeypatch):  # noqa: F811
-    draw, outcomes = random.Random(0), {True: 0, False: 0}
+    draw = random.Random(0)
+    outcomes = {True: 0, False: 0}
     data = read(write(folder, verl()), "rl")
-    for n in range(1000):
-        kind = draw.choice([*GOOD, None])
-        row = spoil(GOOD[kind or "sft"], draw)
-        row = spoil(row, draw) if n % 3 == 0 else row
+    good = GOOD | {"eval": LIDS | {"answer": "B", "image": "images/0.png"}}
+    for n in range(1500):
+        kind = draw.choice([*good, None])
+        row = spoil(good[kind or "sft"], draw)
+        if n % 3 == 0:
+            row = spoil(row, draw)
         monkeypatch.setattr(
             type(data.rows), "__getitem__", lambda rows, i, row=row: copy.deepcopy(row)
         )
@@ -769,11 +899,15 @@ def test_spoilt_rows_raise_bad_row_and_nothing_else(folder, bpe, monkeypatch):  
 
 
 def test_spoilt_files_raise_value_error_and_nothing_else(folder, bpe, capsys):  # noqa: F811
-    draw, outcomes = random.Random(1), {True: 0, False: 0}
+    draw = random.Random(1)
+    outcomes = {True: 0, False: 0}
     rows = [verl(images=[{"bytes": None, "path": f"images/{i}.png"}], i=i) for i in range(3)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet")
-    contents = ["\n".join(map(json.dumps, rows)).encode(), json.dumps(rows, indent=1).encode()]
-    contents.append((folder / "x.parquet").read_bytes())
+    contents = [
+        "\n".join(map(json.dumps, rows)).encode(),
+        json.dumps(rows, indent=1).encode(),
+        (folder / "x.parquet").read_bytes(),
+    ]
     junk = [b"", b"\0", b"\xff", b'"', b"}", b"\n", b"[", b"\x93\x0f\xd1"]
     for n in range(240):
         content = bytearray(contents[n % 3])
@@ -791,17 +925,17 @@ def test_spoilt_files_raise_value_error_and_nothing_else(folder, bpe, capsys):  
 
 
 def test_spoilt_images_raise_bad_row_and_nothing_else(bpe):  # noqa: F811
-    draw, outcomes = random.Random(2), {True: 0, False: 0}
-    contents = [
-        png(picture(40, 40), form) for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-    ] + [frames("MPO")]
+    draw = random.Random(2)
+    outcomes = {True: 0, False: 0}
+    forms = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+    contents = [png(picture(40, 40), form) for form in forms]
+    contents.append(frames("MPO"))
     for n in range(800):
         content = bytearray(contents[n % len(contents)])
         for _ in range(draw.choice([1, 3, 10])):
             at = draw.randrange(min(len(content), draw.choice([64, 10**6])))
-            content[at : at + 1] = draw.choice(
-                [b"", b"\0", b"\xff", draw.randbytes(1), draw.randbytes(4)]
-            )
+            junk = [b"", b"\0", b"\xff", draw.randbytes(1), draw.randbytes(4)]
+            content[at : at + 1] = draw.choice(junk)
         try:
             bpe.prompt(Example([USER], [bytes(content)], "f:1"))
             outcomes[True] += 1
@@ -813,26 +947,31 @@ def test_spoilt_images_raise_bad_row_and_nothing_else(bpe):  # noqa: F811
 def test_no_text_takes_long(folder):  # noqa: F811
     """Patterns that meet users' and models' text take linear time, not quadratic or exponential."""
     long = " " * 200_000
-    seen = ASK | {"image": "images/0.png"}
+    many = 100_000
     rows = [
-        seen | {"question": f"<image1>{long}x"},
-        seen | {"question": f"{long}<image1>x"},
-        seen | {"question": f"x{long}<image1>"},
+        LOOK | {"question": f"<image1>{long}x"},
+        LOOK | {"question": f"{long}<image1>x"},
+        LOOK | {"question": f"x{long}<image1>"},
         ASK | {"question": "a " * 5000, "choices": ["a"] * 25 + ["1"]},
+        ASK | {"question": "![" * many},
+        ASK | {"question": "<img " * many},
+        ASK | {"question": "x", "options": f"A. 1;{long}B. 2;" + "\n" * many, "answer": "A"},
+        ASK | {"question": "x", "choices": [f"A) 1{long}x", f"B){long}2"], "answer": "A"},
+        ASK | {"answer": "<answer>" * 400},
+        ASK | {"answer": r"\boxed{" * 400},
+        ASK | {"answer": "9" * 3000, "choices": ["1", "2"]},
+        ASK | {"metadata": "x" * 200_000 + ".pn"},
     ]
     found = read(write(folder, *rows), "eval")
-    begin = time.perf_counter()
-    assert len(found.fetch(range(4), lambda example: example)) == 4
-    for text in (
-        f"{long}x",
-        f";{long}x",
-        "\n" * 200_000 + "x",
-        "1." * 100_000,
-        "- " * 100_000,
-        "step " * 50_000,
-    ):
+    begin = time.process_time()
+    assert len(found.fetch(range(len(rows)), lambda example: example)) == 10
+    assert set(found.skipped) == {"tags in the answer", "the answer is none of the options"}
+    texts = [f"{long}x", f";{long}x", "\n" * 200_000 + "x", "1." * many, "- " * many]
+    texts += ["step " * many, "(a" * many, "e.g. " * many, "。" * many, "第一" * many, "** " * many]
+    for text in texts:
         assert count_items(text) >= 0 and count_steps(text) >= 0
-    assert time.perf_counter() - begin < 3
+        assert split_spans(text + RESPONSE.replace("dot", text)) is None
+    assert time.process_time() - begin < 6
 
 
 def test_pictures_start_no_programs(folder, monkeypatch):  # noqa: F811
@@ -843,28 +982,24 @@ def test_pictures_start_no_programs(folder, monkeypatch):  # noqa: F811
         open_image(png(picture(), "EPS"))
 
 
-# -------------------------------------------------------------------------------------------------------- in a stage
-
-
+# --------------------------------------------------------------------------------------- in a stage
 @pytest.mark.parametrize("name", ["sft", "align", "rlvr"])
 def test_a_run_goes_on_with_the_rest_and_stops_past_max_bad(world, tmp_path, name):  # noqa: F811
-    stage, file, flags = {
-        "sft": (sft, "curated", dict(batch=16, steps=4)),
-        "align": (
-            align,
-            "align",
-            ROLLOUTS | dict(prompts_per_step=12, group_size=2, warmup_steps=0, steps=3),
-        ),
-        "rlvr": (
-            rlvr,
-            "rl",
-            ROLLOUTS | dict(prompts_per_step=12, group_size=2, max_response=8, steps=3),
-        ),
-    }[name]
-    good = Path(getattr(world, file)).read_text().splitlines()
+    flags = COMMON | dict(policy=world.sft)
+    if name == "sft":
+        stage, file = sft, world.curated
+        flags |= dict(batch=16, steps=4)
+    elif name == "align":
+        stage, file = align, world.align
+        flags |= ROLLOUTS | dict(prompts_per_step=12, group_size=2, warmup_steps=0, steps=3)
+    else:
+        stage, file = rlvr, world.rl
+        flags |= ROLLOUTS | dict(prompts_per_step=12, group_size=2, max_response=8, steps=3)
+    good = Path(file).read_text().splitlines()
     row = json.loads(good[0])
     field = "messages" if name == "sft" else "prompt"
     user = next(turn for turn in row[field] if turn["role"] == "user")
+    injected = [turn | {"content": turn["content"] + "<|im_end|>"} for turn in row[field]]
     (world.folder / "cut.png").write_bytes(PICTURE[:300])
     bad = [
         "{",
@@ -878,23 +1013,30 @@ def test_a_run_goes_on_with_the_rest_and_stops_past_max_bad(world, tmp_path, nam
         row | {"images": ["cut.png"]},
         row | {field: None},
         row | {"images": [5]},
-        row | {field: [turn | {"content": turn["content"] + "<|im_end|>"} for turn in row[field]]},
+        row | {field: injected},
         row | {field: [*row[field], user, user]},
+        row | {"videos": ["1.mp4"]},
+        row | {"image_urls": ["1.png"]},
     ]
-    bad += [row | {"teacher_response": "no parts"}] * (name == "align") + [
-        row | {"reward_model": {}}
-    ] * (name == "rlvr")
+    if name == "align":
+        bad.append(row | {"teacher_response": "no parts"})
+    if name == "rlvr":
+        bad.append(row | {"reward_model": {}})
     lines = [line if isinstance(line, str) else json.dumps(line) for line in bad]
-    woven = [line for i, line in enumerate(good) for line in [line, *lines[i : i + 1]]]
-    mixed = write(world.folder, *woven, *lines[len(good) :], name=f"mixed_{name}.jsonl")
-    flags = COMMON | flags | dict(policy=world.sft, data=str(mixed))
+    woven = []
+    for i, line in enumerate(good):
+        woven += [line, *lines[i : i + 1]]
+    woven += lines[len(good) :]
+    flags["data"] = str(write(world.folder, *woven, name=f"mixed_{name}.jsonl"))
     stage.main(stage.Args(out=str(tmp_path / "run"), **flags))
     found = records(tmp_path / "run")
-    assert found[-1]["left_out"] == len(bad) and len(found) == flags["steps"]
-    assert [r["left_out"] for r in found] == sorted(r["left_out"] for r in found) and found[0][
-        "left_out"
-    ] > 0
-    assert all(r["loss"] == r["loss"] for r in found)
-    says = rf"mixed_{name}.jsonl: 6 of {len(good + bad)} rows are bad .max_bad is 5.*The last: .*mixed_{name}.jsonl:\d+: "
+    left_out = [record["left_out"] for record in found]
+    assert len(found) == flags["steps"] and left_out == sorted(left_out)
+    assert left_out[0] > 0 and left_out[-1] == len(bad)
+    assert not any(math.isnan(record["loss"]) for record in found)
+    says = (
+        rf"mixed_{name}.jsonl: 6 of {len(woven)} rows are bad .max_bad is 5.*"
+        rf"The last: .*mixed_{name}.jsonl:\d+: "
+    )
     with pytest.raises(ValueError, match=says):
         stage.main(stage.Args(out=str(tmp_path / "stopped"), max_bad=5, **flags))

@@ -1,4 +1,5 @@
-"""Files -> rows -> examples -> prompts: every format, what is refused and how it is named, and what the model sees."""
+"""Files -> rows -> examples -> prompts: every format, what is refused and how it is named, and what
+the model sees."""
 
 import io
 import json
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,54 +20,56 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
-from data import SYSTEM_PROMPT, Encoder, Example, count_items, count_steps, read, split_spans
+from data import (
+    PARTS,
+    SPANS,
+    SYSTEM_PROMPT,
+    TAGS,
+    WHOLE,
+    Encoder,
+    Example,
+    count_items,
+    count_steps,
+    open_encoder,
+    parts,
+    read,
+    split_spans,
+    to_example,
+)
+from engine import rows
 from engine.rows import BadRow, Order, Rows, open_image
 
-SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+]
 CHAT = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}{{ '<|vision_start|><|image_pad|><|vision_end|>' if c.type == 'image' else c.text }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if c.type == 'image' else c.text }}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 RESPONSE = "<caption>\n- a red dot\n</caption>\n<think>\none dot\n</think>\n<answer>\n1\n</answer>"
-USER, ASSISTANT = (
-    {"role": "user", "content": "<image>\nHow many dots?"},
-    {"role": "assistant", "content": RESPONSE},
-)
+USER = {"role": "user", "content": "<image>\nHow many dots?"}
+ASSISTANT = {"role": "assistant", "content": RESPONSE}
 
 
 def byte_tokenizer():
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     raw.train_from_iterator([SYSTEM_PROMPT, RESPONSE, "How many dots are there?"] * 3, trainer)
     return finish(raw)
 
 
 def word_tokenizer():
-    words = dict.fromkeys(
-        [
-            *SPECIAL,
-            "<unk>",
-            *SYSTEM_PROMPT.split(),
-            *RESPONSE.split(),
-            "How",
-            "many",
-            "dots?",
-            "user",
-        ]
-    )
-    raw = Tokenizer(
-        models.WordLevel(
-            {word: i for i, word in enumerate([*words, "assistant", "two"])}, unk_token="<unk>"
-        )
-    )
+    words = [*SPECIAL, "<unk>", *SYSTEM_PROMPT.split(), *RESPONSE.split()]
+    words += ["How", "many", "dots?", "user", "assistant", "two"]
+    ids = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return finish(raw, unk_token="<unk>")
 
@@ -82,10 +86,12 @@ def finish(raw, **more):
     return tokenizer
 
 
-def tiny_model(tokenizer, spare=3):
-    """A Qwen3-VL with patch 4, merge 2 whose head is `spare` rows longer than the vocabulary, as the real ones are."""
+def tiny_config(tokenizer, spare=3):
+    """A Qwen3-VL with patch 4, merge 2 whose head is `spare` rows longer than the vocabulary, as
+    the real ones are."""
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
-    config = Qwen3VLConfig(
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    return Qwen3VLConfig(
         text_config=dict(
             hidden_size=16,
             num_hidden_layers=1,
@@ -95,11 +101,7 @@ def tiny_model(tokenizer, spare=3):
             intermediate_size=16,
             vocab_size=len(tokenizer) + spare,
             eos_token_id=tokenizer.eos_token_id,
-            rope_scaling={
-                "rope_type": "default",
-                "mrope_section": [2, 1, 1],
-                "mrope_interleaved": True,
-            },
+            rope_scaling=rope,
         ),
         vision_config=dict(
             depth=1,
@@ -118,19 +120,21 @@ def tiny_model(tokenizer, spare=3):
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
-    return Qwen3VLForConditionalGeneration(config)
 
 
-def encoder_of(tokenizer, **options):
-    hf = tiny_model(tokenizer)
-    images = Qwen2VLImageProcessorPil(
+def image_processor():
+    return Qwen2VLImageProcessorPil(
         patch_size=4,
         merge_size=2,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         size={"shortest_edge": 64, "longest_edge": 64 * 4096},
     )
-    return Encoder(tokenizer, images, hf.config, hf.model.get_rope_index, **options)
+
+
+def encoder_of(tokenizer, **options):
+    hf = Qwen3VLForConditionalGeneration(tiny_config(tokenizer))
+    return Encoder(tokenizer, image_processor(), hf.config, hf.model.get_rope_index, **options)
 
 
 @pytest.fixture(scope="module", params=[byte_tokenizer, word_tokenizer], ids=["bytes", "words"])
@@ -144,9 +148,8 @@ def bpe():
 
 
 def picture(width=24, height=24, seed=0):
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    )
+    random = np.random.default_rng(seed)
+    return Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def png(image, format="PNG", **options):
@@ -165,9 +168,8 @@ def folder(tmp_path):
 
 def write(folder, *rows, name="rows.jsonl"):
     """Rows (dicts, or raw lines) as a JSONL file."""
-    (folder / name).write_text(
-        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
-    )
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("".join(line + "\n" for line in lines))
     return folder / name
 
 
@@ -181,14 +183,10 @@ def verl(**more):
     return row | more
 
 
-# ------------------------------------------------------------------------------------------------------------ formats
-
-
+# ----------------------------------------------------------------------------------------- formats
 def test_both_sharegpt_dialects_are_the_same_example(folder):
-    a = {
-        "messages": [{"role": "system", "content": "Look."}, USER, ASSISTANT],
-        "images": ["images/0.png"],
-    }
+    system = {"role": "system", "content": "Look."}
+    a = {"messages": [system, USER, ASSISTANT], "images": ["images/0.png"]}
     turns = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": RESPONSE}]
     b = {"conversations": turns, "images": ["images/0.png"], "system": "Look."}
     one, two = read(write(folder, a, b), "sft").fetch(range(2))
@@ -198,24 +196,18 @@ def test_both_sharegpt_dialects_are_the_same_example(folder):
 
 
 def test_verl_rows(folder):
-    spans = {
-        "teacher_caption": RESPONSE[: RESPONSE.index("<think>")],
-        "teacher_cot": RESPONSE[RESPONSE.index("<think>") :],
-    }
+    cut = RESPONSE.index("<think>")
+    sides = {"teacher_caption": RESPONSE[:cut], "teacher_cot": RESPONSE[cut:]}
     more = {"style": "rule", "ground_truth": "1", "equivalent_answers": ["one", "1.0"]}
-    path = write(folder, verl(teacher_response=RESPONSE), verl(**spans), verl(reward_model=more))
-    whole, derived, answers = (
-        read(path, kind)[i] for kind, i in (("align", 0), ("align", 1), ("rl", 2))
-    )
-    assert (
-        [m["role"] for m in whole.messages] == ["system", "user"]
-        and whole.answer == "1"
-        and whole.source == "dots"
-    )
+    path = write(folder, verl(teacher_response=RESPONSE), verl(**sides), verl(reward_model=more))
+    whole = read(path, "align")[0]
+    derived = read(path, "align")[1]
+    answers = read(path, "rl")[2]
+    assert [message["role"] for message in whole.messages] == ["system", "user"]
+    assert (whole.answer, whole.source) == ("1", "dots")
     assert split_spans(whole.response) == split_spans(derived.response) is not None
-    assert (
-        answers.answer == "1" and answers.equivalent == ("one", "1.0") and answers.response is None
-    )
+    assert (answers.answer, answers.equivalent) == ("1", ("one", "1.0"))
+    assert answers.response is None
     assert read(path, "sft")[0].messages[-1] == ASSISTANT
 
 
@@ -223,20 +215,19 @@ def test_parquet_equals_json(folder):
     pa = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
     import pyarrow.parquet as pq
 
-    rows = [
-        verl(images=[{"bytes": png(picture(seed=i)), "path": None}], teacher_response=RESPONSE)
-        for i in range(200)
-    ]
+    contents = [png(picture(seed=i)) for i in range(200)]
+    rows = []
+    for content in contents:
+        images = [{"bytes": content, "path": None}]
+        rows.append(verl(images=images, teacher_response=RESPONSE))
     rows[150]["reward_model"] = {"style": "rule", "ground_truth": "many"}
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=70)
     found = read(folder / "rows.parquet", "align")
-    assert len(found) == 200 and [found[i].images[0] for i in range(200)] == [
-        row["images"][0]["bytes"] for row in rows
-    ]
+    assert len(found) == 200
+    assert [found[i].images[0] for i in range(200)] == contents
     assert found[150].answer == "many" and found[150].where.endswith("rows.parquet:151")
-    assert (
-        os.listdir(folder).count("rows.parquet") == 1
-    )  # what it is unpacked to leaves nothing behind
+    # What it is unpacked to leaves nothing behind.
+    assert os.listdir(folder).count("rows.parquet") == 1
 
 
 def test_parquet_without_pyarrow_names_the_extra(folder, monkeypatch):
@@ -263,9 +254,10 @@ def test_pairs(folder):
         "teacher_response": RESPONSE,
         "student_response": other.replace("\n", "  "),
     }
+    texts = zip(SPANS, split_spans(RESPONSE), split_spans(other), strict=True)
+    expected = {span: (reference, policy) for span, reference, policy in texts}
     for pair in read(write(folder, row, whole), "pairs").fetch(range(2)):
-        assert pair.pairs["perception"] == (split_spans(RESPONSE)[0], split_spans(other)[0])
-        assert pair.pairs["reasoning"] == (split_spans(RESPONSE)[1], split_spans(other)[1])
+        assert pair.pairs == expected
         assert pair.example.messages == [{"role": "system", "content": SYSTEM_PROMPT}, USER]
 
 
@@ -279,11 +271,7 @@ def test_plain_questions(folder):
     }
     several = row | {"question": "This <image1> or that <image2>?\n<image3>", "choices": []}
     hidden = row | {"question": "Is it red?", "choices": ["true", "false"], "answer": False}
-    listed = row | {
-        "question": "Is it true or false?",
-        "choices": ["true", "false"],
-        "answer": "false",
-    }
+    listed = hidden | {"question": "Is it true or false?", "answer": "false"}
     found = read(write(folder, row, several, hidden, listed), "eval").fetch(range(4))
     assert [example.messages[1]["content"] for example in found] == [
         "<image>\nWhich?",
@@ -292,15 +280,16 @@ def test_plain_questions(folder):
         "<image>\nIs it true or false?",
     ]
     assert all(example.messages[0]["content"] == SYSTEM_PROMPT for example in found)
-    assert found[0].choices == ("A", "B") and found[0].answer == "B" and found[2].answer == "False"
+    assert (found[0].choices, found[0].answer) == (("A", "B"), "B")
+    assert found[2].answer == "False"
 
 
 def test_evaluation_takes_every_format(folder):
     sft = {"messages": [USER, ASSISTANT], "images": ["images/0.png"]}
-    for example in read(write(folder, sft, verl(teacher_response=RESPONSE)), "eval").fetch(
-        range(2)
-    ):
-        assert (example.response, example.answer, example.messages[-1]) == (RESPONSE, "1", USER)
+    path = write(folder, sft, verl(teacher_response=RESPONSE))
+    for example in read(path, "eval").fetch(range(2)):
+        assert (example.response, example.answer) == (RESPONSE, "1")
+        assert example.messages[-1] == USER
 
 
 def test_system_prompt_is_the_papers():
@@ -310,20 +299,223 @@ def test_system_prompt_is_the_papers():
     assert SYSTEM_PROMPT == re.search(r"```\n(You are a helpful.*?</answer>\n)```", text, re.S)[1]
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------- what others' rows say, and is read
+def said(row, kind="rl"):
+    """The Example of a row whose images are pictures."""
+    return to_example(row, "f:1", kind=kind)
 
 
+A, B, C = (picture(seed=i) for i in range(3))
+
+
+def test_easyr1():
+    for images, problem in (([A], "<image>Find x."), ([A, B], "<image>Is it <image>?"), ([], "x?")):
+        found = said({"images": images, "problem": problem, "answer": "5"})
+        assert (found.images, found.answer) == (images, "5")
+        assert [m["content"] for m in found.messages] == [SYSTEM_PROMPT, problem]
+
+
+@pytest.mark.parametrize("empty", [[], None])
+def test_an_image_beside_empty_images_is_read(empty):
+    found = said({"question": "What?", "images": empty, "image": A, "answer": "red"})
+    assert found.images == [A] and found.messages[1]["content"] == "<image>\nWhat?"
+    turns = verl(images=empty, image=A)
+    assert said(turns).images == [A]
+
+
+@pytest.mark.parametrize(
+    "row, images, asked",
+    [
+        (
+            {
+                "question": "<image 1> Which one matches it?",
+                "options": "['<image 2>', '<image 3>']",
+                "answer": "B",
+                "image_1": A,
+                "image_2": B,
+                "image_3": C,
+            },
+            [A, B, C],
+            "(image 1) Which one matches it?\nOptions:\n(A) (image 2)\n(B) (image 3)",
+        ),
+        (  # a gap: of image_1 and image_3 the latter is the second that the model sees
+            {
+                "question": "Is <image 1> like <image 3>?",
+                "answer": "no",
+                "image_3": B,
+                "image_1": A,
+                "image_2": None,
+            },
+            [A, B],
+            "Is (image 1) like (image 2)?",
+        ),
+        (
+            {"question": "<image 2> What?", "answer": "4", "image_1": None, "image_2": C},
+            [C],
+            "What?",
+        ),
+        (
+            {"question": "See <image 2>: why?", "answer": "4", "image_2": C},
+            [C],
+            "See (image 1): why?",
+        ),
+        (
+            {"question": "What? <image 1>", "answer": "4", "images": [A, B]},
+            [A, B],
+            "What? (image 1)",
+        ),
+        (  # parts of one picture, of which the question calls for one
+            {
+                "question": "Which?\n<image1>",
+                "choices": ["<image2>", "<image3>"],
+                "answer": "A",
+                "image": A,
+            },
+            [A],
+            "Which?\n(image 1)\nOptions:\n(A) (image 2)\n(B) (image 3)",
+        ),
+    ],
+    ids=["options", "gap", "one of a gap", "inside", "two", "parts"],
+)
+def test_numbered_images(row, images, asked):
+    found = said(row, "eval")
+    assert found.images == images
+    assert found.messages[1]["content"] == "<image>\n" * len(images) + asked
+
+
+LIDS = ("the lid", "the base", "the wheel")
+LETTERED = "Which?\nOptions:\n(A) the lid\n(B) the base\n(C) the wheel"
+OPTIONS = {  # name -> (fields, the answer)
+    "bare": ({"choices": list(LIDS), "answer": "C"}, "C"),
+    "A)": ({"options": ["A) the lid", "B) the base", "C) the wheel"], "answer": "C"}, "C"),
+    "(a)": ({"options": ["(a) the lid", "(b) the base", "(c) the wheel"], "answer": "c"}, "c"),
+    "A.": ({"choices": ["A.the lid", "B. the base", "C.  the wheel"], "answer": "(C)"}, "(C)"),
+    "A、": ({"choices": ["A、the lid", "B、the base", "C、the wheel"], "answer": "C"}, "C"),
+    "1.": ({"choices": ["1. the lid", "2. the base", "3. the wheel"], "answer": 3}, "the wheel"),
+    "in a line": ({"options": "A. the lid B. the base C. the wheel", "answer": "C"}, "C"),
+    "(A)": ({"options": "(A) the lid; (B) the base; (C) the wheel", "answer": "C"}, "C"),
+    "dictionary": ({"options": {"B": LIDS[1], "A": LIDS[0], "C": LIDS[2]}, "answer": "C"}, "C"),
+    "columns": ({"A": LIDS[0], "B": LIDS[1], "C": LIDS[2], "D": None, "answer": "C"}, "C"),
+    "choice_a": (
+        {"choice_a": LIDS[0], "choice_b": LIDS[1], "choice_c": LIDS[2], "answer": "C"},
+        "C",
+    ),
+    "of verl": ({"extra_info": {"choices": ["A) the lid", "B) the base"]}, "answer": "B"}, "B"),
+    "text": ({"choices": list(LIDS), "answer": "The wheel"}, "The wheel"),
+    "letter and text": ({"choices": list(LIDS), "answer": "C. the wheel"}, "C. the wheel"),
+    "several letters": ({"choices": list(LIDS), "answer": "A, C"}, "A, C"),
+    "several answers": ({"choices": list(LIDS), "answer": ["wheel", "C"]}, "wheel"),
+    "numbers": ({"choices": ["3", "$4$", "5"], "answer": 4}, "4"),
+    "formulas": ({"choices": ["1/2", "1/3", "2"], "answer": "0.5"}, "0.5"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_lettered_once_and_the_answer_is_among_them(name):
+    fields, answer = OPTIONS[name]
+    found = said({"question": "Which?"} | fields)
+    assert found.answer == answer
+    asked = found.messages[1]["content"]
+    if name in ("numbers", "formulas"):
+        assert asked.startswith("Which?\nOptions:\n(A) ")
+    elif name == "of verl":
+        assert (asked, found.choices) == ("Which?", LIDS[:2])
+    else:
+        assert (asked, found.choices) == (LETTERED, LIDS)
+
+
+@pytest.mark.parametrize(
+    "gold, answer",
+    [
+        ("<answer> 3 </answer>", "3"),
+        ("<think>one, two, three</think>\n<answer>\n3\n</answer>", "3"),
+        (r"\boxed{3}", "3"),
+        (r"$\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
+        (r"<answer>\boxed{x^{2}}</answer>", "x^{2}"),
+        ("Each has 2, so 2 + 1 = 3.\n#### 3", "3"),
+        (" 3 ", "3"),
+        (r"\boxed{1} or \boxed{2}", r"\boxed{1} or \boxed{2}"),  # which of them is not said
+    ],
+)
+def test_wrapped_answers(gold, answer):
+    assert said({"problem": "How many?", "answer": gold}).answer == answer
+    assert said(verl(images=[A], reward_model={"ground_truth": gold})).answer == answer
+    also = {"ground_truth": "7", "equivalent_answers": [gold]}
+    assert said(verl(images=[A], reward_model=also)).equivalent == (answer,)
+
+
+def test_a_solution_is_the_answer_only_where_it_marks_it():
+    assert said({"problem": "How many?", "solution": "<answer> 3 </answer>"}).answer == "3"
+    with pytest.raises(BadRow, match="no answer"):
+        said({"problem": "How many?", "solution": " One and two make 3."})
+    both = {"problem": "How many?", "solution": r"So \boxed{4}.", "answer": "3"}
+    assert said(both).answer == "3"
+
+
+def test_flags_that_ask_for_the_usual_are_followed():
+    turns = [{"role": "user", "content": "hi", "loss": False, "weight": None}]
+    turns.append({"role": "assistant", "content": "ho", "loss": True, "weight": 1, "id": ""})
+    row = {"messages": turns, "weight": 1.0, "videos": [], "audios": None, "tools": ""}
+    found = said(row, "sft")
+    assert found.messages == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+    ]
+
+
+def test_other_fields_do_no_harm():
+    row = {"id": "a.png", "boxes": [[1, 2]], "video_id": 7, "image_width": 24, "split": "test"}
+    row |= {"objects": [{"colour": "red"}], "metadata": {"source": "x", "score": float("nan")}}
+    row |= {"question": "Which file is it?", "choices": ["a.png", "b.png"], "answer": "b.png"}
+    assert said(row).answer == "b.png"
+
+
+def test_public_cases(shared, tmp_path):
+    """../shared/cases/rows: what public reports led to, each with what should come of it."""
+    if not (shared / "cases/rows/rows.jsonl").exists():
+        pytest.skip("needs ../shared/cases/rows, which is not here")
+    refused = {
+        "video": "`videos` is not read",
+        "grounding": "`objects` is not read",
+        "loss-flag": "`loss` in a turn is not read",
+        "index-answer": "the answer is none of the options",
+        "path-column": "`path` is not read",
+    }
+    for name in ("a", "1", "2", "3"):
+        picture().save(tmp_path / f"{name}.png")
+    found = {}
+    for line in (shared / "cases/rows/rows.jsonl").read_text().splitlines():
+        case = json.loads(line)
+        name = case["id"]
+        try:
+            row = case["row"]
+            found[name] = to_example(row, name, kind=case["kind"], root=str(tmp_path))
+        except BadRow as error:
+            assert error.what.startswith(refused.pop(name)), error
+    assert not refused
+    assert found["tagged-gold"].answer == "3"
+    assert found["lettered-options"].answer == "C"
+    assert found["lettered-options"].messages[1]["content"].count("A)") == 1
+    assert found["empty-images"].images == [f"{tmp_path}/a.png"]
+    easy = found["easyr1"]
+    assert (easy.images, easy.answer) == ([f"{tmp_path}/a.png"], "5")
+    assert easy.messages[1]["content"] == "<image>Find x."
+    asked = found["mmmu-options"].messages[1]["content"]
+    assert asked.endswith("(image 1) Which one matches it?\nOptions:\n(A) (image 2)\n(B) (image 3)")
+    plain = "<caption>- two red dots</caption><think>I count two.</think><answer>2</answer>"
+    assert split_spans(found["crlf-reference"].response) == split_spans(plain)
+
+
+# ------------------------------------------------------------------------------------------- files
 def test_index_of_json_array_and_lines(folder):
     rows = [{"id": i, "text": f'[{{"é{i}" \\ 中\n' * (i % 50)} for i in range(10_000)]
-    (folder / "a.json").write_text(
-        "\ufeff " + json.dumps(rows, ensure_ascii=False, indent=1), "utf-8"
-    )
+    array = json.dumps(rows, ensure_ascii=False, indent=1)
+    lines = " \r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "a.json").write_text("\ufeff " + array, "utf-8")
     (folder / "b.json").write_text(json.dumps(rows))
-    (folder / "c.jsonl").write_text(
-        "\n" + " \r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8"
-    )
+    (folder / "c.jsonl").write_text("\n" + lines, "utf-8")
     size = (folder / "a.json").stat().st_size
-    del rows
+    del rows, array, lines
     for name in ("a.json", "b.json", "c.jsonl"):
         tracemalloc.start()
         found = Rows(folder / name)
@@ -365,10 +557,8 @@ def test_order_is_shuffled_whole_and_resumable():
     whole = Order(7, seed=3).take(30)
     assert [epoch for epoch, _ in whole] == [i // 7 for i in range(30)]
     epochs = [[i for e, i in whole if e == epoch] for epoch in range(4)]
-    assert (
-        all(sorted(epoch) == list(range(7)) for epoch in epochs)
-        and len({tuple(epoch) for epoch in epochs}) == 4
-    )
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
     for stop in range(16):  # the ends of epochs (7, 14) among them
         first = Order(7, seed=3)
         taken = first.take(stop)
@@ -379,74 +569,83 @@ def test_order_is_shuffled_whole_and_resumable():
         Order(8, seed=3).load(first.state())
 
 
-# ------------------------------------------------------------------------------------------------------------ bad rows
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+def test_an_order_is_of_the_rows_that_it_was_made_for(folder, form):
+    def save(name, *answers):
+        rows = [verl(reward_model={"ground_truth": answer}) for answer in answers]
+        if form == "parquet":
+            pa = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+            import pyarrow.parquet as pq
 
+            pq.write_table(pa.Table.from_pylist(rows), folder / name)
+        elif form == "json":
+            (folder / name).write_text(json.dumps(rows))
+        else:
+            write(folder, *rows, name=name)
+        return read(folder / name, "rl")
+
+    saved = save("rows", "1", "2", "3").order(seed=5)
+    saved.take(2)
+    state = json.loads(json.dumps(saved.state()))
+    same = save("moved", "1", "2", "3").order(seed=5)  # the same bytes in another place
+    same.load(state)
+    assert same.take(4) == saved.take(4)
+    part = read(folder / "rows", "rl").order(5, 2)
+    assert sorted(i for _, i in part.take(2)) == [0, 1]
+    with pytest.raises(ValueError, match=r"rows: .* 3 rows and seed 5, here are 2 rows and seed 5"):
+        part.load(state)
+    other = save("rows", "1", "2", "4").order(seed=5)  # as many rows, as many bytes
+    says = rf"{folder}/rows: .*others: the file has changed.*Put the old file back .*--out"
+    with pytest.raises(ValueError, match=says):
+        other.load(state)
+    assert other.taken == 0
+
+
+# ---------------------------------------------------------------------------------------- bad rows
 ONE = {"images": ["images/0.png"]}
+
+
+def turns(*messages, images=("images/0.png",)):
+    return {"images": list(images), "messages": list(messages)}
+
+
+def answered(content):
+    return turns(USER, {"role": "assistant", "content": content})
+
+
 BAD = [
     ("sft", '{"messages": [', "not valid JSON"),
     ("sft", "[" * 100_000, "not valid JSON"),
     ("sft", '"text"', "not an object"),
     ("sft", ONE | {"messages": "hello"}, "`messages` is not a list"),
     ("sft", ONE | {"messages": ["hello"]}, "`messages` is not a list"),
-    ("sft", ONE | {"messages": []}, "do not alternate"),
-    ("sft", ONE | {"messages": [USER, USER, ASSISTANT]}, "do not alternate"),
-    ("sft", ONE | {"messages": [ASSISTANT, USER]}, "do not alternate"),
+    ("sft", turns(), "do not alternate"),
+    ("sft", turns(USER, USER, ASSISTANT), "do not alternate"),
+    ("sft", turns(ASSISTANT, USER), "do not alternate"),
+    ("sft", turns({"role": "tool", "content": "x"}, USER, ASSISTANT), "do not alternate"),
+    ("sft", turns(USER), "last turn is missing"),
+    ("sft", answered(" "), "`content` is missing, empty"),
+    ("sft", answered(5), "`content` is missing, empty"),
+    ("sft", answered("\ud800"), "no valid text"),
+    ("sft", answered("<image>"), "<image> outside a user's turn"),
+    ("sft", turns(USER, ASSISTANT, images=()), r"not one <image> .*\(1 <image>, 0 images\)"),
+    ("sft", turns(USER, ASSISTANT, images=["images/0.png"] * 2), "not one <image> for each image"),
+    ("sft", turns(USER, ASSISTANT, images=["images/9.png"]), "an image is missing"),
+    ("sft", turns(USER, ASSISTANT, images=["images"]), "an image is missing"),
+    ("sft", turns(USER, ASSISTANT, images=["../x.png"]), "leads out .*--image_root"),
+    ("sft", turns(USER, ASSISTANT, images=["/etc/passwd"]), "leads out .*--image_root"),
+    ("sft", turns(USER, ASSISTANT, images=[5]), "neither path nor bytes"),
+    ("sft", turns(USER, ASSISTANT, images=[None]), "neither path nor bytes"),
     (
         "sft",
-        ONE | {"messages": [{"role": "tool", "content": "x"}, USER, ASSISTANT]},
-        "do not alternate",
-    ),
-    ("sft", ONE | {"messages": [USER]}, "last turn is missing"),
-    (
-        "sft",
-        ONE | {"messages": [USER, {"role": "assistant", "content": " "}]},
-        "`content` is missing, empty",
-    ),
-    (
-        "sft",
-        ONE | {"messages": [USER, {"role": "assistant", "content": 5}]},
-        "`content` is missing, empty",
-    ),
-    (
-        "sft",
-        ONE | {"messages": [USER, {"role": "assistant", "content": "\ud800"}]},
-        "no valid text",
-    ),
-    (
-        "sft",
-        ONE | {"messages": [USER, {"role": "assistant", "content": "<image>"}]},
-        "<image> outside a user's turn",
-    ),
-    (
-        "sft",
-        {"images": [], "messages": [USER, ASSISTANT]},
-        r"not one <image> for each image \(1 <image>, 0 images\)",
-    ),
-    (
-        "sft",
-        {"images": ["images/0.png"] * 2, "messages": [USER, ASSISTANT]},
-        "not one <image> for each image",
-    ),
-    ("sft", {"images": ["images/9.png"], "messages": [USER, ASSISTANT]}, "an image is missing"),
-    ("sft", {"images": ["images"], "messages": [USER, ASSISTANT]}, "an image is missing"),
-    ("sft", {"images": ["../x.png"], "messages": [USER, ASSISTANT]}, "leads out .*--image_root"),
-    ("sft", {"images": ["/etc/passwd"], "messages": [USER, ASSISTANT]}, "leads out .*--image_root"),
-    ("sft", {"images": [5], "messages": [USER, ASSISTANT]}, "neither path nor bytes"),
-    ("sft", {"images": [None], "messages": [USER, ASSISTANT]}, "neither path nor bytes"),
-    (
-        "sft",
-        {"images": [{"bytes": None, "path": None}], "messages": [USER, ASSISTANT]},
+        turns(USER, ASSISTANT, images=[{"bytes": None, "path": None}]),
         "neither path nor bytes",
     ),
     ("align", verl(), "lacks the three parts"),
     ("align", verl(teacher_response="It is 1."), "lacks the three parts"),
     ("align", verl(teacher_response=RESPONSE.replace("\n1\n", "\n")), "lacks the three parts"),
     ("align", verl(teacher_caption="<caption>x</caption>"), "`teacher_cot` is missing"),
-    (
-        "align",
-        verl(teacher_response=["x"]),
-        "`teacher_response` is missing, empty or no valid text",
-    ),
+    ("align", verl(teacher_response=["x"]), "`teacher_response` is missing, empty or no valid"),
     ("rl", verl(reward_model={}), "no answer"),
     ("rl", verl(reward_model={"ground_truth": " "}), "no answer"),
     ("rl", verl(reward_model={"ground_truth": float("nan")}), "no answer"),
@@ -454,11 +653,7 @@ BAD = [
     ("rl", verl(reward_model="1"), "reward_model or extra_info"),
     ("rl", verl(prompt=None), "`question` is missing"),
     ("eval", {"image": "images/0.png", "question": "", "answer": "1"}, "`question` is missing"),
-    (
-        "eval",
-        {"image": "images/0.png", "question": "How?", "choices": [{}], "answer": "1"},
-        "`choices` is neither",
-    ),
+    ("eval", {"question": "How?", "choices": [{}], "answer": "1"}, "`choices` is neither"),
     (
         "pairs",
         {"question": "How?", "teacher_response": RESPONSE, "student_response": "1"},
@@ -470,63 +665,99 @@ BAD = [
 
 @pytest.mark.parametrize("kind, row, what", BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD)])
 def test_bad_row_is_named_and_left_out(folder, capsys, kind, row, what):
-    good = {"sft": ONE | {"messages": [USER, ASSISTANT]}, "align": verl(teacher_response=RESPONSE)}
+    good = {"sft": turns(USER, ASSISTANT), "align": verl(teacher_response=RESPONSE)}
     good["pairs"] = {"question": "How?", "teacher_response": RESPONSE, "student_response": RESPONSE}
     good = good.get(kind, verl())
     path = write(folder, good, row, good)
     found = read(path, kind)
     with pytest.raises(BadRow, match=what) as raised:
         found[1]
-    assert str(raised.value).startswith(f"{path}:2: ") and raised.value.mend in str(raised.value)
+    assert str(raised.value).startswith(f"{path}:2: ")
+    assert raised.value.mend in str(raised.value)
     assert [getattr(row, "example", row).row for row in found.fetch([0, 1, 2, 1])] == [0, 2]
-    assert found.skipped == {raised.value.what: 1} and str(raised.value) in capsys.readouterr().err
+    assert found.skipped == {raised.value.what: 1}
+    assert str(raised.value) in capsys.readouterr().err
 
 
 def test_too_many_bad_rows_end_the_run(folder):
     path = write(folder, *["{"] * 3, *[verl()] * 5)
-    with pytest.raises(
-        ValueError, match=r"3 of 8 rows are bad .*'not valid JSON': 3.*rows.jsonl:3"
-    ):
+    says = r"3 of 8 rows are bad .*'not valid JSON': 3.*rows.jsonl:3"
+    with pytest.raises(ValueError, match=says):
         read(path, "rl", max_bad=2).fetch(range(8))
     assert len(read(path, "rl", max_bad=3).fetch(range(8))) == 5
     with pytest.raises(ValueError, match="1 of 1 rows are bad"):
         read(write(folder, "{", name="all.jsonl"), "rl").draw(Order(1), 1)
 
 
+def every_third_is_bad(folder):
+    lines = ["{" if i % 3 == 0 else verl() for i in range(12)]
+    return write(folder, *lines)
+
+
 def test_draw_is_full_and_the_same_whatever_is_bad(folder):
-    found = read(write(folder, *["{" if i % 3 == 0 else verl() for i in range(12)]), "rl")
+    found = read(every_third_is_bad(folder), "rl")
     order = Order(12, seed=1)
     rows = [example.row for _ in range(5) for example in found.draw(order, 4)]
-    assert rows == [i for _, i in Order(12, seed=1).take(60) if i % 3][:20] and len(found.bad) == 4
+    good = [i for _, i in Order(12, seed=1).take(60) if i % 3]
+    assert rows == good[:20] and len(found.bad) == 4
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_what_one_would_draw(folder, monkeypatch, world):
+    """The ranks take turns in this process; of bad rows each learns what the others would find."""
+    path = every_third_is_bad(folder)
+    ranks = [SimpleNamespace(rank=rank, world=world) for rank in range(world)]
+    datas = [read(path, "rl") for _ in ranks]
+    orders = [Order(12, seed=1) for _ in ranks]
+    # A bad row is bad for whoever reads it: another rank's account is what its reader would find.
+    everywhere = {i: "not valid JSON" for i in range(0, 12, 3)}
+
+    def gather(bad):
+        seen = {i for order in orders for _, i in Order(12, seed=1).take(order.taken)}
+        return [bad, {i: what for i, what in everywhere.items() if i in seen}]
+
+    monkeypatch.setattr(rows, "gather", gather)
+    drawn = []
+    alone = read(path, "rl")
+    order = Order(12, seed=1)
+    for _ in range(4):
+        parts = []
+        for data_, order_, rank in zip(datas, orders, ranks, strict=True):
+            parts += [example.row for example in data_.share(order_, 5, lambda row: row, rank)]
+        drawn = [example.row for example in alone.draw(order, 5)]
+        assert sorted(parts) == sorted(drawn)
+        assert {order_.taken for order_ in orders} == {order.taken}
 
 
 def test_image_root(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    row = {"messages": [USER, ASSISTANT]}
-    path = write(
-        elsewhere,
-        row | {"images": [str(folder / "images/0.png")]},
-        row | {"images": ["images/1.png"]},
-    )
+    first = turns(USER, ASSISTANT, images=[str(folder / "images/0.png")])
+    second = turns(USER, ASSISTANT, images=["images/1.png"])
+    path = write(elsewhere, first, second)
     with pytest.raises(BadRow, match="leads out"):
         read(path, "sft")[0]
-    assert [example.images for example in read(path, "sft", image_root=folder).fetch(range(2))] == [
+    found = read(path, "sft", image_root=folder).fetch(range(2))
+    assert [example.images for example in found] == [
         [str(folder / "images/0.png")],
         [str(folder / "images/1.png")],
     ]
 
 
-# -------------------------------------------------------------------------------------------------------------- images
-
-
+# ------------------------------------------------------------------------------------------ images
 def test_path_bytes_and_pil_are_the_same_picture(folder):
     path = str(folder / "images/0.png")
     for source in (path, open(path, "rb").read(), Image.open(path)):
         assert np.array_equal(np.asarray(open_image(source)), np.asarray(picture()))
 
 
+def look(content):
+    """The pixels of a picture, row by row."""
+    return np.asarray(open_image(content)).tolist()
+
+
 def test_modes():
-    white, red = [255, 255, 255], [255, 0, 0]
+    white = [255, 255, 255]
+    red = [255, 0, 0]
     rgba = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
     rgba.putpixel((0, 0), (0, 0, 0, 0))
     palette = rgba.convert("RGB").quantize(2)
@@ -537,7 +768,6 @@ def test_modes():
     turned = Image.new("RGB", (8, 4), (255, 0, 0))
     exif = turned.getexif()
     exif[0x0112] = 6
-    look = lambda data: np.asarray(open_image(data)).tolist()  # noqa: E731
     assert look(png(rgba))[0][:2] == [white, red]  # transparent is white, not black
     assert look(png(palette))[1][1] == red
     assert look(png(clear, transparency=0))[0][:2] == [white, red]
@@ -557,36 +787,30 @@ def test_broken_truncated_and_huge_images(monkeypatch):
     assert len(bomb) < 200_000
     with pytest.raises(BadRow, match="8000 x 8000 pixels"):
         open_image(bomb)
-    monkeypatch.setattr("engine.rows.MAX_IMAGE", 1000)
+    monkeypatch.setattr(rows, "MAX_IMAGE", 1000)
     with pytest.raises(BadRow, match="200 x 200 pixels, allowed are 1000"):
         open_image(whole)
 
 
-# ------------------------------------------------------------------------------------------------------------- encoder
-
-
+# ----------------------------------------------------------------------------------------- encoder
 def joint_ids(encoder, messages, n_tokens, generation=True):
-    """The other way to the same ids: render with placeholders, widen them in the text, tokenise it all at once."""
-    parted = [
-        {
-            "role": m["role"],
-            "content": [
-                {"type": "image"} if p == "<image>" else {"type": "text", "text": p}
-                for p in re.split("(<image>)", m["content"])
-                if p
-            ],
-        }
-        for m in messages
-    ]
-    text = encoder.tokenizer.apply_chat_template(
-        parted, tokenize=False, add_generation_prompt=generation
-    )
+    """The other way to the same ids: render with placeholders, widen them in the text, tokenise it
+    all at once."""
+    parted = []
+    for message in messages:
+        content = []
+        for piece in re.split("(<image>)", message["content"]):
+            if piece == "<image>":
+                content.append({"type": "image"})
+            elif piece:
+                content.append({"type": "text", "text": piece})
+        parted.append({"role": message["role"], "content": content})
+    tokenizer = encoder.tokenizer
+    text = tokenizer.apply_chat_template(parted, tokenize=False, add_generation_prompt=generation)
     for n in n_tokens:
         text = text.replace("<|image_pad|>", "<here>" * n, 1)
-    text = text.replace(
-        "<here>", " <|image_pad|> " if encoder.tokenizer.unk_token else "<|image_pad|>"
-    )
-    return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = text.replace("<here>", " <|image_pad|> " if tokenizer.unk_token else "<|image_pad|>")
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_prompt_is_the_jointly_tokenised_template(encoder):
@@ -595,48 +819,46 @@ def test_prompt_is_the_jointly_tokenised_template(encoder):
         {"role": "user", "content": "<image>\n<image> How many dots?"},
     ]
     prompt = encoder.prompt(Example(messages, [picture(), picture(32, 16)]))
-    assert prompt.ids.tolist() == joint_ids(encoder, messages, (9, 8))
-    assert prompt.grid_thw.tolist() == [[1, 6, 6], [1, 4, 8]] and prompt.pixel_values.shape == (
-        36 + 32,
-        3 * 2 * 4 * 4,
-    )
-    assert prompt.image_mask.tolist() == [i == encoder.image_id for i in prompt.ids.tolist()]
+    ids = prompt.ids.tolist()
+    assert ids == joint_ids(encoder, messages, (9, 8))
+    assert prompt.grid_thw.tolist() == [[1, 6, 6], [1, 4, 8]]
+    assert prompt.pixel_values.shape == (36 + 32, 3 * 2 * 4 * 4)
+    assert prompt.image_mask.tolist() == [i == encoder.image_id for i in ids]
 
 
 def test_small_images_keep_their_pixels(encoder):
     prompt = encoder.prompt(Example([USER], [picture()]))
-    corner = prompt.pixel_values[0].view(3, 2, 4, 4)[
-        :, 0
-    ]  # (channel, frame, height, width) of the first patch
-    assert torch.allclose(
-        (corner + 1) * 127.5, torch.tensor(np.asarray(picture())[:4, :4]).permute(2, 0, 1).float()
-    )
+    # (channel, frame, height, width) of the first patch
+    corner = prompt.pixel_values[0].view(3, 2, 4, 4)[:, 0]
+    expected = torch.tensor(np.asarray(picture())[:4, :4]).permute(2, 0, 1).float()
+    assert torch.allclose((corner + 1) * 127.5, expected)
 
 
 def test_positions_are_the_models_own(encoder):
-    example = Example(
-        [{"role": "user", "content": "How <image> many\n<image> dots?"}],
-        [picture(), picture(40, 16)],
-    )
-    prompt = encoder.prompt(example)
-    # text counts on; an image's rows and columns count from where it starts, and text goes on behind the larger of them
-    want, at, grids = [], 0, iter([(3, 3), (2, 5)])
+    user = {"role": "user", "content": "How <image> many\n<image> dots?"}
+    prompt = encoder.prompt(Example([user], [picture(), picture(40, 16)]))
+    # Text counts on; an image's rows and columns count from where it starts, and text goes on
+    # behind the larger of them.
+    expected = []
+    at = 0
+    grids = iter([(3, 3), (2, 5)])
     ids = prompt.ids.tolist()
-    while len(want) < len(ids):
-        if ids[len(want)] == encoder.image_id:
+    while len(expected) < len(ids):
+        if ids[len(expected)] == encoder.image_id:
             h, w = next(grids)
-            want += [(at, at + y, at + x) for y in range(h) for x in range(w)]
+            expected += [[at, at + y, at + x] for y in range(h) for x in range(w)]
             at += max(h, w)
         else:
-            want.append((at,) * 3)
+            expected.append([at] * 3)
             at += 1
-    assert prompt.positions.T.tolist() == [list(p) for p in want] and prompt.next_position == at
+    assert prompt.positions.T.tolist() == expected
+    assert prompt.next_position == at
     assert prompt.positions.dtype == prompt.ids.dtype == torch.int64
     text = encoder.prompt(Example([{"role": "user", "content": "How many"}], []))
-    assert text.positions.tolist() == [
-        list(range(len(text.ids)))
-    ] * 3 and text.next_position == len(text.ids)
-    assert text.pixel_values is None and text.grid_thw is None and not text.image_mask.any()
+    assert text.positions.tolist() == [list(range(len(text.ids)))] * 3
+    assert text.next_position == len(text.ids)
+    assert text.pixel_values is None and text.grid_thw is None
+    assert not text.image_mask.any()
 
 
 def test_sft_trains_exactly_the_assistants_tokens_and_its_end_tokens(encoder):
@@ -644,17 +866,16 @@ def test_sft_trains_exactly_the_assistants_tokens_and_its_end_tokens(encoder):
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, USER, two, USER, ASSISTANT]
     example = Example(messages, [picture(), picture(seed=1)])
     seen, mask = encoder.conversation(example)
-    assert seen.ids[mask].tolist() == encoder.response("two dots") + encoder.response(RESPONSE)
-    assert (
-        seen.ids[mask].tolist().count(encoder.eos) == 2 and seen.ids[-1] == encoder.eos and mask[-1]
-    )
+    ids = seen.ids.tolist()
+    trained = seen.ids[mask].tolist()
+    assert trained == encoder.response("two dots") + encoder.response(RESPONSE)
+    assert trained.count(encoder.eos) == 2
+    assert ids[-1] == encoder.eos and mask[-1]
     assert not (mask & seen.image_mask).any() and seen.image_mask.sum() == 18
-    assert (
-        seen.ids.tolist() == joint_ids(encoder, messages, (9, 9), generation=False)[: len(seen.ids)]
-    )
+    assert ids == joint_ids(encoder, messages, (9, 9), generation=False)[: len(ids)]
     # SFT, rollouts and scored spans have the same boundary: the prompt's ids, then the response's
     prompt = encoder.prompt(example)
-    assert seen.ids.tolist() == prompt.ids.tolist() + encoder.response(RESPONSE)
+    assert ids == prompt.ids.tolist() + encoder.response(RESPONSE)
     assert torch.equal(seen.positions[:, : len(prompt.ids)], prompt.positions)
     assert seen.positions[:, len(prompt.ids)].tolist() == [prompt.next_position] * 3
 
@@ -662,11 +883,11 @@ def test_sft_trains_exactly_the_assistants_tokens_and_its_end_tokens(encoder):
 def test_response_and_decode(encoder):
     ids = encoder.response(RESPONSE)
     assert ids[-1] == encoder.eos and ids.count(encoder.eos) == 1
-    assert encoder.decode(ids).split() == RESPONSE.split() and encoder.decode(
-        ids[:-1]
-    ) == encoder.decode(ids)
+    assert encoder.decode(ids).split() == RESPONSE.split()
+    assert encoder.decode(ids[:-1]) == encoder.decode(ids)
     start = encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert "<|im_start|>" in encoder.decode([*ids[:2], start]) and encoder.decode([]) == ""
+    assert "<|im_start|>" in encoder.decode([*ids[:2], start])
+    assert encoder.decode([]) == ""
 
 
 def test_text_cannot_inject_special_tokens(encoder, bpe):
@@ -677,28 +898,23 @@ def test_text_cannot_inject_special_tokens(encoder, bpe):
         with pytest.raises(BadRow, match="a special token"):
             encoder.prompt(Example([USER], [picture()], response=RESPONSE + token))
     special = set(bpe.tokenizer.convert_tokens_to_ids(SPECIAL))
-    assert not special & set(
-        bpe.response(" ".join(SPECIAL))[:-1]
-    )  # spelled out by a model, they are characters
+    # Spelled out by a model, they are characters.
+    assert not special & set(bpe.response(" ".join(SPECIAL))[:-1])
     assert bpe.decode(bpe.response("a <|im_end|> b")) == "a <|im_end|> b"
 
 
 def test_too_long_is_refused_never_cut(encoder):
     example = Example([USER], [picture(240, 240)], "f:2")
-    length = len(encoder_of(encoder.tokenizer).prompt(example).ids)
+    tokenizer = encoder.tokenizer
+    length = len(encoder.prompt(example).ids)
     assert length > 900
-    assert (
-        len(encoder_of(encoder.tokenizer, max_prompt_tokens=length).prompt(example).ids) == length
-    )
-    with pytest.raises(
-        BadRow,
-        match=rf"f:2: too many tokens \({length}, of them 900 of images, allowed are {length - 1}\)",
-    ):
-        encoder_of(encoder.tokenizer, max_prompt_tokens=length - 1).prompt(example)
-    small = encoder_of(encoder.tokenizer, max_prompt_tokens=length - 1, max_pixels=80 * 80).prompt(
-        example
-    )
-    assert small.image_mask.sum() == 100
+    enough = encoder_of(tokenizer, max_prompt_tokens=length)
+    assert len(enough.prompt(example).ids) == length
+    says = rf"f:2: too many tokens \({length}, of them 900 of images, allowed are {length - 1}\)"
+    with pytest.raises(BadRow, match=says):
+        encoder_of(tokenizer, max_prompt_tokens=length - 1).prompt(example)
+    small = encoder_of(tokenizer, max_prompt_tokens=length - 1, max_pixels=80 * 80)
+    assert small.prompt(example).image_mask.sum() == 100
     with pytest.raises(BadRow, match="too many tokens"):
         encoder.prompt(Example([{"role": "user", "content": "dots? " * 200_000}], []))  # 1 MB
     with pytest.raises(BadRow, match="no usable shape"):
@@ -708,28 +924,24 @@ def test_too_long_is_refused_never_cut(encoder):
 def test_blind_leaves_images_out(encoder):
     blind = encoder_of(encoder.tokenizer, blind=True).prompt(Example([USER], ["never opened"]))
     sighted = encoder.prompt(Example([USER | {"content": "\nHow many dots?"}], []))
-    assert (
-        torch.equal(blind.ids, sighted.ids)
-        and blind.pixel_values is None
-        and blind.next_position == len(blind.ids)
-    )
+    assert torch.equal(blind.ids, sighted.ids)
+    assert blind.pixel_values is None and blind.next_position == len(blind.ids)
 
 
 def test_banned_ids(encoder):
-    n, ids = len(encoder.tokenizer), encoder.tokenizer.convert_tokens_to_ids(SPECIAL)
+    n = len(encoder.tokenizer)
+    ids = encoder.tokenizer.convert_tokens_to_ids(SPECIAL)
     assert encoder.banned == tuple(sorted({ids[0], *ids[3:], n, n + 1, n + 2}))
     assert encoder.eos == ids[2] and encoder.eos_ids == (ids[2],)
 
 
 def test_template_that_rewrites_turns_is_refused():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT.replace(
-        "{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"
-    )
+    thinking = "{{ m.content.split('</think>')[-1] }}"
+    tokenizer.chat_template = CHAT.replace("{{ m.content }}", thinking)
     with pytest.raises(BadRow, match="the chat template rewrites assistant turns"):
-        encoder_of(tokenizer).conversation(
-            Example([{"role": "user", "content": "How?"}, ASSISTANT], [])
-        )
+        question = {"role": "user", "content": "How?"}
+        encoder_of(tokenizer).conversation(Example([question, ASSISTANT], []))
     tokenizer.chat_template = CHAT.replace("<|image_pad|>", "")
     with pytest.raises(BadRow, match="the chat template does not write the images"):
         encoder_of(tokenizer).prompt(Example([USER], [picture()]))
@@ -738,28 +950,116 @@ def test_template_that_rewrites_turns_is_refused():
         encoder_of(tokenizer)
 
 
-# ------------------------------------------------------------------------------------------------ spans, counts, check
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint's folder without weights."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    tiny_config(tokenizer).save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_without_weights_encodes_the_same(checkpoint, bpe):
+    opened = open_encoder(checkpoint, max_pixels=30 * 30)
+    example = Example([USER, ASSISTANT], [picture(40, 40)])
+    ours = encoder_of(bpe.tokenizer, max_pixels=30 * 30).conversation(example)
+    found = opened.conversation(example)
+    for name in ("ids", "positions", "pixel_values", "grid_thw", "image_mask"):
+        assert torch.equal(getattr(found[0], name), getattr(ours[0], name)), name
+    assert torch.equal(found[1], ours[1])
+    assert (opened.banned, opened.eos_ids) == (bpe.banned, bpe.eos_ids)
+
+
+# ------------------------------------------------------------------------------------------- spans
+SPAN_TEXTS = ("<caption>\nc\n</caption>", "<think>\nt\n</think>\n<answer>\na\n</answer>")
+
+
+def test_the_table_says_what_a_span_is():
+    assert PARTS == ("caption", "think", "answer")
+    assert TAGS == re.findall(r"</?\w+>", "".join(SPAN_TEXTS))
+    assert parts("".join(SPAN_TEXTS)) == {"caption": "c", "think": "t", "answer": "a"}
+    assert split_spans("".join(SPAN_TEXTS), WHOLE) == ("\n".join(SPAN_TEXTS),)
+    assert split_spans("".join(SPAN_TEXTS), {"last": ("answer",)}) == ("<answer>\na\n</answer>",)
+    assert parts(None) is None and split_spans(None) is None
 
 
 def test_spans_are_canonical_on_both_sides():
-    spans = ("<caption>\nc\n</caption>", "<think>\nt\n</think>\n<answer>\na\n</answer>")
+    tags = re.findall(r"</?\w+>|\w+", "".join(SPAN_TEXTS))
     for space in ("", " ", "\n", "\n\n\t"):
-        tags = [
-            "<caption>",
-            "c",
-            "</caption>",
-            "<think>",
-            "t",
-            "</think>",
-            "<answer>",
-            "a",
-            "</answer>",
-        ]
-        assert split_spans(space + space.join(tags) + space) == spans
-    assert split_spans("".join(spans)) == spans and split_spans(RESPONSE + "and more") is None
+        assert split_spans(space + space.join(tags) + space) == SPAN_TEXTS
+    assert split_spans("".join(SPAN_TEXTS)) == SPAN_TEXTS
+    assert split_spans(RESPONSE + "and more") is None
     assert split_spans(RESPONSE.replace("one dot", "<answer>2</answer>")) is None
 
 
+WRITTEN = (
+    "<caption>\n- café, 5 m\n- two dots\n</caption>\n"
+    "<think>\n1. I see 2.\n2. So 2.\n</think>\n<answer>\n2\n</answer>"
+)
+SPELLINGS = {
+    "\\r\\n": WRITTEN.replace("\n", "\r\n"),
+    "\\r": WRITTEN.replace("\n", "\r"),
+    "line separators": WRITTEN.replace("\n", "\u2028"),
+    "blanks at the ends of lines": WRITTEN.replace("\n", " \t\n"),
+    "blanks at their starts": WRITTEN.replace("\n", "\n  "),
+    "two blanks": WRITTEN.replace(" ", "  "),
+    "tabs": WRITTEN.replace(" ", "\t"),
+    "empty lines": WRITTEN.replace("\n", "\n \n"),
+    "accents of their own": WRITTEN.replace("é", "e\u0301"),
+    "blanks that do not break": WRITTEN.replace(" ", "\u00a0"),
+    "narrow ones": WRITTEN.replace(" ", "\u202f"),
+    "wide ones": WRITTEN.replace(" ", "\u3000"),
+    "zero-width blanks": WRITTEN.replace("dots", "do\u200bts"),
+    "zero-width joiners": WRITTEN.replace("dots", "\u2060dot\u200ds"),
+    "soft hyphens": WRITTEN.replace("dots", "do\u00adts"),
+    "byte-order mark": "\ufeff" + WRITTEN,
+    "byte-order marks": WRITTEN.replace("\n", "\n\ufeff"),
+    "controls": WRITTEN.replace("dots", "do\x00ts"),
+    "directions": WRITTEN.replace("- ", "\u200e- \u202a"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_white_space_gives_nothing_away(bpe, name):
+    """Responses that look alike have the same spans, so the same ids, whichever side wrote them."""
+    text = SPELLINGS[name]
+    assert text != WRITTEN
+    for spans in (SPANS, WHOLE):
+        expected = split_spans(WRITTEN, spans)
+        found = split_spans(text, spans)
+        assert found == expected
+        assert [bpe.response(one) for one in found] == [bpe.response(one) for one in expected]
+        # What is canonical stays so.
+        assert split_spans("".join(found), spans) == found
+    row = {"question": "How?", "teacher_response": text, "student_response": WRITTEN}
+    for reference, policy in said(row, "pairs").pairs.values():
+        assert reference == policy
+
+
+def test_what_is_not_white_space_stays():
+    """Other words, other lines, other marks, and symbols that only look alike."""
+    for old, new in (("2.", "²."), ("\n2. So", " 2. So"), ("- two", "– two"), ("5 m", "5m")):
+        changed = WRITTEN.replace(old, new)
+        assert changed != WRITTEN and split_spans(changed) != split_spans(WRITTEN)
+    # A tag that is spelt with characters that nobody sees is none, and hides none either.
+    assert split_spans(WRITTEN.replace("<answer>", "<ans\u200bwer>")) is None
+    assert split_spans(WRITTEN.replace("I see", "<ans\u200bwer>")) is None
+
+
+def test_a_span_has_the_same_ids_behind_any_rollout(bpe):
+    """A rollout's own ids may be cut elsewhere than its text's; its span's are the text's."""
+    letters = []
+    for character in WRITTEN:
+        letters += bpe.response(character)[:-1]
+    assert len(letters) > len(bpe.response(WRITTEN))
+    again = split_spans(bpe.decode([*letters, bpe.eos]))
+    expected = split_spans(WRITTEN)
+    assert [bpe.response(one) for one in again] == [bpe.response(one) for one in expected]
+
+
+# ---------------------------------------------------------------------------------- drift proxies
 @pytest.mark.parametrize(
     "text, n",
     [
@@ -770,6 +1070,20 @@ def test_spans_are_canonical_on_both_sides():
         ("<caption>\n- only\n</caption>", 1),
         ("<caption>\nNo bullet here.\n</caption>", 1),
         ("1. a\n2. b", 2),
+        ("A cat, e.g. a tabby. A dog, i.e. a pet.", 2),
+        ("Dr. Who vs. Mr. Bean, see Fig. 3 and No. 7.", 1),
+        ("Cats, dogs, etc. are here. Cats, dogs, etc. The end.", 3),
+        ('He said "stop." Then he left.', 2),
+        ("– a\n— b\n• c\n·d", 4),
+        ("-5 is low. 3 is high.", 2),
+        ("(a) a dot\n(b) a line", 2),
+        ("Two panels: (a) a dot (b) a line", 2),
+        ("1、红色的圆\n2、蓝色的方块", 2),
+        ("一、红色的圆\n二、蓝色的方块", 2),
+        ("（1）红色的圆（2）蓝色的方块", 2),
+        ("①红色的圆②蓝色的方块", 2),
+        ("红色的圆。蓝色的方块。", 2),
+        ("红色的圆；蓝色的方块", 2),
     ],
 )
 def test_count_items(text, n):
@@ -783,50 +1097,77 @@ def test_count_items(text, n):
         ("1. a\n2. b\nso 7", 2),
         ("1) a\n  2) b", 2),
         ("Step 1: look\nStep 2: count", 2),
+        ("Step 1: look. Step 2: count.", 2),
         ("**1.** a\n**2.** b", 2),
+        ("1. look. 2. count. 3. add.", 3),
         ("First a.\nThen b.\n\nSo c.", 3),
         ("We see 3 dots. So 3.5 is near.", 2),
         ("12 + 3 = 15", 1),
         ("<think>\none\n</think>", 1),
         ("", 0),
+        ("12 cm is the side.\nSo the area is 144.", 2),
+        ("3 red circles are left. 2 are blue.", 2),
+        ("3 red circles\n2 blue squares\nSo 5.", 3),
+        ("**3** red circles.\nSo 3.", 2),
+        ("5 kg: its mass.\n9.8 m/s: its speed.", 2),
+        ("f(1) = 2 and f(2) = 3.", 1),
+        ("(a) look\n(b) count", 2),
+        ("– look\n– count\nso 2", 2),
+        ("It is, e.g., 3. So 3.", 2),
+        ("第一步：看图。\n第二步：数数。", 2),
+        ("第一步，看图。第二步，数数。", 2),
+        ("步骤1：看图\n步骤2：数数", 2),
+        ("1、看图。\n2、数数。\n所以是2。", 2),
+        ("先看图。再数一数。所以是2。", 3),
     ],
 )
 def test_count_steps(text, n):
     assert count_steps(text) == n
 
 
+# --------------------------------------------------------------------------------------- the check
+def check(path, *flags, cwd=ROOT):
+    command = [sys.executable, ROOT / "data.py", "check", path, *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
 def test_check_command(folder):
-    row = {"messages": [USER, ASSISTANT], "images": ["images/0.png"]}
+    row = turns(USER, ASSISTANT)
     (folder / "images/1.png").write_bytes(b"broken")
-    path = write(
-        folder, row, row | {"images": ["images/1.png"]}, row | {"images": []}, "{", verl(), row
-    )
-    run = subprocess.run(
-        [sys.executable, ROOT / "data.py", "check", path],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
-    assert (
-        run.returncode == 0
-        and f"{path}: 3 of 6 rows usable" in run.stdout
-        and "How many dots?" in run.stdout
-    )
-    assert (
-        "  1 an image cannot be read" in run.stdout
-        and f"left out: {path}:2: an image cannot" in run.stderr
-    )
+    broken = turns(USER, ASSISTANT, images=["images/1.png"])
+    path = write(folder, row, broken, row | {"images": []}, "{", verl(), row)
+    run = check(path, cwd=folder)
+    assert run.returncode == 0
+    assert f"{path}: 3 of 6 rows usable" in run.stdout and "How many dots?" in run.stdout
+    assert "  1 an image cannot be read" in run.stdout
+    assert f"left out: {path}:2: an image cannot" in run.stderr
     with pytest.raises(SystemExit) as end:
         data.main(["check", str(write(folder, "{", name="bad.jsonl"))])
     assert end.value.code == 1
 
 
-# ------------------------------------------------------------------------------------------------------ the real thing
+def test_check_command_shows_a_row_as_the_model_sees_it(folder, checkpoint, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "model", None)  # it needs no weights, so not their loader
+    injected = turns(USER | {"content": "<image><|im_end|>"}, ASSISTANT)
+    path = write(folder, turns(USER, ASSISTANT), injected)
+    with pytest.raises(SystemExit) as end:
+        data.main(["check", str(path), "--model", str(checkpoint)])
+    assert end.value.code == 0
+    printed = capsys.readouterr()
+    assert f"{path}: 1 of 2 rows usable" in printed.out
+    assert "  1 a special token in the text" in printed.out
+    assert f"{path}:1: " in printed.out and "9 of them image (not shown)" in printed.out
+    assert f"<|im_start|>assistant\n{RESPONSE}<|im_end|>" in printed.out
+    with pytest.raises(SystemExit) as end:
+        data.main(["check", str(path), "--model", str(checkpoint), "--max_tokens", "20"])
+    assert end.value.code == 1
+    assert "too many tokens" in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------------------------- the real thing
 @pytest.fixture(scope="module")
 def real():
-    """The real Qwen3-VL tokenizer, template and image settings; the architecture without weights."""
+    """The real Qwen3-VL tokenizer, template, image settings; the architecture without weights."""
     home = SHARED / "data/qwen3vl"
     if not home.exists():
         pytest.skip("needs ../shared/data, which is not here")
@@ -846,7 +1187,8 @@ def test_real_tokenizer(real):
     for case in json.loads((SHARED / "data/qwen3vl/tokenizer/golden.json").read_text()):
         assert real._ids(case["text"]) == case["ids"]
         assert real.decode(real.response(case["text"])) == real.tokenizer.decode(case["ids"])
-    assert real.eos == 151645 and real.banned[:5] == (151643, 151652, 151653, 151655, 151656)
+    assert real.eos == 151645
+    assert real.banned[:5] == (151643, 151652, 151653, 151655, 151656)
     assert real.banned[5:] == tuple(range(151669, 151936))
 
 
@@ -872,12 +1214,17 @@ def test_real_files(real, file, kind, n):
     for example in examples[:: n // 5]:
         prompt = real.prompt(example)
         turns = example.messages[: -1 if kind == "sft" else None]
-        assert prompt.ids.tolist() == joint_ids(
-            real, turns, (prompt.grid_thw.prod(-1) // 4).tolist()
-        )
+        n_tokens = (prompt.grid_thw.prod(-1) // 4).tolist()
+        assert prompt.ids.tolist() == joint_ids(real, turns, n_tokens)
         assert len(example.images) == 1 and "<image1>" not in turns[-1]["content"]
         if kind == "sft":
             seen, mask = real.conversation(example)
             response = example.messages[-1]["content"]
             assert seen.ids[mask].tolist() == real.tokenizer(response + "<|im_end|>")["input_ids"]
             assert split_spans(response)
+
+
+def test_white_space_gives_nothing_away_to_the_real_tokenizer(real):
+    expected = [real.response(span) for span in split_spans(WRITTEN)]
+    for text in SPELLINGS.values():
+        assert [real.response(span) for span in split_spans(text)] == expected

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
 from torch.nn.attention.flex_attention import flex_attention
 
-from engine.logprob import token_logps
 from engine.attention import FlexLayout, adopt, forward_pack
+from engine.logprob import token_logps
 from engine.packs import Tree, build_pack, filler, plan
 from model import recompute
 
@@ -212,6 +212,9 @@ def test_a_split_root_counts_once(hf):
     built = [build_pack(trees, part, copies={0: len(packs)}) for part in packs]
     assert sum((1 / pack.copies).sum() for pack in built) == pytest.approx(trees[0].tokens())
     assert all(pack.tree_tokens.tolist() == [trees[0].tokens()] for pack in built)
+    parts = [pack.mean_over_trees(torch.ones(2, len(pack.ids), 3)) for pack in built]
+    torch.testing.assert_close(sum(parts), torch.ones(2, 1, 3))
+    assert filler("cpu").mean_over_trees(torch.ones(2, 2, 3)).shape == (2, 0, 3)
 
 
 def test_a_filler_has_a_gradient_of_zeros(hf):
@@ -225,7 +228,8 @@ def test_a_filler_has_a_gradient_of_zeros(hf):
 
 @pytest.mark.slow
 def test_compiled_flex_attention_is_the_dense_mask_and_compiled_few_times(hf, monkeypatch):
-    """The kernel that CUDA runs, compiled for this CPU: packs of every length after the third compile nothing anew."""
+    """The kernel that CUDA runs, compiled for this CPU: packs of every length after the third
+    compile nothing anew."""
     kernel = torch.compile(flex_attention)
     monkeypatch.setattr(FlexLayout, "kernel", staticmethod(kernel))
     torch._dynamo.utils.counters.clear()
@@ -251,7 +255,8 @@ GRIDS = [
 
 @pytest.mark.parametrize("grids", GRIDS)
 def test_vision_tower_equals_transformers_own(grids):
-    """Images of one size at once, patches by a matrix product: same features, gradients and names of weights."""
+    """Images of one size at once, patches by a matrix product: same features, gradients and names
+    of weights."""
     theirs, ours = tiny_hf(packs=False).model, adopt(tiny_hf(packs=False).model)
     assert type(ours.visual.patch_embed.proj) is not torch.nn.Conv3d
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {

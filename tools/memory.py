@@ -1,11 +1,11 @@
 """
-The memory that one rank of a stage needs, counted from shapes: no weight is read, nothing runs.
+The memory that one rank of a stage needs, counted from shapes: nothing runs.
 
     WORLD_SIZE=8 python tools/memory.py align --policy Qwen/Qwen3-VL-4B-Instruct --dtype bfloat16
 
 The first argument is the stage (sft, align, rlvr), the others are that stage's own, without --data.
-Of --policy and --disc_init only config.json is read. WORLD_SIZE is the number of ranks, 1 without
-it; GROUP_WORLD_SIZE or --nodes the number of nodes.
+Of --policy and --disc_init only config.json is read, --disc_path is read whole. WORLD_SIZE is the
+number of ranks, 1 without it; GROUP_WORLD_SIZE or --nodes is the number of nodes.
 
 The estimate is an upper one: packs are full of sequences at their limits, each with an image as
 large as --max_prompt or --max_pixels lets it be. Left out is what CUDA, NCCL and fragments take (a
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -265,12 +266,20 @@ def skeletons(stage, args):
     policy = model.skeleton(args.policy)
     if stage is not align:
         return policy, None
-    if args.disc_path:  # its form is in its tensors' names: they are read, and dropped
-        with torch.device("meta"):
-            return policy, align.open_discriminator(args.disc_path, args.disc)
+    if args.disc_path:
+        return policy, opened_skeleton(args.disc_path, args.disc)
     base = model.skeleton(args.disc_init or args.policy).hf.model
     with torch.device("meta"):
         return policy, align.upcycle(base, args)
+
+
+def opened_skeleton(path, form):
+    """A saved discriminator on the meta device. Its tensors are read, since their names tell its
+    form, and then copied nowhere: PyTorch warns of each.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*meta parameter.*")
+        return align.open_discriminator(path, form)
 
 
 def show(entries: list[Entry]) -> None:

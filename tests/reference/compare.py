@@ -4,8 +4,9 @@ reference in float64; so gradients may differ by rounding, and a draw where its 
 on a bound.
 """
 
+import json
 import math
-from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,8 +160,7 @@ def check_sft(trace, args):
     """All steps of a run of sft.py with the arguments `args`."""
     reader = Reader(args.policy, args.data, args.max_pixels)
     policy = Policy(args.policy)
-    weights = {f"hf.{name}": tensor for name, tensor in dense_weights(args.policy).items()}
-    player = Player("policy", args.weight_decay, args.grad_clip, weights)
+    player = Player("policy", args.weight_decay, args.grad_clip, policy_weights(args.policy))
     order = reader.order(args.seed)
     bad = set()
     assert [step["step"] for step in trace] == list(range(1, args.steps + 1))
@@ -205,16 +205,21 @@ class Alignment:
         self.reader = Reader(args.policy, args.data, args.max_pixels)
         self.banned = self.reader.banned(self.policy.vocabulary)
 
-    def too_long(self, row):
-        """Bad rows, and those whose reference is longer than a rollout may be."""
-        if self.reader.is_bad(row):
-            return True
-        return len(self.reader.ids(self.reader.reference(row))) + 1 > self.args.max_response
+    def too_long_in(self, reader):
+        """Of rows: bad ones, and those with a demonstration longer than a rollout may be."""
+
+        def is_bad(row):
+            if reader.is_bad(row):
+                return True
+            lengths = [len(reader.ids(text)) + 1 for text in reader.demonstrations(row)]
+            return max(lengths) > self.args.max_response
+
+        return is_bad
 
     def sampled(self, found, seed):
         """A recorded group that was sampled under the policy's weights as they are, checked."""
         prompt = self.reader.prompt(found["row"])
-        same_prompt(found, prompt, self.policy.model)
+        same_prompt(found, prompt, self.policy.model.model)
         with torch.no_grad():
             log_probs = steps.sampled_from(
                 self.policy, prompt, found["ids"], self.args.temperature, self.banned
@@ -234,6 +239,18 @@ class Alignment:
         return group
 
 
+    def pair(self, found, reader):
+        """A recorded group of a row of --pairs, as the reference takes it."""
+        teacher, student = reader.demonstrations(found["row"])
+        prompt = reader.prompt(found["row"], self.args.disc_blind)
+        assert found["seen"] == prompt.ids
+        group = SimpleNamespace(prompt=prompt)
+        group.reference = reader.span_ids(teacher, self.kinds)
+        group.spans = [reader.span_ids(student, self.kinds)]
+        same_spans(found, group)
+        return group
+
+
 def same_spans(found, group):
     assert found["reference"] == group.reference
     assert found["spans"] == group.spans
@@ -241,8 +258,17 @@ def same_spans(found, group):
 
 
 def same_scores(found, group):
+    """Compare a group's scores; then go on with those that were found: what divides by their spread
+    makes much of the last bit. The same text has the same score, to the last bit."""
     near(found["reference_score"].tolist(), group.reference_score, "reference's scores", 5e-5)
     near(found["score"].tolist(), group.score, "rollouts' scores", 5e-5)
+    group.reference_score = found["reference_score"].tolist()
+    for kind, scores in enumerate(found["score"].tolist()):
+        group.score[kind] = [None if math.isnan(score) else score for score in scores]
+        score_of = {}
+        for spans, score in zip(group.spans, scores, strict=True):
+            if spans is not None:
+                assert score_of.setdefault(tuple(spans[kind]), score) == score
 
 
 def probes(groups, kinds, length_probe):
@@ -264,17 +290,140 @@ def probes(groups, kinds, length_probe):
     return found
 
 
-def check_game(trace, args, disc_weights, policy_weights, length_probe):
+def check_upcycled(weights, args):
+    """A discriminator before its first update: its source's weights, whose MLPs are copied for each
+    expert, with noise of its own; a router and a head of small random numbers."""
+    run = Alignment(args)
+    source = dense_weights(run.source)
+    experts = {"moe": args.experts, "experts": len(run.kinds), "dense": 0}[args.disc]
+    rest = dict(weights)
+    drawn = []  # noise of each expert, in units of its tensor's standard deviation
+    for name, tensor in source.items():
+        if name == "lm_head.weight":
+            continue
+        if ".mlp." not in name or ".visual." in name or not experts:
+            assert torch.equal(rest.pop(name), tensor), name
+    if experts:
+        for layer in range(len(run.disc.mixtures)):
+            mlp = f"model.language_model.layers.{layer}.mlp"
+            gate, up, down = (source[f"{mlp}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            for part, dense in (("gate_up", torch.cat([gate.T, up.T], 1)), ("down", down.T)):
+                tensor = rest.pop(f"{mlp}.experts.{part}_proj")
+                assert len(tensor) == experts
+                drawn += [((expert - dense) / dense.std()).flatten() for expert in tensor]
+            if args.disc == "moe":
+                router = rest.pop(f"{mlp}.gate.weight")
+                assert router.shape == (experts, len(down))
+                assert 0.016 < router.std() < 0.024
+    for one, noise in enumerate(drawn):
+        assert abs(noise.std() - args.upcycle_noise) < 0.1 * args.upcycle_noise
+        for other in drawn[:one]:
+            if len(other) == len(noise):
+                assert abs(torch.corrcoef(torch.stack([noise, other]))[0, 1]) < 0.15
+    head = rest.pop("v_head.1.weight")
+    assert len(head) == (experts if args.disc == "experts" else 1)
+    assert 0.01 < head.std() < 0.03 and head.dtype == torch.float32
+    assert not rest, f"beyond what was upcycled: {list(rest)}"
+
+
+def check_warm_up(trace, args, weights, length_probe, check_every):
+    """The steps of a warm-up from these weights of the discriminator, on rows of --pairs or on
+    rollouts of the policy -> its Player. The trace may end early, by its own rule."""
+    run = Alignment(args)
+    run.policy.take(policy_weights(args.policy))
+    disc = Player("discriminator", args.disc_weight_decay, args.grad_clip, weights)
+    reader = Reader(args.policy, args.pairs, args.max_pixels) if args.pairs else run.reader
+    held_out = max(1, len(reader.rows) // 10)  # the last tenth
+    training = len(reader.rows) - held_out
+    order = reader.order(args.seed, training)
+    pairs_of_row = len(run.kinds) * (1 if args.pairs else args.group_size)
+    rows_of_step = args.warmup_pairs // pairs_of_row
+    bad = set()
+    seeds = []
+    tested = None
+    best = 0.0
+
+    def groups_of(found, seed=None):
+        groups = []
+        for place, one in enumerate(found):
+            if args.pairs:
+                groups.append(run.pair(one, reader))
+                continue
+            seeds.append((*seed, place))
+            run.sampled(one, seeds[-1])
+            groups.append(run.group(one, None))
+        return groups
+
+    for number, step in enumerate(trace):
+        assert step["step"] == number + 1 and best < args.warmup_until
+        calls = dict(enumerate(step["calls"]))
+        if number == 0 and not args.pairs:  # held-out pairs are sampled first, once
+            seed, found = calls.pop(0)
+            expected = [row for row in range(training, len(reader.rows)) if not reader.is_bad(row)]
+            assert [one["row"] for one in found] == expected
+            tested = groups_of(found, seed)
+        rows, left_out = expected_rows(reader, order, rows_of_step, run.too_long_in(reader))
+        bad |= left_out
+        (found, trained), *tests = step["passes"]
+        assert trained and [one["row"] for one in found] == rows
+        assert max(rows) < training, "trained on a row that is held out"
+        groups = groups_of(found, None if args.pairs else calls.popitem()[1][0])
+        assert not calls
+        distinct(seeds)
+        (update,) = step["updates"]
+        run.disc.take(update["before"])
+        loss, routed = steps.discriminate(run.disc, groups, run.kinds, args)
+        if loss is not None:
+            loss.backward()
+        gradient = run.disc.gradient()
+        for one, group in zip(found, groups, strict=True):
+            same_scores(one, group)
+        total = args.warmup_steps
+        rate = method.learning_rate(number, args.warmup_lr, total, 0.1, "cosine")
+        disc.check(update, gradient, rate)
+        expected = {
+            **steps.discriminator_measures(groups, run.kinds, routed, args),
+            "loss": math.nan if loss is None else float(loss.detach()),
+            "grad_norm": method.total_norm(gradient.values()),
+            "skipped": 0,
+            "left_out": len(bad),
+        }
+        if number + 1 == total or (number + 1) % check_every == 0:
+            ((held, trained),) = tests
+            assert not trained
+            assert min(one["row"] for one in held) >= training
+            if args.pairs:
+                tested = groups_of(held)
+            run.disc.take(disc.weights)
+            with torch.no_grad():
+                steps.discriminate(run.disc, tested, run.kinds, args)
+            for one, group in zip(held, tested, strict=True):
+                same_scores(one, group)
+            measured = steps.discriminator_measures(tested, run.kinds, [], args)
+            accuracies = [measured[f"{kind}/acc"] for kind in run.kinds]
+            for kind, accuracy in zip(run.kinds, accuracies, strict=True):
+                expected[f"{kind}/held_out"] = accuracy
+            expected |= probes(tested, run.kinds, length_probe)
+            best = max(best, min(accuracies))
+        else:
+            assert not tests
+        tolerances = {f"{kind}/length_corr": 1e-3 for kind in run.kinds}
+        same_metrics(step["metrics"], expected, tolerances)
+    assert len(trace) == args.warmup_steps or best >= args.warmup_until
+    return disc
+
+
+def check_game(trace, args, disc_weights, weights, length_probe):
     """All steps of a game with the arguments `args`, from these weights of both players."""
     run = Alignment(args)
-    policy = Player("policy", args.weight_decay, args.grad_clip, policy_weights)
+    policy = Player("policy", args.weight_decay, args.grad_clip, weights)
     disc = Player("discriminator", args.disc_weight_decay, args.grad_clip, disc_weights)
     order = run.reader.order(args.seed)
     bad = set()
     seeds = []
     assert [step["step"] for step in trace] == list(range(1, args.steps + 1))
     for number, step in enumerate(trace):
-        rows, left_out = expected_rows(run.reader, order, args.prompts_per_step, run.too_long)
+        rows, left_out = expected_rows(run.reader, order, args.prompts_per_step, run.too_long_in(run.reader))
         bad |= left_out
         ((seed, found),) = step["calls"]
         assert [group["row"] for group in found] == rows
@@ -299,7 +448,7 @@ def check_game(trace, args, disc_weights, policy_weights, length_probe):
         # 4) advantage
         steps.alignment_advantages(groups, run.weights, args)
         for one, group in zip(found, groups, strict=True):
-            near(one["advantage"], group.advantage, "advantage", 1e-3)
+            near(one["advantage"], group.advantage, "advantage")
         # 5) the policy's update
         for group, one in zip(groups, found, strict=True):
             group.advantage = one["advantage"].tolist()  # compared; their rounding is not the loss's
@@ -319,7 +468,7 @@ def check_game(trace, args, disc_weights, policy_weights, length_probe):
             "skipped": 0,
             "lr": rate,
             "left_out": len(bad),
-            "disc_loss": math.nan if loss is None else float(loss),
+            "disc_loss": math.nan if loss is None else float(loss.detach()),
             "disc_grad_norm": method.total_norm(disc_gradient.values()),
             "disc_skipped": 0,
         }
@@ -340,5 +489,174 @@ def rollouts_of(found):
     return list(zip(*columns, lengths, found["stops"], strict=True))
 
 
-def first(iterator, count):
-    return list(islice(iterator, count))
+def check_shown(folder, trace, kinds=()):
+    """rollouts.jsonl of a run with --sample_every 1: of each step its first group, and what it was
+    worth. kinds: of the spans that were scored."""
+    lines = Path(folder, "rollouts.jsonl").read_text().splitlines()
+    for line, step in zip(lines, trace, strict=True):
+        shown = json.loads(line)
+        group = step["trained"][0]
+        assert shown["step"] == step["step"] and f":{group['row'] + 1}" in shown["where"]
+        assert [one["text"] for one in shown["rollouts"]] == group["texts"]
+        for k, one in enumerate(shown["rollouts"]):
+            assert one["tokens"] == len(group["ids"][k]) and one["stop"] == group["stops"][k]
+            near(one["advantage"], float(group["advantage"][k]), "shown advantage", 1e-4)
+            expected = {name: values[k] for name, values in group["verdicts"].items()}
+            for kind, scores in zip(kinds, group["score"] if kinds else [], strict=True):
+                expected[kind] = float(scores[k])
+            assert expected.keys() == one["scores"].keys()
+            for name, value in one["scores"].items():
+                near(value, expected[name], f"shown {name}", 1e-4)
+        for kind, value in shown["reference_scores"].items():
+            theirs = group["reference_score"][kinds.index(kind)]
+            near(value, float(theirs), "shown reference score", 1e-4)
+        assert len(shown["reference_scores"]) == len(kinds)
+
+
+def check_saved(folder, weights, prefix=""):
+    """What was saved is what the last update left."""
+    saved = dense_weights(folder)
+    assert saved.keys() == {name.removeprefix(prefix) for name in weights}
+    for name, tensor in weights.items():
+        assert torch.equal(saved[name.removeprefix(prefix)], tensor), name
+
+
+# ----------------------------------------------------------------------------- stage 3
+class Rlvr:
+    """What stays the same over a run of rlvr.py."""
+
+    def __init__(self, args):
+        self.args = args
+        self.policy = Policy(args.policy)
+        self.start = None
+        if args.kl:
+            self.start = Policy(args.policy)
+            self.start.take(policy_weights(args.policy))
+        self.reader = Reader(args.policy, args.data, args.max_pixels)
+        self.banned = self.reader.banned(self.policy.vocabulary)
+
+    def sampled(self, found, seed):
+        """A recorded group that was sampled under the policy's weights as they are, checked ->
+        as the reference takes it, with verdicts, shaped rewards, and log-probs of now."""
+        args = self.args
+        prompt = self.reader.prompt(found["row"])
+        same_prompt(found, prompt, self.policy.model.model)
+        with torch.no_grad():
+            log_probs = steps.sampled_from(
+                self.policy, prompt, found["ids"], args.temperature, self.banned
+            )
+        same_rollouts(found, log_probs, seed, args, self.reader)
+        group = as_reference(found, prompt)
+        group.verdicts = [self.reader.verdict(text, found["row"]) for text in found["texts"]]
+        group.rewards = steps.shaped_rewards(group, args)
+        near(found["verdicts"]["reward"], group.rewards, "reward", 1e-6)
+        rounded = torch.tensor(found["verdicts"]["reward"], dtype=torch.float64).tolist()
+        group.advantage = method.reward_advantage(rounded, args.scale_by_std)
+        group.now = [chosen(rows, ids) for rows, ids in zip(log_probs, group.ids, strict=True)]
+        group.old = None
+        group.found = found
+        return group
+
+
+def policy_weights(folder):
+    """A checkpoint's weights as the stages name them."""
+    return {f"hf.{name}": tensor for name, tensor in dense_weights(folder).items()}
+
+
+def check_rlvr(trace, args):
+    """All steps of a run of rlvr.py with the arguments `args`."""
+    run = Rlvr(args)
+    player = Player("policy", args.weight_decay, args.grad_clip, policy_weights(args.policy))
+    order = run.reader.order(args.seed)
+    surplus = []
+    bad = set()
+    seeds = []
+    wanted = args.prompts_per_step
+    assert [step["step"] for step in trace] == list(range(1, args.steps + 1))
+    for number, step in enumerate(trace):
+        # 1) rollouts, of the policy as it is before this step's updates
+        run.policy.take(player.weights)
+        sampled = []
+        kept = list(surplus)
+        for seed, found in step["calls"]:
+            assert not sampled or args.dynamic_sampling
+            assert len(kept) < wanted, "drawn although there were groups enough"
+            prompts = args.prompts_per_draw if args.dynamic_sampling else wanted
+            rows, left_out = expected_rows(run.reader, order, prompts)
+            bad |= left_out
+            assert [group["row"] for group in found] == rows
+            for place, one in enumerate(found):
+                seeds.append((*seed, place))
+                sampled.append(run.sampled(one, seeds[-1]))
+                if not args.dynamic_sampling or steps.teaches(sampled[-1]):
+                    kept.append(sampled[-1])
+        distinct(seeds)
+        draws = len(step["calls"])
+        assert len(kept) >= wanted or draws == (args.max_draws if args.dynamic_sampling else 1)
+        groups = kept[:wanted]
+        dropped = max(0, len(surplus) - wanted)
+        rest = kept[max(wanted, len(surplus)) :]
+        # 2) to 4) advantage, and the updates
+        off_policy = args.minibatches > 1 or any(group.old is not None for group in groups)
+        for group in groups:
+            if off_policy and group.old is None:
+                group.old = group.now
+        assert len(step["trained"]) == len(groups)
+        for one, group in zip(step["trained"], groups, strict=True):
+            assert one["row"] == group.found["row"] and one["ids"] == group.ids
+            near(one["advantage"], group.advantage, "advantage")
+            if off_policy:
+                for ours, theirs in zip(one["old_logp"], group.old, strict=True):
+                    near(ours, theirs, "old log-probs", 5e-5)
+        rate = method.learning_rate(number, args.lr, args.steps, args.warmup, args.schedule)
+        updates = iter(step["updates"])
+        parts = []
+        norms = []
+        for part in range(args.minibatches):
+            mine = [
+                group
+                for place, group in enumerate(groups)
+                if place * args.minibatches // len(groups) == part
+            ]
+            if mine:
+                update = next(updates)
+                run.policy.take(update["before"])
+                parts.append(steps.minibatch(run.policy, mine, args, run.banned, run.start))
+                gradient = run.policy.gradient()
+                norms.append(method.total_norm(gradient.values()))
+                player.check(update, gradient, rate)
+        assert next(updates, None) is None
+        # 5) log
+        rate = step["metrics"]["lr"] if not groups else rate
+        expected = {
+            "loss": measures.mean([part.loss for part in parts]),
+            "grad_norm": measures.mean(norms),
+            "skipped": 0 if groups else 1,
+            "draws": draws,
+            "sampled": len(sampled),
+            "groups": len(groups),
+            "surplus": len(rest),
+            "dropped": dropped,
+            "lr": rate,
+            "left_out": len(bad),
+            **measures.of_rollouts([rollouts_of(group.found) for group in sampled]),
+        }
+        if groups:
+            tokens = {}
+            for name in ("clipped", "ratios", "entropy", "distances", "kl"):
+                tokens[name] = [value for part in parts for value in getattr(part, name)]
+            expected |= {
+                "clip_frac": measures.mean(tokens["clipped"]),
+                "ratio_max": max(tokens["ratios"]),
+                "entropy": measures.mean(tokens["entropy"]),
+                "kl": measures.mean(tokens["kl"]),
+                "tokens": len(tokens["entropy"]),
+                "logp_diff": measures.mean(tokens["distances"]),
+                "logp_diff_max": max(tokens["distances"]),
+            }
+        same_metrics(step["metrics"], expected, {"lr": 1e-9})
+        # the surplus keeps the log-probs of the policy that sampled it
+        surplus = rest
+        for group in surplus:
+            group.old = group.now
+    return player

@@ -145,7 +145,12 @@ class Reader:
 
     def reference(self, row):
         """The demonstration beside a row."""
-        return self.rows[row].get("teacher_response")
+        return self.rows[row]["teacher_response"]
+
+    def demonstrations(self, row):
+        """The responses that stand in a row: the teacher's, and in rows of pairs the student's."""
+        row = self.rows[row]
+        return [row[f"{side}_response"] for side in ("teacher", "student") if f"{side}_response" in row]
 
     def span_ids(self, response, kinds=BOTH):
         """The ids of each span of a response, the end token behind each; None: malformed."""
@@ -207,8 +212,11 @@ def spans(response, kinds):
 
 
 def positions(model, prompt):
-    """A prompt's multimodal positions (3, T), by the model's own function."""
+    """A prompt's multimodal positions (3, T), by the function of a transformers model without head;
+    those of text alone are plain."""
     ids = torch.tensor([prompt.ids])
+    if prompt.grid is None:
+        return torch.arange(len(prompt.ids)).expand(3, -1)
     found, _ = model.get_rope_index(
         input_ids=ids,
         mm_token_type_ids=(ids == model.config.image_token_id).int(),

@@ -26,7 +26,7 @@ def sft(policy, conversations):
                 tokens += 1
     loss = total / tokens
     loss.backward()
-    return float(loss), tokens
+    return float(loss.detach()), tokens
 
 
 # ----------------------------------------------------------------------------- rollouts
@@ -73,9 +73,9 @@ def discriminate(disc, groups, kinds, flags):
                     tree.append([(p[prompt_length:], s[prompt_length:]) for p, s in routing])
                     shares = [s[prompt_length:].sum(0) for _, s in routing]
                     routed[kind] = routed[kind] + torch.stack(shares)
-            group.reference_score[kind] = float(scores["reference"])
+            group.reference_score[kind] = float(scores["reference"].detach())
             for i in well_formed:
-                group.score[kind][i] = float(scores[i])
+                group.score[kind][i] = float(scores[i].detach())
                 pairs[kind].append((scores["reference"], scores[i]))
         if tree:
             layers = [
@@ -147,7 +147,7 @@ def align_policy(policy, groups, flags, banned):
     loss = method.aggregate(losses, "token-mean", None)
     loss.backward()
     return {
-        "loss": float(loss),
+        "loss": float(loss.detach()),
         "entropy": measures.mean(entropy),
         "tokens": len(entropy),
         "logp_diff": measures.mean(distances),
@@ -198,7 +198,7 @@ def minibatch(policy, groups, flags, banned, start=None):
                 with torch.no_grad():
                     first = start.log_probs(group.prompt, ids, flags.temperature, banned)
                 kls.append(method.k3(logp, chosen(first, ids)))
-                found.kl += kls[-1].tolist()
+                found.kl += kls[-1].detach().tolist()
             found.clipped += clipped.tolist()
             found.ratios += ratio.tolist()
             found.entropy += entropies(rows[i].detach()).tolist()
@@ -208,5 +208,5 @@ def minibatch(policy, groups, flags, banned, start=None):
     if kls:
         loss = loss + flags.kl * torch.cat(kls).mean()
     loss.backward()
-    found.loss = float(loss)
+    found.loss = float(loss.detach())
     return found

@@ -154,6 +154,10 @@ def record(stage, flags):
     """Run a stage with these flags -> what was recorded of its steps, warm-up first."""
     torch.manual_seed(12345)  # nothing may depend on it
     module = STAGES[stage]
-    with Watch(stage) as watch:
-        module.main(module.Args(**flags))
+    try:
+        with Watch(stage) as watch:
+            module.main(module.Args(**flags))
+    finally:
+        if torch.distributed.is_initialized():  # an error leaves it behind
+            torch.distributed.destroy_process_group()
     return watch.steps

@@ -46,10 +46,11 @@ TEMPLATE = (
 # What may follow each word of a response, and how much stronger than others (in nats).
 FOLLOWS = {
     "assistant": {"<caption>": 13},
-    "<caption>": {"red": 11, "green": 10, "\n": 10},
-    "\n": {"red": 11, "green": 11},
+    "<caption>": {"red": 11, "green": 11, "blue": 11, "\n": 10},
+    "\n": {"red": 11, "green": 11, "blue": 11},
     "red": {"square": 11, "dot": 11},
     "green": {"square": 11, "dot": 12},
+    "blue": {"square": 12, "dot": 11},
     "square": {"</caption>": 12, "red": 10},
     "dot": {"</caption>": 12, "green": 11},
     "</caption>": {"<think>": 13},
@@ -153,7 +154,7 @@ def make_policy(folder, tied=False, width=32, layers=2, seed=0):
             else:
                 parameter.copy_(1 + drawn * 0.05)
         embedding = hf.model.language_model.embed_tokens.weight
-        embedding.mul_(8)
+        embedding.mul_(2 if tied else 8)
         if not tied:
             prefer(hf.lm_head.weight, embedding, words.get_vocab())
     hf.save_pretrained(folder)
@@ -214,10 +215,11 @@ def make_pictures(folder, count=6):
 def response(drawn, answer, terse=False):
     """A well-formed demonstration, with white space where it is free."""
     things = [f"{drawn.choice(['red', 'green', 'blue'])} {drawn.choice(['square', 'dot'])}"]
+    steps = drawn.choice(["one", "so two"])
+    gap = drawn.choice(["", " ", "\n"])
     if not terse:
         things.append("green dot .")
-    steps = "one" if terse else "so one then two"
-    gap = drawn.choice(["", " ", "\n"])
+        steps += " then one plus two"
     return (
         f"<caption>{gap}{' '.join(things)}{gap}</caption>{gap}"
         f"<think>{gap}{steps}\n</think>\n<answer> {answer} </answer>{gap}"
@@ -247,7 +249,8 @@ def make_world(folder):
             prompt.insert(0, {"role": "system", "content": "be brief"})
         row = {"prompt": prompt, "images": images}
         row["reward_model"] = {"style": "rule", "ground_truth": answer}
-        align.append({**row, "teacher_response": response(drawn, answer)})
+        demonstration = response(drawn, answer, terse=number % 5 != 3)
+        align.append({**row, "teacher_response": demonstration})
 
         row = {**row, "reward_model": dict(row["reward_model"])}
         if number % 2:

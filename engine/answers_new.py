@@ -1,0 +1,658 @@
+r"""Is an answer the reference?  `equivalent(pred, gold, choices)`.
+
+Both texts get one spelling (engine/spelling.py). Where the row has options, both are looked up
+among them. Then each kind of answer, in the order of `KINDS`, looks at the two: it says True or
+False where it decides, None where it does not. What no kind decides is unequal. Only two formulas,
+each read to its last sign (engine/formula.py), are left to algebra: to Math-Verify, in a process of
+its own (engine/math_worker.py; without the extra `math` they are unequal).
+
+Conventions, where graders differ:
+
+| what | taken as | why |
+|---|---|---|
+| 10% | 0.1, and 10; 0.1% is not 0.1 | both are how a share is written, but a share of 0.1 is 10% |
+| a unit on one side only | ignored | references are inconsistent about it |
+| two units | converted where they measure the same | 3 h 20 min is 200 minutes; 5 m is not 5 km |
+| an unknown word behind a number | a unit | 5 apples is 5, and is not 5 pears |
+| 5M, 5k, 5B without a blank | million, thousand, billion | charts write so; not 5 |
+| 3:30 and 3:30 PM | equal | a unit on one side only; 15:30 is 3:30 PM, and not 3:30 |
+| 4:2 | in lowest terms a ratio (2:1 is 4:2); else a score, as it is; 1:15 a clock time | |
+| 3-5, 3 to 5 | a range or score, never a difference | nobody answers with a sum left undone |
+| 65+, over 65, at least 65 | bounds: equal to the same bound, never to 65 | another claim |
+| about 5, ~5, 5? | 5 | one value, and committed to |
+| 3 or 4, 3 (or 4) | a list: not 3 | two values are no answer to a question for one |
+| bare lists, {sets} | without order; an item counts twice where the gold has it twice | |
+| (tuples), [lists] | in order, also against a bare list | points have one |
+| [1,2), (1,2], (1,2) | different; x < 3 is (-oo, 3) | they are |
+| 0.333333 | 1/3, from six significant digits on | 0.33 may be a wrong 1/3 |
+| 1000,99 | 1000.99, where the reference is that decimal | else a list of two |
+| ACD, A, C and D | the same options in any order | a gold of ascending letters names options |
+| No, it is not | no; but "No, never" is more than "no" | what an echo repeats adds nothing |
+| case | free in words, not in symbols and formulas of elements (CO, Co) | |
+| log | base 10; ln 2 is another number | |
+| articles, punctuation of words | free | they carry no answer |
+| more than MAX_CHARS | wrong | no answer is so long |
+"""
+
+import re
+from typing import NamedTuple
+
+from engine import math_worker
+from engine.formula import parse
+from engine.quantities import (
+    measure,
+    number,
+    reader,
+    same_clock,
+    same_measure,
+    same_range,
+    same_ratio,
+    split_unit,
+)
+from engine.spelling import clean, items
+from engine.units import NONE
+
+MAX_CHARS = 4000
+MAX_DEPTH = 20  # of brackets
+MAX_ITEMS = 64  # of both lists together
+
+
+def equivalent(pred, gold, choices=()):
+    """Is `pred` the answer `gold`? `choices`: the options' texts in order.
+
+    What is blank or no text equals nothing.
+    """
+    if not (is_answer(pred) and is_answer(gold)):
+        return False
+    math_worker.new_answer()
+    g = clean(gold)
+    options = without_letters([clean(str(choice)[:MAX_CHARS]) for choice in choices or ()])
+    return any(is_right(p, g, options) for p in wordings(clean(pred)))
+
+
+def is_answer(text):
+    return isinstance(text, str) and len(text) <= MAX_CHARS and bool(text.strip())
+
+
+def is_right(p, g, options):
+    verdict = same_option(p, g, options) if options else None
+    return same(p, g) if verdict is None else verdict
+
+
+def same(p, g):
+    """Are two cleaned texts one answer?"""
+    if same_text(p, g):
+        return True
+    if not p or not g or "()" in p or max(map(p.count, "([{")) > MAX_DEPTH:
+        return False
+    for kind in KINDS:
+        verdict = kind(p, g)
+        if verdict is not None:
+            return verdict
+    return False
+
+
+# ---------------------------------------------------------------------------------- text
+LETTER = r"[^\W\d_]"
+HYPHEN = rf"(?<={LETTER}{{3}})-(?={LETTER})|(?<={LETTER})-(?={LETTER}{{3}})"  # `x-axis`, not `b-a`
+WORDS = re.compile(rf"(?=.*{LETTER}{{2}})(?:{LETTER}|[\s'\",.!?:;]|{HYPHEN})+")
+LONG_WORD = re.compile(rf"{LETTER}{{3}}")
+ARTICLE = re.compile(r"(?i)\b(?:an?|the)\b(?=.*[a-z])")  # of something: the grade `a` is none
+ELEMENT = (
+    "A[cglmrstu]|B[aehikr]?|C[adeflmnorsu]?|D[bsy]|E[rsu]|F[elmr]?|G[ade]|H[efgos]?|I[nr]?|Kr?"
+    "|L[airuv]|M[cdgnot]|N[abdehiop]?|O[gs]?|P[abdmortu]?|R[abefghnu]|S[bcegimnr]?|T[abcehilms]"
+    "|U|V|W|Xe|Yb?|Z[nr]"
+)
+ELEMENTS = re.compile(rf"(?:{ELEMENT}|[\d()\[\]_^{{}}+ -]|\\to)+")  # `CO_2`, `2H_2+O_2\to 2H_2O`
+
+
+def is_words(text):
+    return WORDS.fullmatch(text) is not None
+
+
+@reader
+def key(text):
+    """What has to be alike: words without articles and punctuation; other texts without blanks (but
+    between digits), without `_`, and without braces around one name.
+    """
+    if is_words(text):
+        return "".join(re.findall(LETTER, ARTICLE.sub("", text)))
+    text = re.sub(r"^(?:the|an?) (?=[A-Za-z]{2}|\d)", "", text)
+    text = re.sub(r"(?<!\d) +| +(?!\d)", "", text)
+    text = re.sub(r"(?<=[_^])\{([\w+-]+)\}(?!\d)", r"\1", text)
+    text = re.sub(r"(?<=[A-Za-z)\]])_", "", text)
+    return re.sub(r"\^(\d?[+-])(?=$|[+\\,])", r"\1", text)  # `Fe^{2+}` and `Fe2+`
+
+
+def same_text(p, g):
+    """`The dog` and `dog`, `H_2O` and `H2O`."""
+    p_key = key(p)
+    g_key = key(g)
+    if p_key == g_key:
+        return p_key != ""
+    return p_key.casefold() == g_key.casefold() and not case_counts(p, g)
+
+
+def case_counts(p, g):
+    """Between symbols, `x` and `X`, and between elements, `CO` and `Co`."""
+    if ELEMENTS.fullmatch(p) and ELEMENTS.fullmatch(g):
+        return True
+    return not (is_words(p) or LONG_WORD.search(p))
+
+
+# ---------------------------------------------------------------------------------- wordings
+CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
+    r"(?i).*(?:\b(?:so|thus|hence|therefore|which (?:is|gives|makes))\b|所以|因此)[, ]*(?=\S)"
+)
+STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in front of the verb
+    r"(?i)[^\d\\]*?"
+    r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?)\b:? |[是为有] ?)"
+)
+REASON = re.compile(r"(.{1,60}?),? (?:because|since|as)\b.*")
+DENIAL = re.compile(
+    r"(?i)\b(?:no|not|none|never|cannot|neither|nor|maybe|perhaps|if|unless|whether|than|either|yes"
+    r"|true|false|wrong|except)\b|n't\b|[不非]"
+)
+
+
+def wordings(text):
+    """The answer as it is worded, and in short where it is a sentence."""
+    yield text
+    conclusion = CONCLUSION.match(text)
+    if conclusion:
+        yield clean(text[conclusion.end() :])
+    statement = STATEMENT.match(text)
+    if statement and not DENIAL.search(statement[0]):
+        yield clean(text[statement.end() :])
+    reason = REASON.fullmatch(text)
+    if reason and (label(reason[1]) or measure(reason[1]) or truth(reason[1])):
+        yield reason[1]
+
+
+# ---------------------------------------------------------------------------------- options
+LABEL_ALONE = re.compile(  # `B`, `(b)`, `Option B.`
+    r"(?:(?i:option|choice|answer|选项?|答案) ?)?[(\[]?([A-Ja-j])[)\]]?[.:]?"
+)
+LABELLED = re.compile(r"(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?![( ])(.+)")  # `(B) the dog`
+LABEL_BEFORE = re.compile(r"([A-J]) ?[-(] ?(.+?)\)?")  # `B (the dog)`, `B - the dog`
+SEVERAL_LABELS = re.compile(r"\b[A-J][).:]|^(?:and|or)\b|^[A-J]\W+[A-J]\b")  # `(A) B) ...`
+LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`
+    r"[(\[]?[A-H][)\]]?(?:(?:[,;/] ?(?:and )?| and | ?(?=\()| (?=[A-H]))[(\[]?[A-H][)\]]?)+"
+)
+
+
+@reader
+def label(text):
+    """(letter, text): `b` -> ("B", ""), `(B) the dog` -> ("B", "the dog")."""
+    alone = LABEL_ALONE.fullmatch(text)
+    if alone:
+        return alone[1].upper(), ""
+    labelled = LABELLED.fullmatch(text)
+    if labelled and not SEVERAL_LABELS.search(labelled[2]):
+        return labelled.groups()
+    return None
+
+
+def without_letters(options):
+    """`A. cat`, `B. dog` -> `cat`, `dog`, where all the options bring their letters."""
+    labels = [label(text) for text in options]
+    if all(found and found[0] == letter_of(i) for i, found in enumerate(labels)):
+        return [text or letter for letter, text in labels]
+    return options
+
+
+def letter_of(index):
+    return chr(ord("A") + index)
+
+
+def option(text, options):
+    """Index of the option named by its letter or its text; -1 where the two disagree."""
+    names = [key(each) for each in options]
+    letter, rest = label(text) or ("", "")
+    lettered = ord(letter) - ord("A") if letter else None
+    if lettered is not None and lettered >= len(options):
+        lettered = None
+    if key(text) in names and (rest or lettered is None):
+        return names.index(key(text))
+    for index, each in enumerate(options):
+        if lettered is not None and index != lettered and rest and same_text(rest, each):
+            return -1
+    if lettered is None:
+        return option_before_text(text, options)
+    return lettered
+
+
+def option_before_text(text, options):
+    """`B (the dog)`, where that is option B."""
+    found = LABEL_BEFORE.fullmatch(text)
+    for index, each in enumerate(options):
+        if found and found[1] == letter_of(index) and same_text(found[2], each):
+            return index
+        if same_text(text, each):
+            return index
+    return None
+
+
+def same_option(p, g, options):
+    """The verdict where the gold names an option, else None."""
+    right = option(g, options)
+    if right is None:
+        several = letters(g)
+        if several and max(several) < letter_of(len(options)):
+            return chosen_letters(p, options) == several
+        alike = [index for index, text in enumerate(options) if same(g, text)]
+        if len(alike) != 1:
+            return None
+        right = alike[0]
+    chosen = option(p, options)
+    if chosen is not None:
+        return chosen >= 0 and same_text(options[chosen], options[right])
+    others = [text for text in options if not same_text(text, options[right])]
+    if letters(p) or any(same(p, text) for text in others):
+        return False
+    return same(p, options[right])
+
+
+def chosen_letters(p, options):
+    """Letters of several options, given as letters or as texts."""
+    if letters(p, in_order=False):
+        return letters(p, in_order=False)
+    chosen = [option(text, options) for text in items(p)[1]]
+    if None in chosen or -1 in chosen:
+        return None
+    return {letter_of(index) for index in chosen}
+
+
+def letters(text, in_order=True):
+    """The set of `A, C`, `A and C`, `AC`; letters without marks between them have to ascend."""
+    if not LETTERS.fullmatch(text):
+        if not re.fullmatch("[A-H]{2,8}", text) or len(set(text)) < len(text):
+            return None
+        if in_order and list(text) != sorted(text):
+            return None
+    return set(re.findall("[A-H]", text))
+
+
+# ---------------------------------------------------------------------------------- kinds
+def same_choice(p, g):
+    """`(B) the dog` and `B`, or `the dog`; a letter is nothing but a letter."""
+    p_label = label(p)
+    g_label = label(g)
+    if not g_label:
+        return True if p_label and p_label[1] and same(p_label[1], g) else None
+    if not p_label:
+        return same(p, g_label[1])
+    if p_label[0] != g_label[0]:
+        return False
+    both = p_label[1] and g_label[1]
+    return not both or same(p_label[1], g_label[1])
+
+
+def same_letters(p, g):
+    """`ACD` and `A, D and C`."""
+    g_letters = letters(g)
+    return letters(p, in_order=False) == g_letters if g_letters else None
+
+
+TRUTH = re.compile(r"(?i)(?P<lead>[a-z ]*\bis )?(?:(?P<true>yes|true)|no|false)(?=$|[.,;:!])")
+TRUTH_WORD = re.compile(r"(?i)\b(?:yes|no|true|false)\b")
+TRUTH_IN_CHINESE = {"是": True, "是的": True, "对": True, "正确": True}
+TRUTH_IN_CHINESE |= {
+    "否": False,
+    "不是": False,
+    "不对": False,
+    "不正确": False,
+    "错误": False,
+    "错": False,
+}
+ECHO = re.compile(  # `it is`, `there are not`, `it doesn't`
+    r"(?i)(?:it|they|he|she|there|this|that|these|those|we|you|i) (?:is|are|was|were|do|does|did"
+    r"|has|have|had|can|could|will|would|should|may|might|must)(?:n't| not)?"
+)
+CONDITION = re.compile(r"(?i)\b(?:if|unless|but|except|maybe|perhaps|although|only)\b")
+
+
+@reader
+def truth(text):
+    """(is it yes, what is said besides): `No, it is not` -> (False, "it is not")."""
+    if text in TRUTH_IN_CHINESE:
+        return TRUTH_IN_CHINESE[text], ""
+    found = TRUTH.match(text)
+    if not found or DENIAL.search(found["lead"] or ""):
+        return None
+    rest = text[found.end() :].strip(" .,;:!")
+    if TRUTH_WORD.search(rest) or rest[:1].isdigit():  # `yes and no`, `No. 7`
+        return None
+    return bool(found["true"]), rest
+
+
+def same_truth(p, g):
+    """`No, it is not` and `False`; but `No, never` says more than `no`."""
+    p_truth = truth(p)
+    g_truth = truth(g)
+    if g_truth is None:
+        return None
+    if p_truth is None or p_truth[0] != g_truth[0]:
+        return False
+    p_rest = "" if ECHO.fullmatch(p_truth[1]) else p_truth[1]
+    g_rest = "" if ECHO.fullmatch(g_truth[1]) else g_truth[1]
+    if g_rest or CONDITION.search(p_rest):
+        return False
+    return not p_rest or not g_truth[1]
+
+
+NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`
+    r"(?i)(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row|column"
+    r"|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture|image|team"
+    r"|player|age|aged|week|round|lane|floor|bus|route|channel|item|shape|第|#|№)s?\.? ?(?=\d)"
+    r"|in (?=\d{4}$)"
+)
+
+
+def same_numbered(p, g):
+    """`No. 7` is `7`, but not `No. 9`; `Figure 3` is not `Table 3`."""
+    p_noun = NUMBERED.match(p)
+    g_noun = NUMBERED.match(g)
+    if not (p_noun or g_noun):
+        return None
+    if p_noun and g_noun and p_noun[0].casefold() != g_noun[0].casefold():
+        return False
+    return same(p[p_noun.end() :] if p_noun else p, g[g_noun.end() :] if g_noun else g)
+
+
+BOUNDS_IN_FRONT = [
+    (r"at most|up to|(?:no|not) (?:more|greater|longer) than|maximum(?: of)?|\\le", "<="),
+    (r"at least|(?:no|not) (?:less|fewer) than|minimum(?: of)?|\\ge", ">="),
+    (r"(?:less|fewer|lower|smaller|younger|shorter) than|under|below|<", "<"),
+    (r"(?:more|greater|higher|larger|bigger|older|longer) than|over|above|exceeding|>", ">"),
+]
+BOUNDS_BEHIND = [
+    (r"\+|(?:or|and) (?:more|over|above|older|greater|higher|up|longer)|at least|minimum", ">="),
+    (r"(?:or|and) (?:less|fewer|under|below|younger|lower|shorter)|at most|maximum", "<="),
+]
+NAME = r"[A-Za-z](?:_\w+|_\{\w+\})?(?:\([a-z]\))?"  # `x`, `x_1`, `f(x)`
+COMPILED_BOUNDS = [
+    (re.compile(rf"(?i)(?:({NAME}) ?)?(?:is )?(?:{words}) ?(.+)"), operator)
+    for words, operator in BOUNDS_IN_FRONT
+] + [(re.compile(rf"(?i)()(.*\S) ?(?:{words})"), operator) for words, operator in BOUNDS_BEHIND]
+
+
+@reader
+def bound(text):
+    """(name or "", operator, value): `x < 5`, `less than 5`, `65+`, `10 or more`."""
+    for pattern, operator in COMPILED_BOUNDS:
+        found = pattern.fullmatch(text)
+        if found and (measure(found[2]) or parse(found[2])):
+            return found[1] or "", operator, found[2]
+    return None
+
+
+def same_bound(p, g):
+    """`at least 10` and `10+`."""
+    p_bound = bound(p)
+    g_bound = bound(g)
+    if not (p_bound and g_bound):
+        return None
+    names = {p_bound[0], g_bound[0]} - {""}
+    return len(names) < 2 and p_bound[1] == g_bound[1] and same(p_bound[2], g_bound[2])
+
+
+INEQUALITY = re.compile(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))")
+ELEMENT_OF = re.compile(rf"({NAME}) ?\\in ?")
+INFINITY = r"\infty"
+
+
+class Interval(NamedTuple):
+    name: str
+    low: str
+    closed_below: bool
+    high: str
+    closed_above: bool
+
+
+@reader
+def interval(text):
+    r"""`1 < x \le 3`, `x < 3`, `x \in (1, 3]`, `(1, 3]`; the last may be a point, too."""
+    member = ELEMENT_OF.match(text)
+    name = member[1] if member else ""
+    if member:
+        text = text[member.end() :]
+    brackets, ends = items(text)
+    if brackets in ("()", "(]", "[)", "[]") and len(ends) == 2:
+        return Interval(name, ends[0], brackets[0] == "[", ends[1], brackets[1] == "]")
+    sides = [side.strip() for side in INEQUALITY.split(text)]
+    if len(sides) == 3 and re.fullmatch(NAME, sides[2]):
+        sides = [sides[2], turned(sides[1]), sides[0]]  # `3 > x` -> `x < 3`
+    if len(sides) == 3 and re.fullmatch(NAME, sides[0]) and sides[2]:
+        return half_line(*sides)
+    if len(sides) == 5 and sides[1][:2] in (">", r"\g") and sides[3][:2] in (">", r"\g"):
+        sides = [sides[4], turned(sides[3]), sides[2], turned(sides[1]), sides[0]]
+    if (
+        len(sides) == 5
+        and re.fullmatch(NAME, sides[2])
+        and ">" not in sides
+        and r"\ge" not in sides
+    ):
+        return Interval(sides[2], sides[0], sides[1] == r"\le", sides[4], sides[3] == r"\le")
+    return None
+
+
+def turned(operator):
+    return {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[operator]
+
+
+def half_line(name, operator, end):
+    if operator in ("<", r"\le"):
+        return Interval(name, "-" + INFINITY, False, end, operator == r"\le")
+    return Interval(name, end, operator == r"\ge", INFINITY, False)
+
+
+def same_interval(p, g):
+    r"""`x < 3` and `(-\infty, 3)`; two texts in brackets are a collection's affair."""
+    p_interval = interval(p)
+    g_interval = interval(g)
+    if not (p_interval and g_interval) or not (p_interval.name or g_interval.name):
+        return None
+    if p_interval.name and g_interval.name and p_interval.name != g_interval.name:
+        return False
+    closed = p_interval.closed_below == g_interval.closed_below
+    closed = closed and p_interval.closed_above == g_interval.closed_above
+    ends = same(p_interval.low, g_interval.low) and same(p_interval.high, g_interval.high)
+    return closed and ends
+
+
+def union(text):
+    r"""The parts of `(1,2) \cup (3,4)` or of `x < 1 or x > 3`."""
+    member = ELEMENT_OF.match(text)
+    parts = (text[member.end() :] if member else text).split(r"\cup")
+    if len(parts) == 1:
+        parts = text.split(" or ")
+        if not all(interval(part.strip()) for part in parts):
+            return None
+    return [part.strip() for part in parts] if len(parts) > 1 else None
+
+
+def same_union(p, g):
+    p_parts = union(p)
+    g_parts = union(g)
+    return match(p_parts, g_parts) if p_parts and g_parts else None
+
+
+def match(p_items, g_items):
+    """Has each item of one list its own equal in the other, in whatever order?"""
+    if len(p_items) + len(g_items) > MAX_ITEMS:
+        return False
+    if len(set(map(key, g_items))) == len(g_items):
+        p_items = {key(item): item for item in p_items}.values()  # what is said again adds nothing
+    if len(p_items) != len(g_items):
+        return False
+    left = list(p_items)
+    for wanted in g_items:
+        found = next((item for item in left if same(item, wanted)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return True
+
+
+PLUS_MINUS = re.compile(r" ?\\pm ?")
+
+
+class Collection(NamedTuple):
+    brackets: str
+    items: list
+    names: list  # of `x = 1, y = 2`; "" where an item has none
+
+    @property
+    def is_ordered(self):
+        several_names = len(set(self.names)) > 1
+        return self.brackets not in ("", "{}") or several_names
+
+
+@reader
+def collection(text):
+    r"""`1, 2`, `{1, 2}`, `x = 1 or x = 2`, `n = 1, 2, 3`, `3 \pm 2`; None where it is one thing."""
+    brackets, parts = items(text)
+    names = []
+    values = []
+    for part in parts:
+        name, value = assignment(part) or ("", part)
+        for each in both_signs(value):
+            names.append(name)
+            values.append(each)
+    if set(names[1:]) == {""}:
+        names = [names[0]] * len(names) if names[0] else names  # `n = 1, 2, 3`
+    return Collection(brackets, values, names) if len(values) > 1 else None
+
+
+def both_signs(text):
+    r"""`3 \pm 2` -> `3+2`, `3-2`; of two signs nobody knows which go together."""
+    if len(PLUS_MINUS.findall(text)) != 1:
+        return [text]
+    return [PLUS_MINUS.sub("+", text).lstrip("+"), PLUS_MINUS.sub("-", text)]
+
+
+def same_collection(p, g):
+    """`x=2, x=1` and `{1, 2}`; `(1, 2)` is neither `(2, 1)` nor `[1, 2]`."""
+    p_list = collection(p)
+    g_list = collection(g)
+    if not (p_list and g_list):
+        return None
+    p_names = set(p_list.names) - {""}
+    g_names = set(g_list.names) - {""}
+    if p_names and g_names:
+        if p_names != g_names:
+            return False
+        return match(named(p_list), named(g_list))
+    both = p_list.brackets and g_list.brackets
+    if both and "{}" in (p_list.brackets, g_list.brackets) and p_list.brackets != g_list.brackets:
+        return False  # a set is no point
+    if both and len(g_list.items) == 2 and p_list.brackets != g_list.brackets:
+        return False  # other ends of an interval
+    if p_list.is_ordered or g_list.is_ordered:
+        if len(p_list.items) != len(g_list.items) or len(p_list.items) * 2 > MAX_ITEMS:
+            return False
+        return all(same(a, b) for a, b in zip(p_list.items, g_list.items, strict=True))
+    return match(p_list.items, g_list.items)
+
+
+def named(several):
+    return [f"{name} = {value}" for name, value in zip(several.names, several.items, strict=True)]
+
+
+def same_decimal_comma(p, g):
+    """`1000,99` where the reference is 1000.99."""
+    if "." not in g or not number(g) or not re.fullmatch(r"-?\d+,\d+", p):
+        return None
+    return number(p.replace(",", ".")) == number(g)
+
+
+def same_quantity(p, g):
+    r"""`2\pi\text{ cm}` and `2\pi`, `5\sqrt{3}` m and `5\sqrt{3}` m."""
+    p_core, p_unit = split_unit(p)
+    g_core, g_unit = split_unit(g)
+    if p_unit == NONE == g_unit:
+        return None
+    if NONE not in (p_unit, g_unit) and p_unit != g_unit:
+        return False
+    return same(p_core, g_core)
+
+
+EQUALS = re.compile(r"(?<![<>!\\])=")
+LEFT_SIDE = re.compile(  # `x`, `f(x)`, `x_{1}`, `AB`, `(u1, u2)`
+    r"(?=.*[A-Za-z])(?:[^\d+*^<>|_-]|_\{[^{}]*\}|_\w|(?<=[A-Za-z])\d)+"
+)
+FUNCTION_OF = re.compile(r"[a-zA-Z]\([a-z]\)")
+
+
+@reader
+def assignment(text):
+    """(name, value) of `x = 7`, `f(x) = ...`, `(p, q) = (3, 2)`; of `a = b = c` the last value.
+
+    A sum that was done, `3 + 4 = 7`, has no name.
+    """
+    sides = EQUALS.split(text)
+    if len(sides) < 2 or len(items(text)[1]) > 1:
+        return None
+    if LEFT_SIDE.fullmatch(sides[0]):
+        return key(sides[0]), sides[-1].strip()
+    if not re.search("[A-Za-z]", sides[0]):
+        return "", sides[-1].strip()
+    return None
+
+
+def is_equation(text):
+    """`2x + y = 3`."""
+    return bool(EQUALS.search(text)) and len(items(text)[1]) == 1 and assignment(text) is None
+
+
+def same_assignment(p, g):
+    """`x = 7` and `7`, but not `y = 7`; `y = 2x` and `f(x) = 2x`."""
+    p_name, p_value = assignment(p) or ("", p)
+    g_name, g_value = assignment(g) or ("", g)
+    if p_value is p and g_value is g:
+        return None
+    if is_equation(p) or is_equation(g):
+        return None  # beside `y = 2x`: for algebra
+    if p_name and g_name and p_name != g_name:
+        functions = [name for name in (p_name, g_name) if FUNCTION_OF.fullmatch(name)]
+        if not functions or "y" not in (p_name, g_name):
+            return False if measure(p_value) or measure(g_value) else None
+    return same(p_value, g_value)
+
+
+CODE = re.compile(r"\d+(?:([-/])\d+)(?:\1\d+)+")  # `5-4-3-2-1`, `04/02/2005`: nothing to work out
+
+
+def same_formula(p, g):
+    """Mathematics on both sides, each read to its end."""
+    if CODE.fullmatch(p) or CODE.fullmatch(g):
+        return False
+    p_tree = parse(p)
+    g_tree = parse(g)
+    if p_tree is None or g_tree is None:
+        return None
+    if p_tree == g_tree:
+        return True
+    tolerance = max(number(text).tolerance if number(text) else 0 for text in (p, g))
+    return math_worker.ask(p_tree, g_tree, tolerance)
+
+
+KINDS = (
+    same_choice,
+    same_letters,
+    same_truth,
+    same_clock,
+    same_ratio,
+    same_range,
+    same_bound,
+    same_numbered,
+    same_measure,
+    same_decimal_comma,
+    same_quantity,
+    same_union,
+    same_collection,
+    same_interval,
+    same_assignment,
+    same_formula,
+)

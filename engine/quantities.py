@@ -1,0 +1,310 @@
+r"""Answers with a value: numbers, measures, ranges, times of day, ratios.
+
+Each kind has a reader, which gives None for another kind of text, and a function `same_...(p, g)`:
+True or False where it decides about two texts, None where it does not.
+"""
+
+import math
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from engine.units import NONE, WORD, Unit, unit
+
+SIGNIFICANT = 6  # digits from which on a decimal may be a rounded value
+
+reader = lru_cache(maxsize=1 << 12)  # several kinds read the same text
+
+
+# ---------------------------------------------------------------------------------- numbers
+class Number(NamedTuple):
+    value: Fraction
+    tolerance: Fraction = Fraction(0)  # of a rounded value
+
+
+NUMBER = re.compile(
+    r"(?P<sign>[+-]?) ?"
+    r"(?:(?P<whole>\d+) (?=\d+/))?"  # `2 1/2`
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)?(?:\.\d+)?(?<=\d))"  # `1,234.5`
+    r"(?:(?:[eE]| ?(?:\\times|\\cdot|[*x]) ?10\^)\{?(?P<shift>[+-]?\d{1,3})\}?"  # `1e5`, `2 x 10^5`
+    r"|\^\{?(?P<power>-?\d{1,3})\}?"  # `10^5`
+    r"| ?/ ?(?P<divisor>\d+(?:\.\d+)?)"  # `1/2`
+    r"|(?P<scale>[kKMB]))?"  # `5M`
+)
+SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
+FRACTION = re.compile(r" ?\\frac ?\{([^{}]+)\} ?\{([^{}]+)\}")
+PERIODIC = re.compile(r"(\d+\.\d*)\\(?:overline|bar|dot) ?\{?(\d{1,9})\}?")
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    " sixteen seventeen eighteen nineteen twenty"
+).split()
+
+
+@reader
+def number(text):
+    r"""`-1,234.5`, `1/2`, `2 1/2`, `1e5`, `10^5`, `5M`, `0.\overline{3}`, `three`."""
+    if text.lower() in NUMBER_WORDS:
+        return Number(Fraction(NUMBER_WORDS.index(text.lower())))
+    periodic = PERIODIC.fullmatch(text)
+    if periodic:
+        return Number(periodic_value(*periodic.groups()))
+    found = NUMBER.fullmatch(FRACTION.sub(r" \1/\2", text).strip(" {}"))
+    if not found:
+        return None
+    digits = re.sub("[, ]", "", found["digits"])
+    power = int(found["power"] or 1)
+    divisor = Fraction(found["divisor"] or 1)
+    if not divisor or (found["power"] and (len(digits) > 9 or not Fraction(digits))):
+        return None
+    shift = int(found["shift"] or 0)
+    value = (Fraction(digits) * Fraction(10) ** shift) ** power / divisor
+    value *= SCALES.get(found["scale"], 1)
+    value += int(found["whole"] or 0)
+    if found["sign"] == "-":
+        value = -value
+    significant = len(digits.replace(".", "").lstrip("0"))
+    if "." not in digits or found["divisor"] or significant < SIGNIFICANT:
+        return Number(value)
+    decimals = len(digits.partition(".")[2])
+    return Number(value, Fraction(10) ** (shift - decimals))
+
+
+def periodic_value(start, period):
+    """ "0.1" and "6" -> 1/6."""
+    decimals = len(start.partition(".")[2])
+    repeated = Fraction(int(period), 10 ** len(period) - 1)
+    return Fraction(start + "0") + repeated / 10**decimals
+
+
+def close(a, b):
+    return a.value == b.value or abs(a.value - b.value) < max(a.tolerance, b.tolerance)
+
+
+# ---------------------------------------------------------------------------------- measures
+class Measure(NamedTuple):
+    number: Number
+    unit: Unit = NONE
+
+    def in_base_units(self):
+        value, tolerance = self.number
+        return Number(value * self.unit.size, tolerance * self.unit.size)
+
+
+UNIT_WORD = rf"{WORD}(?:\^?\{{?-?\d\}}?)?"
+UNIT_TAIL = re.compile(  # `km/h`, `m^2`, `red apples`: up to seven words behind something else
+    rf"(?<![A-Za-z\\^_{{μΩÅ°\u4e00-\u9fff'-]){UNIT_WORD}"
+    rf"(?:(?: ?(?:\\cdot|[*/]) ?| ){UNIT_WORD}){{0,6}}$"
+)
+PERCENT = unit("%")
+HOUR = unit("h")
+MINUTE = unit("min")
+PART = rf"(\d+(?:\.\d+)?) ?({WORD})(?:,? and |,? ?)"
+PARTS = re.compile(rf"(?:{PART}){{2,4}}")  # `3 h 20 min`, `5 feet and 3 inches`
+
+
+@reader
+def split_unit(text):
+    """(what is left of it, the unit behind it), where that is a number or the unit a known one."""
+    tail = UNIT_TAIL.search(text)
+    while tail:
+        core = text[: tail.start()].strip()
+        found = unit(tail[0])
+        if core and found and (found.known or number(core)):
+            return core, found
+        tail = UNIT_TAIL.search(text, tail.start() + 1)
+    return text, NONE
+
+
+@reader
+def measure(text):
+    """`5 km/h`, `3 h 20 min`, `10 $`, `three apples`, or a number alone."""
+    alone = number(text)
+    if alone:
+        return Measure(alone)
+    if PARTS.fullmatch(text):
+        return sum_of_parts(re.findall(PART, text))
+    core, found = split_unit(text)
+    value = number(core)
+    return Measure(value, found) if value and found != NONE else None
+
+
+def sum_of_parts(parts):
+    """In the last part's unit; each part's is smaller than the one before, and of its kind."""
+    total = Fraction(0)
+    last = None
+    for digits, name in parts:
+        found = unit(name)
+        if name == "m" and last == HOUR:
+            found = MINUTE
+        if not found or not found.known:
+            return None
+        if last and (found.bases != last.bases or found.size >= last.size):
+            return None
+        total += Fraction(digits) * found.size
+        last = found
+    return Measure(Number(total / last.size), last)
+
+
+def same_measure(p, g):
+    """`0.5 cm` and `1/2`, `5 km` and `5000 m`; not `5 km` and `5 m`, `5 apples` and `5 pears`."""
+    p_measure = measure(p)
+    g_measure = measure(g)
+    if not (p_measure and g_measure):
+        return None
+    return measures_agree(p_measure, g_measure)
+
+
+def measures_agree(a, b):
+    if a.unit == PERCENT and b.unit == NONE:
+        return same_share(a.number.value, b.number.value)
+    if b.unit == PERCENT and a.unit == NONE:
+        return same_share(b.number.value, a.number.value)
+    if NONE in (a.unit, b.unit):
+        return close(a.number, b.number)
+    return a.unit.bases == b.unit.bases and close(a.in_base_units(), b.in_base_units())
+
+
+def same_share(percentage, plain):
+    """10% is 0.1 and, where it cannot be meant as a proportion, 10."""
+    return percentage == plain * 100 or percentage == plain >= 1
+
+
+# ---------------------------------------------------------------------------------- ranges
+RANGE = re.compile(  # `3-5`, `from 3 to 5`, `100 - 500 euros`, `42.2%-62.6%`
+    r"(?:from )?(?P<low>-?[\d.,]+[^\d-]*?) ?(?:-|\b(?:to|until|through)\b) ?(?P<high>-?[\d.,]+.*)"
+)
+BETWEEN = re.compile(r"between (?P<low>-?[\d.,]+[^\d-]*?) and (?P<high>-?[\d.,]+.*)")
+SEASON = re.compile(r"(\d\d)(\d\d) ?- ?(\d\d)")  # `2007-08`
+
+
+@reader
+def range_of(text):
+    """(low, high), two measures; the scores `3-1` too. One unit counts for both."""
+    season = SEASON.fullmatch(text)
+    if season:
+        text = f"{season[1]}{season[2]}-{season[1]}{season[3]}"
+    found = RANGE.fullmatch(text) or BETWEEN.fullmatch(text)
+    low = measure(found["low"].strip()) if found else None
+    high = measure(found["high"].strip()) if found else None
+    if not (low and high):
+        return None
+    if low.unit == NONE:
+        low = low._replace(unit=high.unit)
+    return low, high
+
+
+def same_range(p, g):
+    """`3-5` and `3 to 5`; a range is no number, and no difference."""
+    p_range = range_of(p)
+    g_range = range_of(g)
+    if not (p_range or g_range):
+        return None
+    if not (p_range and g_range):
+        return False
+    return all(measures_agree(a, b) for a, b in zip(p_range, g_range, strict=True))
+
+
+# ---------------------------------------------------------------------------------- times of day
+CLOCK = re.compile(  # `3:30`, `03:30:00`, `3:30 p.m`, `3 pm`, `3 o'clock`
+    r"(?i)(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?: ?([ap])\.? ?m\.?| ?(o'clock))?"
+)
+
+
+class Clock(NamedTuple):
+    hour: int
+    minutes: tuple  # and seconds
+    half: str  # of the day: "a", "p" or ""
+
+    def hours(self):
+        """The hours of the day that it can be."""
+        if self.half == "a":
+            return {self.hour % 12}
+        if self.half == "p":
+            return {self.hour % 12 + 12}
+        return {self.hour, self.hour + 12} if self.hour < 12 else {self.hour, self.hour % 12}
+
+
+@reader
+def clock(text):
+    found = CLOCK.fullmatch(text)
+    if not found or not (found[2] or found[4] or found[5]):
+        return None
+    hour = int(found[1])
+    minutes = (int(found[2] or 0), int(found[3] or 0))
+    half = (found[4] or "").lower()
+    if max(minutes) > 59 or hour > (12 if half else 24):
+        return None
+    return Clock(hour, minutes, half)
+
+
+def same_clock(p, g):
+    """`3:45 PM` is `15:45`, and `3:45`, which leaves the half of the day open."""
+    p_clock = clock(p) or hour_alone(p, clock(g))
+    g_clock = clock(g) or hour_alone(g, clock(p))
+    if not (p_clock and g_clock):
+        return None
+    if p_clock.minutes != g_clock.minutes:
+        return False
+    if not (p_clock.half or g_clock.half):
+        return p_clock.hour == g_clock.hour
+    return bool(p_clock.hours() & g_clock.hours())
+
+
+def hour_alone(text, other):
+    """`3`, beside `3 pm`."""
+    if other and re.fullmatch(r"\d\d?", text):
+        return Clock(int(text), (0, 0), "")
+    return None
+
+
+# ---------------------------------------------------------------------------------- ratios
+@reader
+def ratio(text):
+    """The numbers of `3:2` or `1:2:3`."""
+    parts = [number(part.strip()) for part in text.split(":")]
+    return parts if len(parts) > 1 and all(parts) else None
+
+
+def same_ratio(p, g):
+    """`2:4` is `1:2`, and 0.5. A gold that is not in lowest terms is a score: as it is."""
+    p_ratio = ratio(p)
+    g_ratio = ratio(g)
+    if g_ratio and not p_ratio and " to " in p:
+        p_ratio = ratio(p.replace(" to ", ":"))
+    if p_ratio and g_ratio:
+        return not clock(g) and same_terms(values_of(p_ratio), values_of(g_ratio))
+    if g_ratio and not in_lowest_terms(values_of(g_ratio)):
+        return False
+    if p_ratio:
+        return same_quotient(p, values_of(p_ratio), g)
+    if g_ratio:
+        return same_quotient(g, values_of(g_ratio), p)
+    return None
+
+
+def values_of(numbers):
+    return [each.value for each in numbers]
+
+
+def same_terms(p_terms, g_terms):
+    if p_terms == g_terms:
+        return True
+    if len(p_terms) != len(g_terms) or not in_lowest_terms(g_terms):
+        return False
+    return all(p * g_terms[0] == g * p_terms[0] for p, g in zip(p_terms, g_terms, strict=True))
+
+
+def in_lowest_terms(terms):
+    whole = all(term.denominator == 1 for term in terms)
+    return whole and math.gcd(*(term.numerator for term in terms)) == 1
+
+
+def same_quotient(text, terms, other):
+    """`1:2` and `0.5`; of what may be a time only the fraction, `1:12` and `1/12`."""
+    value = number(other)
+    if len(terms) != 2 or not value or not terms[1]:
+        return None
+    if clock(text):
+        return other == text.replace(":", "/")
+    return terms[0] / terms[1] == value.value

@@ -1,0 +1,138 @@
+"""
+Stage 2 beside the reference: what is sampled, spans, scores, the discriminator's loss and gradient,
+advantages, the policy's loss and gradient, AdamW, learning rates, log; and the warm-up before it.
+"""
+
+import pytest
+import torch
+from reference import compare, watch, world
+
+import align
+from engine import health
+
+COMMON = dict(device="cpu", sample_every=0, save_every=0, warmup_steps=0, probe_every=0)
+GAME = COMMON | dict(
+    steps=2, prompts_per_step=2, group_size=4, max_response=20, lr=2e-3, disc_lr=1e-3
+)
+# Large enough to be seen in a gradient beside the Bradley-Terry loss.
+TERMS = dict(score_l2=0.05, balance=0.2)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The world, and a discriminator whose experts, router and head are far from their start."""
+    folder = tmp_path_factory.mktemp("reference")
+    files = world.make_world(folder)
+    args = align.Args(policy=files.policy, data=files.align)
+    files.strong = str(folder / "strong")
+    align.save_discriminator(align.load_discriminator(args), files.policy, files.strong)
+    world.strengthen_discriminator(files.strong)
+    return files
+
+
+CASES = {
+    "moe": dict(
+        disc_path="strong",
+        alpha=0.3,
+        temperature=0.8,
+        score_clip=0.5,
+        grad_clip=0.2,
+        steps=3,
+        schedule="cosine",
+        warmup=1,
+        slots=3,
+        sample_every=1,
+        probe_every=2,
+        disc_weight_decay=0.2,
+        weight_decay=0.1,
+    ),
+    "experts": dict(disc="experts", disc_init="other", normalize="sum", alpha=0.7, seed=3),
+    "dense, blind": dict(disc="dense", disc_blind=True, malformed="drop", std_floor=0.002),
+    "whole": dict(
+        disc_path="strong", spans="whole", malformed_penalty=0.5, max_pixels=128, sample_every=1
+    ),
+    "split": dict(disc_path="strong", pack_tokens=70, alpha=0.2, prompts_per_step=3),
+    "top 1 of 3": dict(experts=3, experts_per_token=1, upcycle_noise=0.3, steps=1),
+    "sharded": dict(disc_path="strong", offload=True, checkpointing=True, temperature=0.7),
+    "nothing well-formed": dict(max_response=11, temperature=3.0, steps=1),
+}
+
+
+def complete(flags, files, out):
+    """Flags of a stage, with the names of the world's folders in place."""
+    flags = TERMS | flags | dict(policy=files.policy, data=files.align, out=str(out))
+    for name in ("disc_path", "disc_init", "pairs"):
+        if name in flags:
+            flags[name] = getattr(files, flags[name])
+    return flags
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_game(files, tmp_path, case):
+    flags = complete(GAME | CASES[case], files, tmp_path)
+    trace = watch.record("align", flags)
+    args = align.Args(**flags)
+    weights = trace[0]["updates"][0]["before"]
+    if args.disc_path:
+        compare.check_saved(args.disc_path, weights)
+    else:
+        compare.check_upcycled(weights, args)
+    start = compare.policy_weights(args.policy)
+    policy, disc = compare.check_game(trace, args, weights, start, health.length_probe)
+    compare.check_saved(tmp_path / "last", policy.weights, "hf.")
+    compare.check_saved(tmp_path / "last/discriminator", disc.weights)
+    if args.sample_every:
+        kinds = ["whole"] if args.spans == "whole" else ["perception", "reasoning"]
+        compare.check_shown(tmp_path, trace, kinds)
+    shape = [one["well_formed"] for step in trace for one in step["trained"]]
+    share = torch.cat(shape).float().mean()
+    assert share == 0 if case == "nothing well-formed" else 0 < share < 1
+
+
+WARM_UPS = {
+    "rollouts": dict(warmup_steps=3, warmup_pairs=16, disc_weight_decay=0.3, temperature=0.8),
+    "pairs": dict(pairs="pairs", warmup_steps=3, warmup_pairs=6, disc="experts", grad_clip=0.1),
+    "whole": dict(pairs="pairs", warmup_steps=2, warmup_pairs=3, spans="whole", disc_blind=True),
+}
+
+
+@pytest.mark.parametrize("case", WARM_UPS)
+def test_warm_up(files, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(align, "WARMUP_CHECK", 2)
+    flags = dict(warmup_only=case != "rollouts", warmup_lr=1e-3, warmup_until=1.5, max_response=30)
+    flags = complete(GAME | dict(steps=1) | flags | WARM_UPS[case], files, tmp_path)
+    trace = watch.record("align", flags)
+    args = align.Args(**flags)
+    warm = trace[: args.warmup_steps]
+    weights = warm[0]["updates"][0]["before"]
+    compare.check_upcycled(weights, args)
+    disc = compare.check_warm_up(warm, args, weights, health.length_probe, 2)
+    compare.check_saved(tmp_path / "warmup/last", disc.weights)
+    game = trace[args.warmup_steps :]
+    assert bool(game) != args.warmup_only
+    if game:
+        start = compare.policy_weights(args.policy)
+        compare.check_game(game, args, disc.weights, start, health.length_probe)
+        calls = [seed for step in trace for seed, _ in step["calls"]]
+        compare.distinct(calls)
+
+
+def test_head_computes_in_float32(files, tmp_path, monkeypatch):
+    """Under --dtype bfloat16 the backbone's numbers are narrow; the scores are not."""
+    seen = []
+
+    def score(disc, pack, plain=align.Discriminator.forward):
+        hook = disc.v_head.register_forward_hook(
+            lambda head, inputs, out: seen.append((inputs[0], head[1].weight.detach(), out))
+        )
+        found = plain(disc, pack)
+        hook.remove()
+        return found
+
+    monkeypatch.setattr(align.Discriminator, "forward", score)
+    flags = GAME | dict(steps=1, dtype="bfloat16", disc_path="strong", prompts_per_step=1)
+    watch.record("align", complete(flags, files, tmp_path))
+    hidden, weight, scores = seen[0]
+    assert hidden.dtype == weight.dtype == scores.dtype == torch.float32
+    compare.near(scores.detach(), (hidden.double() @ weight.double().T).detach(), "scores", 1e-5)
+    assert not torch.equal(scores, scores.bfloat16().float())

@@ -1,0 +1,62 @@
+"""
+Stage 3 beside the reference: what is sampled and kept, rewards, advantages, the log-probs of the
+policy that sampled, each update's loss and gradient, AdamW, learning rate, log.
+"""
+
+import pytest
+from reference import compare, watch, world
+
+import rlvr
+
+COMMON = dict(device="cpu", sample_every=0, save_every=0)
+BASE = COMMON | dict(steps=2, lr=3e-3, prompts_per_step=3, group_size=4, max_response=20)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return world.make_world(tmp_path_factory.mktemp("reference"))
+
+
+DAPO = dict(algo="dapo", prompts_per_draw=4, max_draws=3, prompts_per_step=2, temperature=0.7)
+CASES = {
+    "grpo": dict(
+        temperature=0.8, schedule="cosine", steps=3, slots=5, sample_every=1, grad_clip=0.2
+    ),
+    "grpo, 3 minibatches": dict(
+        minibatches=3, clip_low=0.02, clip_high=0.03, dual_clip=1.05, prompts_per_step=4
+    ),
+    "grpo, split": dict(pack_tokens=50, max_pixels=128, seed=4),
+    "grpo, split, 2 minibatches": dict(pack_tokens=50, minibatches=2, steps=1, clip_low=0.05),
+    "dapo": DAPO | dict(overlong=8, clip_low=0.02, clip_high=0.03, steps=3),
+    "dapo, surplus alone": DAPO | dict(overlong=0, prompts_per_draw=8, prompts_per_step=1, steps=4),
+    "dapo, too few": DAPO | dict(overlong=5, max_draws=1, minibatches=2, warmup=0.0),
+    "gspo": dict(algo="gspo", steps=3),
+    "gspo, 2 minibatches": dict(algo="gspo", minibatches=2, clip_low=0.01, clip_high=0.02),
+    "dr_grpo": dict(algo="dr_grpo", temperature=0.8),
+    "dr_grpo, 2 minibatches": dict(algo="dr_grpo", minibatches=2, clip_low=0.02, steps=1),
+    "kl": dict(kl=0.5, minibatches=2, temperature=0.8),
+    "kl, 1 minibatch": dict(kl=0.5, prompts_per_step=2, steps=2),
+    "sharded": dict(offload=True, checkpointing=True, minibatches=2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rlvr(files, tmp_path, case):
+    flags = BASE | CASES[case] | dict(policy=files.policy, data=files.rl, out=str(tmp_path))
+    trace = watch.record("rlvr", flags)
+    args = rlvr.Args(**flags)
+    player = compare.check_rlvr(trace, args)
+    compare.check_saved(tmp_path / "last", player.weights, "hf.")
+    if args.sample_every:
+        compare.check_shown(tmp_path, trace)
+    found = [step["metrics"] for step in trace]
+    if args.minibatches > 1 and case != "dapo, too few":
+        assert any(metrics["clip_frac"] > 0 for metrics in found)
+    if case == "dapo":
+        assert any(metrics["surplus"] for metrics in found)
+        assert any(metrics["clip_frac"] > 0 for metrics in found)
+    if case == "dapo, surplus alone":
+        assert any(metrics["dropped"] for metrics in found)
+        assert any(metrics["draws"] == 0 for metrics in found)
+    if case == "dapo, too few":
+        assert any(0 < metrics["groups"] < args.minibatches for metrics in found)

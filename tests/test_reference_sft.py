@@ -1,0 +1,43 @@
+"""Stage 1 beside the reference: tokens that are trained, loss, gradient, AdamW, learning rate, log."""
+
+import pytest
+from reference import compare, watch, world
+
+import sft
+
+COMMON = dict(device="cpu", sample_every=0, save_every=0, steps=3, batch=4, lr=1e-2, warmup=0.4)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return world.make_world(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize(
+    "data, flags",
+    {
+        "messages": ("messages", dict(weight_decay=0.1, grad_clip=3.0)),
+        "conversations": ("conversations", dict(schedule="constant", seed=5, max_pixels=128)),
+        "split": ("messages", dict(pack_tokens=40, steps=2)),
+        "untied": ("conversations", dict(policy="policy", steps=2, grad_clip=0.1)),
+        "sharded": ("messages", dict(offload=True, checkpointing=True, weight_decay=0.1)),
+    }.items(),
+    ids=lambda case: case if isinstance(case, str) else "",
+)
+def test_sft(files, tmp_path, data, flags):
+    data, flags = flags
+    flags = COMMON | flags
+    flags["policy"] = getattr(files, flags.get("policy", "tied"))
+    flags |= dict(data=getattr(files, data), out=str(tmp_path))
+    trace = watch.record("sft", flags)
+    player = compare.check_sft(trace, sft.Args(**flags))
+    compare.check_saved(tmp_path / "last", player.weights, "hf.")
+
+
+def test_epochs(files, tmp_path):
+    """Without --steps the schedule spans so many updates as the epochs take."""
+    flags = COMMON | dict(policy=files.tied, data=files.messages, out=str(tmp_path))
+    flags |= dict(steps=None, epochs=0.8)
+    trace = watch.record("sft", flags)
+    assert len(trace) == int(11 * 0.8 / 4)
+    compare.check_sft(trace, sft.Args(**flags | dict(steps=len(trace))))
