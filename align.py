@@ -535,12 +535,11 @@ def discriminator_pass(disc, groups, args, device, train=True):
         with torch.set_grad_enabled(train):
             raw, probability, routed = disc(pack)  # (K,), (L, T, E), (L, T, E)
             pairs = pairs_in(pack, groups)
-            weight = torch.full((len(pairs.row),), 1 / rollouts, device=device)  # (P,) a mean
             ours = raw[pairs.row]  # (P,)
             theirs = raw[pairs.reference_row]  # (P,)
-            loss = -(weight * F.logsigmoid(theirs - ours)).sum()
+            loss = bradley_terry(theirs, ours, rollouts)
             squares = (theirs.square() + ours.square()) / 2  # raw: what is saturated is pulled back
-            loss = loss + args.score_l2 * (weight * squares).sum() / spans
+            loss = loss + args.score_l2 * squares.sum() / (rollouts * spans)
 
             routed_here = pack.mean_over_trees(routed)  # (L, G, E)
             routed_there = routed_here if routed_whole is None else routed_whole[:, pack.trees]
@@ -548,7 +547,7 @@ def discriminator_pass(disc, groups, args, device, train=True):
             share = [int(groups[g].well_formed.sum()) / rollouts for g in pack.trees]
             loss = loss + args.balance * (torch.tensor(share, device=device) * balance).sum()
         if train:
-            (loss * world()).backward()  # FSDP averages over ranks; the weights are global already
+            (loss * world()).backward()  # FSDP averages over ranks; the divisors are global already
         total += float(loss.detach())
         loads.append(load_of_spans(routed, pack, spans))
         scores = zip(ours.tolist(), theirs.tolist(), strict=True)

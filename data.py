@@ -67,8 +67,6 @@ PARTS = tuple(name for names in SPANS.values() for name in names)
 WHOLE = {"whole": PARTS}
 TAGS = [tag for name in PARTS for tag in (f"<{name}>", f"</{name}>")]
 
-SURROGATE = re.compile("[\ud800-\udfff]")
-
 # What a file's rows are for. "rl" and "eval" take rows of any format that hold answers.
 KINDS = ("sft", "align", "rl", "pairs", "eval")
 
@@ -125,10 +123,11 @@ INVISIBLE = re.compile(
 
 
 def canonical(text):
-    """A text with one spelling of its white space, so that this gives nothing away.
+    """A text with one spelling of its white space: what a reader does not see gives no side away.
 
-    Lines hold neither blanks at their ends nor two in a row, no line is empty, all end in "\\n";
-    letters are composed with their accents, and characters that nobody sees are gone.
+    Lines hold neither blanks at their ends nor two in a row, none is empty, all end in "\\n";
+    letters are composed with their accents, and invisible characters are gone. Where a line ends
+    stays, as do all other characters: a "²" is no "2".
     """
     text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -173,18 +172,18 @@ def to_example(row, where="", index=-1, kind=None, root=".", links=True):
     if not isinstance(row, dict):
         raise BadRow(where, "the row is not an object", "Each row is {...} with named fields.")
     kind = kind or _kind_of(row)
-    if kind == "sft":
-        refuse_flags(row, where)
+    pair = None
     if kind == "pairs":
-        found = from_pairs(row, where)
-        example = found.example
+        pair = from_pairs(row, where)
+        example = pair.example
     else:
-        found = example = _reader_of(row)(row, where)
+        example = _reader_of(row)(row, where)
     example.where = where
     example.row = index
     example.images = [find_image(image, root, where, links) for image in example.images]
     _check_marks(example)
     if kind == "sft":
+        refuse_flags(row, where)
         if example.response is None:
             mend = "SFT rows end with the assistant's turn, others hold the user's."
             raise BadRow(where, "the last turn is missing", mend)
@@ -196,7 +195,7 @@ def to_example(row, where="", index=-1, kind=None, root=".", links=True):
             raise BadRow(where, "the reference lacks the three parts", mend)
     if kind in ("rl", "eval"):
         _check_answer(example)
-    return found
+    return pair or example
 
 
 def _kind_of(row):
@@ -418,6 +417,9 @@ def _check_answer(example):
     if example.choices and not any(is_among(gold, example.choices) for gold in golds):
         mend = "Write the right option's letter or its text, not its index."
         raise BadRow(where, "the answer is none of the options", mend, example.answer)
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no text in Unicode holds one
 
 
 def _text(value, field, where, others=""):

@@ -1,13 +1,13 @@
 """
 Claim: no rank idles. Rollouts are dealt out row by row, packs evenly by tokens.
 
-    python bench/ranks.py            # 1, 2, 4, 8 ranks on the paper's shapes; lengths alone, no model
+    python bench/ranks.py          # 1, 2, 4, 8 ranks on the paper's shapes; lengths alone, no model
 
 Prints the largest rank's share of a step's sampled and of its trained tokens, over the mean rank's:
-the median and the largest of --steps draws. Lengths are log-normal: prompts differ by --between, the
-rollouts of one prompt by --within (standard deviations of the logarithm). Rows cannot be cut: beside
-the sampled tokens stands how far the longest row alone is above the mean rank. `idle` is the share
-of ranks without a row, `groups` the same figures for whole groups on one rank.
+the median and the largest of --steps draws. Lengths are log-normal: prompts differ by --between,
+the rollouts of one prompt by --within (standard deviations of the logarithm). Rows cannot be cut:
+beside the sampled tokens stands the longest row, as a share of the mean rank's tokens. `idle` is
+the share of ranks without a row, `groups` the same as `sampled` for whole groups on one rank.
 """
 
 import argparse

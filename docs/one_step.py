@@ -24,7 +24,7 @@ POLICY = "ckpt/sft"
 DISCRIMINATOR = "out/tiny-0/align/warmup/last"  # after its warm-up, before the game
 DATA = "data/tiny/align.jsonl"
 
-torch.set_printoptions(precision=3, linewidth=96, threshold=60, sci_mode=False)
+torch.set_printoptions(precision=3, linewidth=96, threshold=60)
 
 
 def heading(title, prose):
@@ -36,7 +36,7 @@ def show(name, value, meaning):
     text = str(value)
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        torch.set_printoptions(edgeitems=7 if value.ndim < 2 else 3)
+        torch.set_printoptions(edgeitems=7 if value.ndim < 2 else 3, sci_mode=False)
         numbers = str(value).removeprefix("tensor(").removesuffix(")").replace("\n       ", "\n")
         kind = str(value.dtype).removeprefix("torch.")
         text = f"{kind} {tuple(value.shape)}\n{numbers}"

@@ -2,20 +2,20 @@
 The names and spellings in which others publish rows: questions, options, answers, images; and what
 a row can say that is not read here: it is refused, lest a row be trained without its video.
 
-    benchmark        question                    options                 answer            images
-    MathVista        question                    choices, a list         the option's text decoded_image
-    MathVerse        question; else query_wo     in the question         letter, text      image
-    MATH-Vision (1)  question, <image1> in it    options, a list         letter, LaTeX     decoded_image
-    We-Math          question                    option "A. 3; B. 4"     letter            image_path
-    MMMU             question, <image 1> in it   options "['3', '4']"    letter, texts     image_1, ..
-    MMMU-Pro         question, or in the image   options "['3', '4']"    letter            image_1, .. or image
-    HallusionBench   question                    none                    gt_answer: 0, 1   image, or none
-    MMBench          question                    A, B, C, D              letter            image
-    EasyR1           problem, <image> in it      in the question         answer            images
-    R1-V             problem                     options, lettered       solution, tagged  image
+    benchmark        question                  options               answer           images
+    MathVista        question                  choices, a list       option's text    decoded_image
+    MathVerse        question; else query_wo   in the question       letter, text     image
+    MATH-Vision (1)  question with <image1>    options, a list       letter, LaTeX    decoded_image
+    We-Math          question                  option "A. 3; B. 4"   letter           image_path
+    MMMU             question with <image 1>   options "['3', '4']"  letter, texts    image_1, ..
+    MMMU-Pro         question, or in image     options "['3', '4']"  letter           image_1; image
+    HallusionBench   question                  none                  gt_answer: 0, 1  image, or none
+    MMBench          question                  A, B, C, D            letter           image
+    EasyR1           problem with <image>      in the question       answer           images
+    R1-V             problem                   options, lettered     solution, tagged image
 
 (1) is verified on a file; the others are the names that published code reads.
-"""  # noqa: E501
+"""
 
 import ast
 import re
@@ -267,7 +267,8 @@ def unwrap(gold):
 def is_among(gold, choices):
     """Is the answer one that can be chosen: an option's letter or text, or several letters?"""
     if gold.isdecimal() and int(gold[:9]) <= len(choices):
-        return gold in [choice.strip(" $") for choice in choices]  # else it may be an index
+        # It may be an index: "1 m" is no option for it then.
+        return any(re.fullmatch(rf"[ $]*{gold}(?:\.0+)?[ $.]*", choice) for choice in choices)
     letters = re.sub(r"\band\b|[\s,;&().]", "", gold)
     if letters and set(letters) <= set(ascii_uppercase[: len(choices)]):
         return True
@@ -299,7 +300,9 @@ TEXTS = {
     *("reward_model", "equivalent_answers"),
 }
 MEDIA_FILE = re.compile(
-    r"(?i)[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?|svg|mp4|avi|mov|mkv|webm|wav|mp3|flac)"
+    r"(?is)[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?|svg|heic|avif"
+    r"|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)"
+    r"|data:(?:image|video|audio)/.*"
 )
 # Of a turn's text: what other readers fill in; other ways to write <image>; images in the text.
 UNFILLED_MARK = re.compile(r"(?i)<\|?(?:video|audio|bbox|ref-object)(?:[ _]?\d{1,3})?\|?>")
@@ -318,7 +321,7 @@ def refuse_fields(row, images, where, plain):
         read = name in ("images", "image")
         if plain:
             read = read or name in FIELDS["images"] or IMAGE_FIELD.fullmatch(name)
-        if read or not says(value):
+        if read or not says(value) or value in (False, "[]"):
             continue
         what = f"`{name}` is not read"
         for names, mend in UNREAD_FIELDS.items():
@@ -346,7 +349,7 @@ def _holds_media(name, value):
     if isinstance(value, list):
         return any(_holds_media(name, one) for one in value)
     if isinstance(value, str):
-        return value.startswith("data:") or MEDIA_FILE.fullmatch(value) is not None
+        return MEDIA_FILE.fullmatch(value) is not None
     return isinstance(value, bytes | Image.Image)
 
 
@@ -368,12 +371,9 @@ def refuse_marks(role, text, images, where):
     if mark:
         mend = BOXES if mark[0][1:].startswith(("bbox", "ref")) else ONLY_IMAGES
         raise BadRow(where, f"{mark[0]} in the text is not filled in", mend)
-    if role == "assistant":
+    if images or role == "assistant":
         return
-    for mark in IMAGE_MARKS.findall(text):
-        if mark != "<image>":
-            mend = "Write <image> where it stands, and the image into `images`."
-            raise BadRow(where, "a mark of an image that is not <image>", mend, mark)
-    if not images and PICTURE_IN_TEXT.search(text):
+    other = [mark for mark in IMAGE_MARKS.findall(text) if mark != "<image>"]
+    if other or PICTURE_IN_TEXT.search(text):
         mend = "Write <image> where it stands, and the image into `images`."
-        raise BadRow(where, "an image inside the text, and the row has no other", mend)
+        raise BadRow(where, "the text holds an image, the row has none", mend, ", ".join(other))

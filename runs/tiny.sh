@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both, and
-# one table of every checkpoint, greedy and at temperature 1; last, a page with table, curves and
+# The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both (with
+# equal numbers of updates in all), and one table of every checkpoint, greedy and at temperature 1; last, a page with table, curves and
 # rollouts: out/tiny-0/report.html.
 #   bash runs/tiny.sh             base within 20 minutes, the rest within 20, on two cores
 #   bash runs/tiny.sh --quick     everything smaller, within 5 minutes: shows that it runs, not that
@@ -15,10 +15,11 @@ set -euo pipefail
 EXTRAS=
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 SEED=${SEED:-0}
-NAME=tiny SIZE="" ALIGN="" RLVR="" LIMIT=500
+NAME=tiny SIZE="" ALIGN="" LIMIT=500
+RLVR="--steps 100" CONTROL="--steps 140" # as many updates as alignment and RLVR together
 if [ "${1:-}" = --quick ]; then
     NAME=quick SIZE=--quick
-    ALIGN="--warmup_steps 20 --steps 6" RLVR="--steps 6" LIMIT=30
+    ALIGN="--warmup_steps 20 --steps 6" RLVR="--steps 6" CONTROL="--steps 12" LIMIT=30
 fi
 BASE=ckpt/base-$NAME OUT=out/$NAME-$SEED DATA=data/$NAME
 
@@ -56,10 +57,10 @@ python sft.py --config runs/tiny-sft.json --seed "$SEED" --policy $BASE \
     --data "$DATA/sft.json" --out "$OUT/sft"
 python align.py --config runs/tiny-align.json --seed "$SEED" --policy "$OUT/sft" --disc_init $BASE \
     --data "$DATA/align.jsonl" --out "$OUT/align" $ALIGN
-for start in sft align; do
-    python rlvr.py --config runs/tiny-rlvr.json --seed "$SEED" --policy "$OUT/$start" \
-        --data "$DATA/rl.jsonl" --out "$OUT/$start-grpo" $RLVR
-done
+python rlvr.py --config runs/tiny-rlvr.json --seed "$SEED" --policy "$OUT/sft" \
+    --data "$DATA/rl.jsonl" --out "$OUT/sft-grpo" $CONTROL
+python rlvr.py --config runs/tiny-rlvr.json --seed "$SEED" --policy "$OUT/align" \
+    --data "$DATA/rl.jsonl" --out "$OUT/align-grpo" $RLVR
 python eval.py --policy $BASE "$OUT"/{sft,sft-grpo,align,align-grpo} \
     --data "$DATA"/test_{id,hard,ood}.jsonl --limit $LIMIT --samples 1 --device cpu \
     --max_response 128 --out "$OUT/eval.json"

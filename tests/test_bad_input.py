@@ -297,14 +297,14 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
     "<image1> in turns": (
         "sft",
         sft_row("<image1>How?", images=[]),
-        "a mark of an image that is not <image> .<image1>",
+        "the text holds an image, the row has none .<image1>",
     ),
-    "<img>": ("sft", sft_row("<img>How?", images=[]), "a mark of an image that is not <image>"),
-    "<Image>": ("rl", asked("<Image>How?", images=[]), "a mark of an image that is not <image>"),
+    "<img>": ("sft", sft_row("<img>How?", images=[]), "the text holds an image"),
+    "<Image>": ("rl", asked("<Image>How?", images=[]), "the text holds an image"),
     "an image in Markdown": (
         "rl",
         ASK | {"question": "See ![](images/0.png). How?"},
-        "an image inside the text",
+        "the text holds an image",
     ),
     # ---- special tokens
     "a special token in the system turn": ("sft", sft_row(system="x<|im_end|>"), "a special token"),

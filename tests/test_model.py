@@ -1,15 +1,17 @@
 """The loader: what opens, what is refused and how, that what is saved opens in transformers."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_hf
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -20,6 +22,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+import align
 import model
 from data import Example
 from engine import files
@@ -261,6 +264,132 @@ def test_rollout_copy_casts_parameters_alone(checkpoint):
     assert (hf.lm_head.weight is hf.get_input_embeddings().weight) == tied
     for ours, theirs in zip(hf.parameters(), policy.hf.parameters(), strict=True):
         assert ours is not theirs and torch.equal(ours, theirs.bfloat16())
+
+
+# ------------------------------------------------------------------------------- the tied head
+def settings_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def said_tied(folder):
+    """As transformers 5 and as 4.57 read it."""
+    settings = settings_of(folder)
+    return settings["tie_word_embeddings"], settings["text_config"]["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("top", [None, False])
+def test_a_tied_head_that_the_text_model_s_settings_alone_name(checkpoint, tmp_path, top):
+    """transformers 4.57 asks there; the checkpoint has no matrix for the head."""
+    settings = settings_of(checkpoint)
+    if not settings["tie_word_embeddings"]:
+        return
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    settings["tie_word_embeddings"] = top
+    if top is None:
+        del settings["tie_word_embeddings"]
+    settings["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "ckpt/config.json").write_text(json.dumps(settings))
+    policy = model.load(tmp_path / "ckpt")
+    assert model.is_tied(policy.hf) and model.is_tied(model.skeleton(tmp_path / "ckpt").hf)
+    assert torch.equal(logps(policy)[0], logps(model.load(checkpoint))[0])
+    model.save(policy, tmp_path / "saved")
+    assert said_tied(tmp_path / "saved") == (True, True)
+    assert "lm_head.weight" not in load_file(tmp_path / "saved/model.safetensors")
+
+
+def test_a_tied_flag_over_two_different_matrices(checkpoint, tmp_path):
+    """The matrices count, and what is saved says so: a version that believes the flag would lose
+    the head."""
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    weights = load_file(checkpoint / "model.safetensors")
+    embedding = weights["model.language_model.embed_tokens.weight"]
+    weights["lm_head.weight"] = torch.randn_like(embedding)
+    save_file(weights, tmp_path / "ckpt/model.safetensors", {"format": "pt"})
+    settings = settings_of(checkpoint)
+    settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "ckpt/config.json").write_text(json.dumps(settings))
+    policy = model.load(tmp_path / "ckpt")
+    assert torch.equal(policy.hf.lm_head.weight, weights["lm_head.weight"])
+    model.save(policy, tmp_path / "saved")
+    assert said_tied(tmp_path / "saved") == (False, False)
+    again = model.load(tmp_path / "saved")
+    assert torch.equal(again.hf.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(again.hf.get_input_embeddings().weight, embedding)
+
+
+def test_tokens_without_a_row_in_the_embedding(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match="1 tokens beyond the .* rows.*'<new>'.*resize_token_emb"):
+        model.load(tmp_path / "ckpt")
+    hf = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    hf.resize_token_embeddings(len(tokenizer))
+    hf.save_pretrained(tmp_path / "ckpt")
+    model.load(tmp_path / "ckpt")
+
+
+# ---------------------------------------------------------------------------- another transformers
+def test_rotary_settings_stand_in_both_spellings(checkpoint, tmp_path):
+    model.save(model.load(checkpoint), tmp_path)
+    text = settings_of(tmp_path)["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 10000
+    assert text["rope_scaling"]["mrope_section"] == [2, 1, 1]
+    assert "rope_theta" not in text["rope_scaling"]
+
+
+OTHER_VERSION = """
+import sys, torch, transformers
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+inputs = torch.load("inputs.pt")
+found = []
+for folder in sys.argv[1:]:
+    hf = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found.append(hf.eval()(**inputs).logits)
+torch.save(found, "logits.pt")
+"""
+
+
+def small_moe(corpus, folder):
+    """A policy that is a Qwen3-VL-MoE."""
+    config = tiny_config().to_dict()
+    config["model_type"] = "qwen3_vl_moe"
+    config["vision_config"]["model_type"] = "qwen3_vl_moe"
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    config["text_config"] |= dict(model_type="qwen3_vl_moe_text", **experts)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return init(folder / "config.json", folder / "ckpt", [corpus])
+
+
+def test_what_is_saved_opens_in_transformers_4(checkpoint, corpus, tmp_path):
+    """Policies and discriminators: equal logits in version 4.57 and in this one."""
+    python = os.environ.get("TRANSFORMERS_4")
+    if not python:
+        pytest.skip("TRANSFORMERS_4 names no Python with torch and transformers 4.57")
+    policy = model.load(checkpoint)
+    model.save(policy, tmp_path / "policy")
+    model.save(model.load(small_moe(corpus, tmp_path / "of")), tmp_path / "moe")
+    for form in ("moe", "dense"):
+        disc = align.Discriminator(model.load(checkpoint).hf.model, form, noise=0.1)
+        align.save_discriminator(disc, checkpoint, tmp_path / f"disc_{form}")
+    prompt = policy.encoder.prompt(example())
+    inputs = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw)
+    inputs |= dict(input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None])
+    torch.save(inputs, tmp_path / "inputs.pt")
+    folders = ["policy", "moe", "disc_moe", "disc_dense"]
+    command = [python, "-c", OTHER_VERSION, *folders]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kinds = prompt.image_mask.int()[None]
+    for folder, theirs in zip(folders, torch.load(tmp_path / "logits.pt"), strict=True):
+        hf = AutoModelForImageTextToText.from_pretrained(tmp_path / folder, dtype=torch.float32)
+        with torch.no_grad():
+            ours = hf.eval()(**inputs, mm_token_type_ids=kinds).logits
+        assert ours.std() > 0.01, folder
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5, msg=folder)
 
 
 # ---------------------------------------------------------------------------- the real settings

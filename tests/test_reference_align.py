@@ -54,7 +54,7 @@ CASES = {
     "split": dict(disc_path="strong", pack_tokens=70, alpha=0.2, prompts_per_step=3),
     "top 1 of 3": dict(experts=3, experts_per_token=1, upcycle_noise=0.3, steps=1),
     "sharded": dict(disc_path="strong", offload=True, checkpointing=True, temperature=0.7),
-    "nothing well-formed": dict(max_response=11, temperature=3.0, steps=1),
+    "nothing well-formed": dict(temperature=4.0, prompts_per_step=1),
 }
 
 
@@ -91,15 +91,30 @@ def test_game(files, tmp_path, case):
 
 WARM_UPS = {
     "rollouts": dict(warmup_steps=3, warmup_pairs=16, disc_weight_decay=0.3, temperature=0.8),
-    "pairs": dict(pairs="pairs", warmup_steps=3, warmup_pairs=6, disc="experts", grad_clip=0.1),
-    "whole": dict(pairs="pairs", warmup_steps=2, warmup_pairs=3, spans="whole", disc_blind=True),
+    "pairs": dict(
+        pairs="pairs",
+        warmup_steps=3,
+        warmup_pairs=6,
+        disc="experts",
+        grad_clip=0.1,
+        max_response=30,
+    ),
+    "pairs, some too long": dict(pairs="pairs", warmup_steps=1, warmup_pairs=6, disc="dense"),
+    "whole": dict(
+        pairs="pairs",
+        warmup_steps=2,
+        warmup_pairs=3,
+        spans="whole",
+        disc_blind=True,
+        max_response=30,
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WARM_UPS)
 def test_warm_up(files, tmp_path, monkeypatch, case):
     monkeypatch.setattr(align, "WARMUP_CHECK", 2)
-    flags = dict(warmup_only=case != "rollouts", warmup_lr=1e-3, warmup_until=1.5, max_response=30)
+    flags = dict(warmup_only=case != "rollouts", warmup_lr=1e-3, warmup_until=1.5)
     flags = complete(GAME | dict(steps=1) | flags | WARM_UPS[case], files, tmp_path)
     trace = watch.record("align", flags)
     args = align.Args(**flags)
@@ -123,7 +138,7 @@ def test_head_computes_in_float32(files, tmp_path, monkeypatch):
 
     def score(disc, pack, plain=align.Discriminator.forward):
         hook = disc.v_head.register_forward_hook(
-            lambda head, inputs, out: seen.append((inputs[0], head[1].weight.detach(), out))
+            lambda head, inputs, out: seen.append((inputs[0], watch.whole(head[1].weight), out))
         )
         found = plain(disc, pack)
         hook.remove()

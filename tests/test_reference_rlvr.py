@@ -29,7 +29,8 @@ CASES = {
     "grpo, split, 2 minibatches": dict(pack_tokens=50, minibatches=2, steps=1, clip_low=0.05),
     "dapo": DAPO | dict(overlong=8, clip_low=0.02, clip_high=0.03, steps=3),
     "dapo, surplus alone": DAPO | dict(overlong=0, prompts_per_draw=8, prompts_per_step=1, steps=4),
-    "dapo, too few": DAPO | dict(overlong=5, max_draws=1, minibatches=2, warmup=0.0),
+    "dapo, too few": DAPO
+    | dict(overlong=5, max_draws=1, prompts_per_draw=2, minibatches=2, warmup=0.0, steps=3),
     "gspo": dict(algo="gspo", steps=3),
     "gspo, 2 minibatches": dict(algo="gspo", minibatches=2, clip_low=0.01, clip_high=0.02),
     "dr_grpo": dict(algo="dr_grpo", temperature=0.8),
