@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -422,12 +422,8 @@ def encode_spans(encoder, response, table):
 
 
 def new_group(example, encoder, disc_encoder, args) -> Group:
-    """The group of a row, before its rollouts. Raises BadRow where the reference is longer than
-    rollouts may be (cut, it would have no answer)."""
-    if len(encoder.response(example.response)) > args.max_response:
-        raise BadRow(
-            example.where, "reference longer than --max_response", "Raise it, or drop the row."
-        )
+    """The group of a row, before its rollouts. Raises BadRow where the reference is too long."""
+    check_length([encoder.response(example.response)], example, args)
     prompt = encoder.prompt(example)
     seen = disc_encoder.prompt(example) if args.disc_blind else prompt
     reference = encode_spans(encoder, example.response, span_table(args))
@@ -435,16 +431,25 @@ def new_group(example, encoder, disc_encoder, args) -> Group:
 
 
 def group_of_pair(row, encoder, disc_encoder, args) -> Group:
-    """The group of a row of --pairs, as if of one rollout. Raises BadRow as `new_group`."""
-    sides = row.pairs.values()  # (reference's text, policy's text) of each span
-    reference = [encoder.response(side[0]) for side in sides]
-    policy = [encoder.response(side[1]) for side in sides]
+    """The group of a row of --pairs, as if of one rollout. Raises BadRow where a side is too long."""
+    references, policies = zip(*row.pairs.values(), strict=True)  # the texts of each span
     if args.spans == "whole":
-        texts = ["\n".join(side) for side in zip(*sides, strict=True)]
-        reference = [encoder.response(texts[0])]
-        policy = [encoder.response(texts[1])]
+        references = ["\n".join(references)]
+        policies = ["\n".join(policies)]
+    reference = [encoder.response(text) for text in references]
+    policy = [encoder.response(text) for text in policies]
+    for side in (reference, policy):
+        check_length(side, row.example, args)
     prompt = disc_encoder.prompt(row.example)
     return with_spans(Group(prompt, seen=prompt, reference=reference), [policy])
+
+
+def check_length(spans, example, args):
+    """Raise BadRow for a response, or the spans of one, that is longer than rollouts may be: cut,
+    it would have no answer."""
+    if sum(map(len, spans)) > args.max_response:
+        what = "a response longer than --max_response"
+        raise BadRow(example.where, what, "Raise it, or drop the row.")
 
 
 def with_spans(group, spans) -> Group:
@@ -674,8 +679,8 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     shown = [
         f"{name}/{key} {key}_{name[0]}" for name in names for key in ("acc", "margin", "held_out")
     ]
-    header = replace(args, steps=args.warmup_steps)
-    log = Log(f"{args.out}/warmup", header, ("loss", *shown, "grad_norm"), start)
+    shown = ("loss", *shown, "grad_norm")
+    log = Log(f"{args.out}/warmup", args, shown, start, args.warmup_steps)
     test = data.fetch(range(first_held_out, len(data)), build)
     if not from_pairs:
         roll(test, hf, encoder, args, (args.seed, 1, 0))

@@ -433,18 +433,16 @@ def _strings(value, field, where):
     """A text, a number or a list of them as a tuple of texts; () of None and NaN."""
     if value is None or value != value:
         return ()
-    if field == "choices" and not isinstance(value, list | tuple):
-        values = [None]
-    else:
-        values = value if isinstance(value, list | tuple) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
     texts = []
     for one in values:
         if isinstance(one, int | float) and math.isfinite(one):
             one = str(one)
-        if not isinstance(one, str) or SURROGATE.search(one):
-            mend = "Write texts in Unicode, `choices` as a list."
-            raise BadRow(where, f"`{field}` is neither a text nor a list of texts", mend)
         texts.append(one)
+    valid = all(isinstance(text, str) and not SURROGATE.search(text) for text in texts)
+    if not valid or (field == "choices" and values is not value):
+        mend = "Write texts in Unicode, `choices` as a list."
+        raise BadRow(where, f"`{field}` is neither a text nor a list of texts", mend)
     return tuple(texts)
 
 

@@ -23,7 +23,7 @@ policy that sampled them. With one minibatch per step every ratio is 1 and clipp
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal
 
@@ -136,16 +136,20 @@ class Args(Common):
     slots: int = option(256, "rows decoded at once, per device", least=1)
 
     def __post_init__(self):
-        for name, value in vars(ALGORITHMS[self.algo]).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
         super().__post_init__()
-        if self.overlong >= self.max_response:
+        overlong = chosen_algorithm(self).overlong
+        if overlong >= self.max_response:
             raise ValueError(
-                f"--overlong {self.overlong} must be below --max_response {self.max_response}"
+                f"--overlong {overlong} must be below --max_response {self.max_response}"
             )
         if self.minibatches > self.prompts_per_step:
             raise ValueError("--minibatches is at most --prompts_per_step")
+
+
+def chosen_algorithm(args) -> Algorithm:
+    """The preset --algo, with what was given by a flag of its own."""
+    given = {f.name: getattr(args, f.name) for f in fields(Algorithm)}
+    return replace(ALGORITHMS[args.algo], **{name: x for name, x in given.items() if x is not None})
 
 
 # ----------------------------------------------------------------------------- the algorithm
@@ -280,8 +284,10 @@ def collect(step, data, order, hf, encoder, args, kept):
     kept: the last step's surplus, which is used first; what is left of it is dropped. Returns
     (groups to train on, new surplus, all that was sampled, counts).
     """
-    prompts = args.prompts_per_draw if args.dynamic_sampling else args.prompts_per_step
-    most = args.max_draws if args.dynamic_sampling else 1
+    algorithm = chosen_algorithm(args)
+    dynamic = algorithm.dynamic_sampling
+    prompts = args.prompts_per_draw if dynamic else args.prompts_per_step
+    most = args.max_draws if dynamic else 1
     wanted = args.prompts_per_step
     fresh = []
     sampled = []
@@ -291,9 +297,9 @@ def collect(step, data, order, hf, encoder, args, kept):
         sample_groups(hf, encoder, drawn, verify, args, (args.seed, step, draws))
         for group in drawn:
             lengths = [len(rollout.ids) for rollout in group.rollouts]
-            penalty = [overlong_penalty(n, args.max_response, args.overlong) for n in lengths]
+            penalty = [overlong_penalty(n, args.max_response, algorithm.overlong) for n in lengths]
             group.verdicts["reward"] = group.verdicts["reward"] + torch.tensor(penalty)
-            if not args.dynamic_sampling or teaches(group):
+            if not dynamic or teaches(group):
                 fresh.append(group)
         sampled += drawn
         draws += 1
@@ -344,6 +350,7 @@ def update_policy(policy, opt, groups, args, device, reference=None):
 
     reference: the start policy, for the KL term.
     """
+    algorithm = chosen_algorithm(args)
     off_policy = args.minibatches > 1 or any(group.old_logp is not None for group in groups)
     if off_policy:  # else every ratio is 1 by construction
         fresh = [group for group in groups if group.old_logp is None]
@@ -361,8 +368,10 @@ def update_policy(policy, opt, groups, args, device, reference=None):
     skipped = 0
     for part in range(args.minibatches):
         chosen = [g for g in range(len(groups)) if g * args.minibatches // len(groups) == part]
+        if not chosen:  # fewer groups than minibatches
+            continue
         mine = [groups[g] for g in chosen]
-        denominator = loss_denominator(mine, args.aggregation, args.max_response)
+        denominator = loss_denominator(mine, algorithm.aggregation, args.max_response)
         tokens = max(1, sum(group.tokens() for group in mine))
         part_loss = 0.0
         for pack in packs_of([group.tree() for group in mine], args.pack_tokens, device):
@@ -372,7 +381,7 @@ def update_policy(policy, opt, groups, args, device, reference=None):
             if known:
                 lengths = pack.sequence.bincount()  # (B,)
                 coefficient = on_policy_coefficient(
-                    advantage, lengths, args.aggregation, denominator
+                    advantage, lengths, algorithm.aggregation, denominator
                 )
                 coefficient = coefficient[pack.sequence]  # (S,)
             banned = policy.encoder.banned
@@ -392,11 +401,11 @@ def update_policy(policy, opt, groups, args, device, reference=None):
                     pack.rows(old_logp),
                     advantage,
                     pack.rows(torch.ones_like(old_logp)),
-                    ratio=args.ratio,
-                    clip_low=args.clip_low,
-                    clip_high=args.clip_high,
-                    dual_clip=args.dual_clip,
-                    aggregation=args.aggregation,
+                    ratio=algorithm.ratio,
+                    clip_low=algorithm.clip_low,
+                    clip_high=algorithm.clip_high,
+                    dual_clip=algorithm.dual_clip,
+                    aggregation=algorithm.aggregation,
                     denominator=denominator,
                 )
                 if ref_logp is not None:
@@ -424,7 +433,7 @@ def update_policy(policy, opt, groups, args, device, reference=None):
     sums = all_sum(sums)
     tokens = sum(group.tokens() for group in groups) or torch.nan
     return {
-        "loss": sums["loss"] / args.minibatches,
+        "loss": sums["loss"] / len(norms),
         "grad_norm": sum(norms) / len(norms),
         "skipped": skipped,
         "clip_frac": sums["clipped"] / tokens,
@@ -454,7 +463,8 @@ def main(args):
     if reference is not None:
         shard(reference, reference.hf.model, args, ranks)
     # optimiser
-    opt = optimizer(policy, args.lr, args.weight_decay)
+    algorithm = chosen_algorithm(args)
+    opt = optimizer(policy, args.lr, algorithm.weight_decay)
     players = {"policy": (policy, opt)}
     # data
     data = read(args.data, "rl", args.image_root, args.max_bad)
@@ -481,14 +491,15 @@ def main(args):
         # 3) advantage
         for group in groups:
             reward = group.verdicts["reward"]
-            group.advantage = group_advantage(reward, args.group_size, args.scale_by_std)
+            group.advantage = group_advantage(reward, args.group_size, algorithm.scale_by_std)
         # 4) update the policy
         metrics = {"loss": torch.nan, "grad_norm": torch.nan, "skipped": 1}
         if groups:
-            set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
+            factor = schedule(step, args.steps, algorithm.warmup, args.schedule)
+            set_lr(opt, args.lr * factor)
             metrics = update_policy(policy, opt, groups, args, device, reference)
         # 5) log
-        metrics |= rollout_metrics(sampled)
+        metrics |= rollout_metrics(sampled or groups)  # a step may live on surplus alone
         metrics |= counts
         metrics["lr"] = opt.param_groups[0]["lr"]
         metrics["left_out"] = len(data.bad)

@@ -73,10 +73,9 @@ def main(args):
     # data
     data = read(args.data, "sft", args.image_root, args.max_bad)
     order = Order(len(data), args.seed)
-    if args.steps is None:
-        args.steps = max(1, int(len(data) * args.epochs / args.batch))
-    epochs = args.steps * args.batch / len(data)
-    print0(f"{len(data)} conversations, {args.steps} updates of {args.batch}: {epochs:.2f} epochs")
+    steps = args.steps or max(1, int(len(data) * args.epochs / args.batch))
+    epochs = steps * args.batch / len(data)
+    print0(f"{len(data)} conversations, {steps} updates of {args.batch}: {epochs:.2f} epochs")
     # resume
     last = f"{args.out}/last"
     start = 0
@@ -84,9 +83,9 @@ def main(args):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
-    log = Log(args.out, args, ("loss", "tokens", "grad_norm grad", "lr"), start)
+    log = Log(args.out, args, ("loss", "tokens", "grad_norm grad", "lr"), start, steps)
 
-    for step in range(start, args.steps):
+    for step in range(start, steps):
         # 1) batch: this rank's part of it
         rows = data.share(order, args.batch, encoder.conversation, ranks)
         trees = [Tree(prompt, mask=mask) for prompt, mask in rows]
@@ -100,7 +99,7 @@ def main(args):
             (loss * world()).backward()  # FSDP averages over ranks; `tokens` is global already
             loss_sum += float(loss.detach())
         # 3) update
-        set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
+        set_lr(opt, args.lr * schedule(step, steps, args.warmup, args.schedule))
         norm, skipped = step_if_finite(opt, loss_sum, args.grad_clip, "policy")
         # 4) log
         metrics = {
@@ -119,11 +118,7 @@ def main(args):
             print0(f"--- step {step + 1}, {prompt.example.where}: the trained tokens\n{text}\n---")
         # 5) save
         stop = ranks.stop()
-        if (
-            stop
-            or step + 1 == args.steps
-            or (args.save_every and (step + 1) % args.save_every == 0)
-        ):
+        if stop or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             save(
                 last,
                 partial(save_policy, policy),

@@ -46,6 +46,18 @@ def check(args):
                 raise ValueError(f"--{f.name} is {number}: it must be {least} or more")
 
 
+def changes(before, args):
+    """In words, which values of the dataclass `args` are not those of the dict `before`, as a
+    checkpoint's meta.json has it; --resume and --config, which say how to begin, do not count.
+    """
+    now = json.loads(json.dumps(vars(args)))  # as JSON has it: a tuple is a list
+    words = []
+    for name, value in now.items():
+        if name not in ("resume", "config") and before.get(name) != value:
+            words.append(f"--{name} {value} (was {before.get(name)})")
+    return ", ".join(words)
+
+
 @dataclass(kw_only=True)
 class Common:
     """The arguments of every stage; its `Args` inherits them, and redeclares what has another
@@ -270,9 +282,20 @@ def flags_in(path, Args, parser):
     for name, value in values.items():
         if isinstance(value, list):
             value = tuple(value)
-        if value != defaults[name]:
+        if value != defaults[name] and not is_derived(name, values, Args):
             flags += flags_of(name, value)
     return flags
+
+
+def is_derived(name, values, Args):
+    """Whether `Args` makes that value of the others by itself: given as a flag, it would stay where
+    a flag changes these.
+    """
+    others = {other: value for other, value in values.items() if other != name}
+    try:
+        return getattr(Args(**others), name) == values[name]
+    except (TypeError, ValueError):  # the values are not right; that is said later
+        return False
 
 
 def flags_of(name, value):

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from engine.arguments import changes
 from engine.log import provenance
-from engine.ranks import agree, is_main
+from engine.ranks import agree, is_main, print0
 
 VERSION = 2  # of what is kept: to be raised where a stage begins to keep other state
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of a parameter, in AdamW's state
@@ -92,10 +93,11 @@ def put_back(folder):
 
 
 # ------------------------------------------------------------------------------------- reading
-def restore(folder, players):
+def restore(folder, players, args=None):
     """Load what `save` kept into the players' models and optimisers and into the random number
     generators -> (meta, state), or None where there is no checkpoint. All ranks call it.
 
+    args: the stage's arguments; says in a line which are not those of the run so far.
     Raises ValueError where it is broken, of another model, or of another version of this code.
     """
     folder = Path(folder)
@@ -118,6 +120,9 @@ def restore(folder, players):
             "was begun with, or remove it to start afresh"
         ) from None
     set_random_state(kept)
+    changed = changes(meta["args"], args) if args else ""
+    if changed:
+        print0(f"{folder}: goes on after step {meta['step']} with other arguments: {changed}")
     return meta, kept["state"]
 
 

@@ -57,11 +57,12 @@ class Log:
 
     folder: the run's. args: the stage's arguments. show: what the printed line has, each a key of
     the metrics or "key label". done: steps of the checkpoint that is resumed; of both files, what
-    comes after them goes. Only rank 0 writes.
+    comes after them goes. steps: of the whole run; None: args.steps. Only rank 0 writes.
     """
 
-    def __init__(self, folder, args, show=(), done=0):
+    def __init__(self, folder, args, show=(), done=0, steps=None):
         self.args = args
+        self.steps = args.steps if steps is None else steps
         self.show = (*show, "seconds s")
         self.wandb = None
         self.board = None
@@ -113,12 +114,12 @@ class Log:
         if self.board:
             for name, value in record.items():
                 self.board.add_scalar(name, value, step)
-        if step % self.args.log_every == 0 or step == self.args.steps:
+        if step % self.args.log_every == 0 or step == self.steps:
             cells = []
             for shown in self.show:
                 key, _, label = shown.partition(" ")
                 cells.append(f"| {label or key} {record.get(key, math.nan):<8.3g}")
-            print0(f"{step:>6}/{self.args.steps}", *cells)
+            print0(f"{step:>6}/{self.steps}", *cells)
 
     def rollouts(self, step, group):
         """Append a group of rollouts, a dict of plain values, to rollouts.jsonl; there NaN is

@@ -28,15 +28,53 @@ def optimizer(model, lr, weight_decay, betas=(0.9, 0.999)):
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
+class Schedule:
+    """The factor on the learning rate over a run's updates: up in a straight line, then constant,
+    or down a cosine that ends at 0.
+
+    kind: "constant" or "cosine". total: updates of the run. warmup: of them, how many the line
+    takes; below 1 it is a share.
+    """
+
+    def __init__(self, kind, total, warmup=0.0):
+        self.kind = kind
+        self.total = total
+        self.warmup = warmup * total if warmup < 1 else warmup
+        self.start = self.warmup  # the step where the cosine begins ...
+        self.height = 1.0  # ... and the factor that it begins with
+
+    def factor(self, step):
+        """For update number `step`, from 0."""
+        if step < self.warmup:
+            return min(1.0, (step + 1) / self.warmup)  # not 0 at step 0: no update is for nothing
+        if self.kind == "constant":
+            return 1.0
+        done = (step - self.start) / max(1, self.total - self.start)
+        return self.height * (0.5 + 0.5 * math.cos(math.pi * done))
+
+    def state(self):
+        """For a checkpoint, as plain values."""
+        return dict(vars(self))
+
+    def resume(self, state, step):
+        """Go on after `step` updates of a run whose schedule had that state.
+
+        Where the run has another length now, nothing jumps: the warm-up keeps its own, and the
+        cosine goes down to the new end from where it has come to. Another `kind` is taken as given.
+        """
+        if state["kind"] != self.kind:
+            return
+        total = self.total
+        vars(self).update(state)
+        if total != self.total and step > self.warmup:
+            self.height = self.factor(step - 1)
+            self.start = step - 1
+        self.total = total
+
+
 def schedule(step, total, warmup=0.0, kind="constant"):
-    """The factor on the learning rate for update number `step`, from 0, of `total`."""
-    first = warmup * total if warmup < 1 else warmup
-    if step < first:
-        return min(1.0, (step + 1) / first)  # not 0 at step 0: no update is for nothing
-    if kind == "constant":
-        return 1.0
-    done = (step - first) / max(1, total - first)
-    return 0.5 + 0.5 * math.cos(math.pi * done)
+    """The factor for update number `step`, from 0, of a run whose length has not changed."""
+    return Schedule(kind, total, warmup).factor(step)
 
 
 def set_lr(optimizer, lr):

@@ -63,6 +63,8 @@ class Ranks:
 def setup(args):
     """Set up the process group (torchrun's, or one of this process alone, which FSDP2 needs too),
     the device and the seeds -> Ranks."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # a print never ends a run
     device = torch.device("cpu")
     backend = "gloo"
     if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()):

@@ -138,6 +138,17 @@ def test_config_repeats_a_run_and_flags_win(tmp_path):
         assert more == replace(was, config=str(path), out="elsewhere", seed=5)
 
 
+def test_config_holds_arguments_not_what_follows_from_them(tmp_path):
+    """Another algorithm comes with its own presets; what was given beside it stays."""
+    path = tmp_path / "meta.json"
+    was = arguments.parse(rlvr.Args, [*NEEDED, "--algo", "dapo", "--overlong", "99"])
+    assert (was.clip_high, was.weight_decay) == (0.28, 0.1)
+    path.write_text(json.dumps({"args": vars(was)}))
+    again = arguments.parse(rlvr.Args, ["--config", str(path), "--algo", "gspo"])
+    other = arguments.parse(rlvr.Args, [*NEEDED, "--algo", "gspo", "--overlong", "99"])
+    assert replace(again, config="") == other
+
+
 @pytest.mark.parametrize(
     "config, says",
     [

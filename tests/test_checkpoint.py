@@ -109,6 +109,21 @@ def test_no_checkpoint_and_another_model(tmp_path, alone):
         checkpoint.restore(tmp_path / "last", players)
 
 
+def test_changed_arguments_are_said_in_a_line(tmp_path, alone, capsys):
+    players = {"p": fresh(0)}
+    args = Args(policy="p", out="o", steps=4, lr=0.01)
+    checkpoint.save(tmp_path / "last", no_weights, {"step": 2, "args": vars(args)}, players)
+    same = Args(policy="p", out="o", steps=4, lr=0.01, resume=True)
+    checkpoint.restore(tmp_path / "last", players, same)
+    assert capsys.readouterr().out == ""
+    other = Args(policy="p", out="o", steps=8, lr=0.001, weight_decay=0.1, resume=True)
+    checkpoint.restore(tmp_path / "last", players, other)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "last: goes on after step 2 with other arguments: --steps 8 (was 4), --lr 0.001" in said
+    assert "--weight_decay 0.1 (was 0.01)" in said
+
+
 def test_a_checkpoint_of_an_earlier_version(tmp_path, alone):
     players = {"p": fresh(0)}
     checkpoint.save(tmp_path / "last", no_weights, {"step": 0}, players)

@@ -2,22 +2,69 @@
 finite."""
 
 import copy
+import itertools
+import json
 import math
 
 import pytest
 import torch
 
 from engine import optimiser, ranks
+from engine.optimiser import Schedule
+
+
+def factors(kind, total, warmup, steps):
+    schedule = Schedule(kind, total, warmup)
+    return [schedule.factor(step) for step in steps]
 
 
 def test_schedule():
-    factors = [optimiser.schedule(step, 10, 0.2, "cosine") for step in range(10)]
-    assert factors[:3] == [0.5, 1.0, 1.0]
-    assert factors[6] == pytest.approx(0.5)
-    assert 0 < factors[9] < factors[8]
-    assert [optimiser.schedule(step, 10, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert [optimiser.schedule(step, 2) for step in range(2)] == [1, 1]
-    assert optimiser.schedule(0, 2, 0.1) == 1  # a warm-up shorter than a step
+    cosine = factors("cosine", 10, 0.2, range(10))
+    assert cosine[:3] == [0.5, 1.0, 1.0]
+    assert cosine[6] == pytest.approx(0.5)
+    assert 0 < cosine[9] < cosine[8]
+    assert factors("constant", 10, 4, range(6)) == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert factors("constant", 2, 0.0, range(2)) == [1, 1]
+    assert factors("constant", 2, 0.1, [0]) == [1]  # a warm-up shorter than a step
+
+
+def resumed(kind, before, now, warmup, step):
+    """A run of `now` updates, the first `step` of which were those of one of `before`."""
+    first = Schedule(kind, before, warmup)
+    second = Schedule(kind, now, warmup)
+    second.resume(json.loads(json.dumps(first.state())), step)
+    return [first.factor(k) for k in range(step)], second
+
+
+def test_schedule_of_a_resumed_run():
+    """The same where the length is the same; where it grew, it goes on from where it was."""
+    done, schedule = resumed("cosine", 100, 100, 0.1, 40)
+    rest = [schedule.factor(step) for step in range(40, 100)]
+    assert done + rest == factors("cosine", 100, 0.1, range(100))
+
+    for step in (5, 12, 60, 99):
+        done, schedule = resumed("cosine", 100, 300, 0.1, step)
+        whole = done + [schedule.factor(k) for k in range(step, 300)]
+        jumps = [abs(a - b) for a, b in itertools.pairwise(whole)]
+        assert max(jumps[step - 1 :]) <= 0.1 + 1e-9  # a step of the warm-up's line
+        assert max(jumps[11:]) < 0.02
+        assert sorted(whole[10:], reverse=True) == whole[10:]
+        assert 0 < whole[-1] < 0.001
+    # Interrupted again, with nothing changed: as if it had not been.
+    again = Schedule("cosine", 300, 0.1)
+    again.resume(schedule.state(), 150)
+    assert [again.factor(k) for k in range(150, 300)] == whole[150:]
+
+    _, schedule = resumed("constant", 100, 200, 0.1, 5)
+    assert [schedule.factor(k) for k in (5, 9, 10, 150)] == [0.6, 1.0, 1.0, 1.0]
+    _, schedule = resumed("cosine", 100, 10, 0, 60)  # shorter than it is already
+    assert schedule.factor(60) <= 1
+
+
+def test_another_kind_of_schedule_is_taken_as_given():
+    schedule = Schedule("constant", 200)
+    schedule.resume(Schedule("cosine", 100).state(), 99)
+    assert schedule.factor(99) == 1
 
 
 def test_weight_decay_on_matrices_only():

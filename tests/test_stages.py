@@ -21,7 +21,9 @@ import model
 import rlvr
 import sft
 from data import SPANS, read
+from engine.arguments import parse
 from engine.log import Log
+from engine.optimiser import step_if_finite
 from engine.packs import Tree, build_pack, plan
 from engine.ranks import SAVED_AND_STOPPED
 from tools.init import init
@@ -447,6 +449,44 @@ def test_kl_is_nothing_at_the_start(world, tmp_path):
         )
     )
     assert records(tmp_path)[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_more_minibatches_than_groups(world, tmp_path):
+    """Dynamic sampling may end with fewer groups than there are minibatches: those without a group
+    make no update and count in no mean."""
+    flags = dict(algo="dapo", overlong=8, prompts_per_draw=4, max_draws=1, minibatches=4, steps=1)
+    args = rlvr.Args(
+        policy=world.sft, data=world.rl, out=str(tmp_path), **ROLLOUTS | COMMON | flags
+    )
+    norms = []
+
+    def step(opt, loss, max_norm, who):
+        norms.append(step_if_finite(opt, loss, max_norm, who))
+        return norms[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlvr, "step_if_finite", step)
+        rlvr.main(args)
+    (found,) = records(tmp_path)
+    assert 0 < found["groups"] < 4 and len(norms) == found["groups"]
+    assert found["grad_norm"] == pytest.approx(sum(norm for norm, _ in norms) / len(norms))
+
+
+def test_derived_values_are_no_arguments(world, tmp_path):
+    """A run's meta.json holds what was given: with other epochs, or another algorithm, it is not
+    the old run's steps or clips that count."""
+    args = sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path), batch=16, **COMMON)
+    sft.main(args)
+    meta = str(tmp_path / "last/meta.json")
+    again = parse(sft.Args, ["--config", meta, "--epochs", "0.5", "--out", str(tmp_path / "half")])
+    sft.main(again)
+    assert [r["epoch"] for r in records(tmp_path / "half")] == [0.5]
+    grpo = rlvr.Args(policy="p", data="d", out="o", max_response=9000)
+    Path(meta).write_text(json.dumps({"args": vars(grpo)}))
+    dapo = rlvr.chosen_algorithm(parse(rlvr.Args, ["--config", meta, "--algo", "dapo"]))
+    assert dapo == rlvr.ALGORITHMS["dapo"]
+    mine = parse(rlvr.Args, ["--config", meta, "--algo", "dapo", "--clip_high", "0.5"])
+    assert rlvr.chosen_algorithm(mine) == replace(rlvr.ALGORITHMS["dapo"], clip_high=0.5)
 
 
 def test_no_group_to_learn_from_is_counted_and_changes_nothing(world, tmp_path):
