@@ -431,7 +431,7 @@ def new_group(example, encoder, disc_encoder, args) -> Group:
 
 
 def group_of_pair(row, encoder, disc_encoder, args) -> Group:
-    """The group of a row of --pairs, as if of one rollout. Raises BadRow where a side is too long."""
+    """The group of a row of --pairs, as if of one rollout. Raises BadRow for a side too long."""
     references, policies = zip(*row.pairs.values(), strict=True)  # the texts of each span
     if args.spans == "whole":
         references = ["\n".join(references)]

@@ -88,7 +88,7 @@ class Case:
         return int(lengths.sum())
 
 
-def random_case(size, side, mean, device):
+def random_case(size, side, mean, max_tokens, device):
     """Random weights, lengths of mean `mean`, prompts of 64 tokens and an image."""
     plain = model(size, device).eval()
     ours = model(size, device)
@@ -97,25 +97,27 @@ def random_case(size, side, mean, device):
     # Random weights end nowhere: of V about equally likely ids, V / mean are taken for end tokens.
     ends = (plain.config.text_config.vocab_size - 8) // mean
     eos = tuple(range(3, 3 + ends))
-    return Case(ours, plain, prompts, eos, banned=(), pad=0, max_tokens=1024)
+    return Case(ours, plain, prompts, eos, banned=(), pad=0, max_tokens=max_tokens)
 
 
-def checkpoint_case(policy_folder, data_file):
+def checkpoint_case(policy_folder, data_file, max_tokens):
     policy = load(policy_folder)
     plain = AutoModelForImageTextToText.from_pretrained(policy.source, dtype=torch.float32).eval()
     encoder = policy.encoder
     prompts = read(data_file, "rl").fetch(range(8), encoder.prompt)
     pad = encoder.tokenizer.pad_token_id
-    return Case(policy.hf, plain, prompts, encoder.eos_ids, encoder.banned, pad, max_tokens=128)
+    return Case(policy.hf, plain, prompts, encoder.eos_ids, encoder.banned, pad, max_tokens)
 
 
 def case_of(args):
     """The case that the flags name, and how the report names it."""
     if args.device != "cpu":
-        return random_case("4B", side=32, mean=300, device=args.device), "4B, random"
+        case = random_case("4B", 32, mean=300, max_tokens=args.most or 1024, device=args.device)
+        return case, "4B, random"
     if args.random:
-        return random_case("small", side=16, mean=64, device="cpu"), "small, random"
-    return checkpoint_case(args.policy, args.data), args.policy
+        case = random_case("small", 16, mean=64, max_tokens=args.most or 1024, device="cpu")
+        return case, "small, random"
+    return checkpoint_case(args.policy, args.data, max_tokens=args.most or 128), args.policy
 
 
 def compare(args):
@@ -162,10 +164,12 @@ def growth(args):
     numbers_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     bytes_per_token = numbers_per_token * hf.dtype.itemsize
     cases = [(4, 256), (16, 256), (64, 256), (4, 1024), (64, 1024), (4, 4096), (64, 4096)]
+    if args.most:
+        cases = [(rows, length) for rows, length in cases if length <= args.most]
+    elif not cuda:
+        cases.remove((64, 4096))  # many minutes
     table = {}
     for rows, length in cases:
-        if not cuda and rows * length > 70_000 and not args.all:
-            continue
 
         def run(rows=rows, length=length):
             chosen = all_rows([root], rows)
@@ -289,9 +293,7 @@ def main():
     parser.add_argument("--random", action="store_true", help="on a CPU: the model `small`")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--growth", action="store_true")
-    parser.add_argument(
-        "--all", action="store_true", help="on a CPU the long cases of --growth too"
-    )
+    parser.add_argument("--most", type=int, help="tokens of the longest rollout")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()

@@ -95,7 +95,7 @@ def same(p, g):
 # ---------------------------------------------------------------------------------- text
 LETTER = r"[^\W\d_]"
 HYPHEN = rf"(?<={LETTER}{{3}})-(?={LETTER})|(?<={LETTER})-(?={LETTER}{{3}})"  # `x-axis`, not `b-a`
-WORDS = re.compile(rf"(?=.*{LETTER}{{2}})(?:{LETTER}|[\s'\",.!?:;]|{HYPHEN})+")
+WORDS = re.compile(rf"(?=.*{LETTER}\.?{LETTER})(?:{LETTER}|[\s'\",.!?:;]|{HYPHEN})+")
 LONG_WORD = re.compile(rf"{LETTER}{{3}}")
 ARTICLE = re.compile(r"(?i)\b(?:an?|the)\b(?=.*[a-z])")  # of something: the grade `a` is none
 ELEMENT = (
@@ -119,7 +119,7 @@ def key(text):
         return "".join(re.findall(LETTER, ARTICLE.sub("", text)))
     text = re.sub(r"^(?:the|an?) (?=[A-Za-z]{2}|\d)", "", text)
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text)
-    text = re.sub(r"(?<=[_^])\{([\w+-]+)\}(?!\d)", r"\1", text)
+    text = re.sub(r"(?<=[_^])\{(\w+|\d*[+-])\}(?!\d)", r"\1", text)
     text = re.sub(r"(?<=[A-Za-z)\]])_", "", text)
     return re.sub(r"\^(\d?[+-])(?=$|[+\\,])", r"\1", text)  # `Fe^{2+}` and `Fe2+`
 
@@ -349,13 +349,18 @@ NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`
 )
 
 
+def noun(found):
+    name = (found[1] or "year").lower()
+    return "no" if name in ("number", "#", "№", "第") else name
+
+
 def same_numbered(p, g):
     """`No. 7` is `7`, but not `No. 9`; `Figure 3` is not `Table 3`."""
     p_noun = NUMBERED.match(p)
     g_noun = NUMBERED.match(g)
     if not (p_noun or g_noun):
         return None
-    if p_noun and g_noun and p_noun[0].casefold() != g_noun[0].casefold():
+    if p_noun and g_noun and noun(p_noun) != noun(g_noun):
         return False
     return same(p[p_noun.end() :] if p_noun else p, g[g_noun.end() :] if g_noun else g)
 
@@ -567,11 +572,14 @@ def same_decimal_comma(p, g):
     return number(p.replace(",", ".")) == number(g)
 
 
+FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")  # of an angle, whose ° is no unit
+
+
 def same_quantity(p, g):
     r"""`2\pi\text{ cm}` and `2\pi`, `5\sqrt{3}` m and `5\sqrt{3}` m."""
     p_core, p_unit = split_unit(p)
     g_core, g_unit = split_unit(g)
-    if p_unit == NONE == g_unit:
+    if p_unit == NONE == g_unit or FUNCTION.search(p + g):
         return None
     if NONE not in (p_unit, g_unit) and p_unit != g_unit:
         return False
@@ -621,6 +629,7 @@ def same_assignment(p, g):
     return same(p_value, g_value)
 
 
+NO_SIGN = re.compile("[A-Za-z ]+")
 CODE = re.compile(r"\d+(?:([-/])\d+)(?:\1\d+)+")  # `5-4-3-2-1`, `04/02/2005`: nothing to work out
 
 
@@ -628,6 +637,8 @@ def same_formula(p, g):
     """Mathematics on both sides, each read to its end."""
     if CODE.fullmatch(p) or CODE.fullmatch(g):
         return False
+    if NO_SIGN.fullmatch(p) and NO_SIGN.fullmatch(g):
+        return None  # words, though `ab` could be a product
     p_tree = parse(p)
     g_tree = parse(g)
     if p_tree is None or g_tree is None:
@@ -642,11 +653,11 @@ KINDS = (
     same_choice,
     same_letters,
     same_truth,
+    same_numbered,
     same_clock,
     same_ratio,
     same_range,
     same_bound,
-    same_numbered,
     same_measure,
     same_decimal_comma,
     same_quantity,

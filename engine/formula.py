@@ -18,7 +18,7 @@ MAX_DEPTH = 20  # of brackets and functions
 MAX_TOKENS = 200  # a tree is no deeper than that, whoever walks it
 
 TOKEN = re.compile(
-    r" *(?:(?P<number>\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)|(?P<command>\\[A-Za-z]+)"
+    r" *(?:(?P<number>(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE]-?\d+)?)|(?P<command>\\[A-Za-z]+)"
     r"|(?P<letters>[A-Za-z]+)|(?P<sign>[-+*/^_!|(){}\[\]=<>°]))"
 )
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!="}
@@ -43,12 +43,9 @@ class Unreadable(ValueError):
 
 @lru_cache(maxsize=1 << 12)
 def parse(text):
-    """The tree of a formula, or None. A word alone is none, though it could be a product."""
+    """The tree of a formula, or None."""
     try:
-        tokens = tokenize(text)
-        if all(token.isalpha() for token in tokens) and len("".join(tokens)) > 1:
-            return None
-        reader = Reader(tokens)
+        reader = Reader(tokenize(text))
         tree = reader.relation()
         reader.expect(None)
         return tree

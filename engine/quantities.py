@@ -253,7 +253,7 @@ def same_clock(p, g):
 
 def hour_alone(text, other):
     """`3`, beside `3 pm`."""
-    if other and re.fullmatch(r"\d\d?", text):
+    if other and other.half and re.fullmatch(r"\d\d?", text):
         return Clock(int(text), (0, 0), "")
     return None
 

@@ -260,6 +260,7 @@ COMMANDS = (
     Rewrite(
         "root in words", r"(?<![A-Za-z\\])sqrt ?(\d+|[a-z])", r"\\sqrt{\1}", "sqrt2", r"\sqrt{2}"
     ),
+    Rewrite("root of a number", r"\\sqrt (\d+)", r"\\sqrt{\1}", r"\sqrt 25", r"\sqrt{25}"),
     Rewrite("root", r"\\sqrt ?(\w)", r"\\sqrt{\1}", r"\sqrt2", r"\sqrt{2}"),
     Rewrite(
         "functions in words",
@@ -277,6 +278,12 @@ COMMANDS = (
     ),
     Rewrite("Celsius", r"(?i)(?:° ?|\bdegrees? )(?:celsius|c\b)", "°C", "25 degrees C", "25 °C"),
     Rewrite("Fahrenheit", r"(?i)(?:° ?|\bdegrees? )(?:fahrenheit|f\b)", "°F", "77° F", "77°F"),
+    Rewrite("ohm", r"\\Omega(?![a-zA-Z])", "Ω", r"6 k\Omega", "6 kΩ"),
+    Rewrite("micro", r"\\mu ?(?=[ACFHJNTVWgmsΩ]\b)", "μ", r"5 \mu F", "5 μF"),
+    Rewrite(
+        "triangle", r"\btriangle (?=[A-Z]{3}\b)", r"\\triangle ", "triangle ABC", r"\triangle ABC"
+    ),
+    Rewrite("angle", r"\bangle (?=[A-Z]{1,3}\b)", r"\\angle ", "angle ABC", r"\angle ABC"),
     Rewrite("blanks in braces", r"(?<=\{) +| +(?=\})", "", r"\frac{ 5 }{3}", r"\frac{5}{3}"),
     Rewrite("blanks at braces", r"(?<=[a-z}]) +(?=\{)", "", r"\frac {5} {3}", r"\frac{5}{3}"),
     Rewrite("short fraction", r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", r"\frac12", r"\frac{1}{2}"),
@@ -302,6 +309,7 @@ WORDING = (
     Rewrite("million", r"(?i)(?<=\d) ?(?:million|mn)\b", "*10^6", "5 million", "5*10^6"),
     Rewrite("billion", r"(?i)(?<=\d) ?(?:billion|bn)\b", "*10^9", "5bn", "5*10^9"),
     Rewrite("trillion", r"(?i)(?<=\d) trillion\b", "*10^{12}", "5 trillion", "5*10^{12}"),
+    Rewrite("dozen", r"(?i)(?<=\d) dozen\b", "*12", "2 dozen", "2*12"),
     Rewrite("万", r"(?<=\d) ?万", "*10^4", "5万", "5*10^4"),
     Rewrite("亿", r"(?<=\d) ?亿", "*10^8", "5亿", "5*10^8"),
     Rewrite(
@@ -312,6 +320,7 @@ WORDING = (
         "10 $",
     ),
     Rewrite("per", " per | ?/ ?", "/", "km per h", "km/h"),
+    Rewrite("per several", r"/\((\w+)(?: |\*| ?\\cdot )(\w+)\)", r"/\1/\2", "J/(mol K)", "J/mol/K"),
     Rewrite("和", r"(?<=[\dA-Z)}]) ?[和与及] ?(?=[\d(A-Z\\])", " and ", "A和C", "A and C"),
     Rewrite("或", r"(?<=[\dA-Z)}]) ?或 ?(?=[\d(A-Z\\])", " or ", "1或2", "1 or 2"),
     Rewrite("what approximates it", r"(?<=[\d})]) ?\\approx.*", "", r"1/3 \approx 0.3", "1/3"),
@@ -322,6 +331,13 @@ WORDING = (
         "",
         "about 5",
         "5",
+    ),
+    Rewrite(
+        "is correct",
+        r"(?i)^(?:option |choice )?([A-J]) is (?:the )?(?:correct|right)(?: answer| option| choice)?$",
+        r"\1",
+        "B is correct",
+        "B",
     ),
     Rewrite("is about", r"\\approx", "=", r"x \approx 3", "x = 3"),
     Rewrite("equals sign in front", "^= ?", "", "= 5", "5"),

@@ -38,6 +38,7 @@ TABLE = """
 + 1 A s: C | coulomb 库仑
 + 1 kg m^2 s^-3 A^-1: V | volt 伏特 伏
 + 1 kg m^2 s^-3 A^-2: Ω | ohm 欧姆 欧
+1000 Ω: | kilohm
 + 1 kg^-1 m^-2 s^4 A^2: F | farad 法拉
 + 1 kg s^-2 A^-1: T | tesla
 + 1 kg m^2 s^-2 A^-1: Wb | weber
@@ -94,7 +95,6 @@ TABLE = """
 1 inr: ₹ Rs rupee
 10000 m^2: ha hectare 公顷
 1 acre: acre
-12 piece: dozen
 1 piece: piece pcs 个 只
 """
 PREFIXES = {  # symbol: word and size

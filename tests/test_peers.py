@@ -653,9 +653,9 @@ ROWS = {  # benchmark: (row as published, its images, question's parts, choices,
             "query": "Hint: .. Which one?",
         },
         [B],
-        ["Which one?", "(A) 1"],
-        ("(A) 1", "(B) 2"),
-        ("(B) 2",),
+        ["Which one?", "(A) 1\n(B) 2"],
+        ("1", "2"),  # the letters that they bring are those that they are shown with
+        ("2",),
     ),
     "MathVista, number": (
         {
