@@ -55,7 +55,7 @@ from engine.rollouts import (
     sampler_logps,
     show_rollouts,
 )
-from engine.rows import BadRow, Order
+from engine.rows import BadRow
 from model import RolloutCopy, full_state, load, shard
 from model import save as save_policy
 from rewards import verify
@@ -663,14 +663,14 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         raise ValueError(
             f"{data.path}: {len(data)} rows are too few to warm up on and to hold {held_out} out"
         )
-    order = Order(first_held_out, args.seed)
+    order = data.order(args.seed, first_held_out)
     # optimiser, resume
     opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
     last = f"{args.out}/warmup/last"
     start = 0
     best = 0.0  # held-out pair accuracy, of the harder span
     stale = 0  # checks since it grew
-    if args.resume and (found := restore(last, {"disc": (disc, opt)})):
+    if args.resume and (found := restore(last, {"disc": (disc, opt)}, args)):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
@@ -767,11 +767,11 @@ def main(args):
     # data
     data = read(args.data, "align", args.image_root, args.max_bad)
     build = partial(new_group, encoder=encoder, disc_encoder=disc_encoder, args=args)
-    order = Order(len(data), args.seed)
+    order = data.order(args.seed)
     # resume, or warm up
     last = f"{args.out}/last"
     start = 0
-    if args.resume and (found := restore(last, players)):
+    if args.resume and (found := restore(last, players, args)):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])

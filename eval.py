@@ -15,7 +15,7 @@ it look like the references?
 For stage 3, keep the prompts that the policy solves sometimes:
 
     torchrun --nproc_per_node=8 eval.py --policy ckpt/align/last --data rl.parquet --no-greedy \
-        --samples 16 --filter 0.05 0.95 --filter_out rl_filtered.parquet
+        --samples 16 --filter 0.2 0.8 --filter_out rl_filtered.parquet
 """
 
 from __future__ import annotations

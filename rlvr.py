@@ -43,7 +43,6 @@ from engine.rollouts import (
     sampler_logps,
     show_rollouts,
 )
-from engine.rows import Order
 from engine.sampler import Rollout
 from model import RolloutCopy, load, shard
 from model import save as save_policy
@@ -468,12 +467,12 @@ def main(args):
     players = {"policy": (policy, opt)}
     # data
     data = read(args.data, "rl", args.image_root, args.max_bad)
-    order = Order(len(data), args.seed)
+    order = data.order(args.seed)
     # resume
     last = f"{args.out}/last"
     start = 0
     surplus = []
-    if args.resume and (found := restore(last, players)):
+    if args.resume and (found := restore(last, players, args)):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])

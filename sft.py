@@ -31,7 +31,6 @@ from engine.log import Log
 from engine.optimiser import optimizer, schedule, set_lr, step_if_finite
 from engine.packs import Tree, packs_of_own
 from engine.ranks import SAVED_AND_STOPPED, all_sum, print0, setup, world
-from engine.rows import Order
 from model import load, shard
 from model import save as save_policy
 
@@ -72,14 +71,14 @@ def main(args):
     players = {"policy": (policy, opt)}
     # data
     data = read(args.data, "sft", args.image_root, args.max_bad)
-    order = Order(len(data), args.seed)
+    order = data.order(args.seed)
     steps = args.steps or max(1, int(len(data) * args.epochs / args.batch))
     epochs = steps * args.batch / len(data)
     print0(f"{len(data)} conversations, {steps} updates of {args.batch}: {epochs:.2f} epochs")
     # resume
     last = f"{args.out}/last"
     start = 0
-    if args.resume and (found := restore(last, players)):
+    if args.resume and (found := restore(last, players, args)):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])

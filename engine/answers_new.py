@@ -145,7 +145,7 @@ CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
     r"(?i).*(?:\b(?:so|thus|hence|therefore|which (?:is|gives|makes))\b|所以|因此)[, ]*(?=\S)"
 )
 STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in front of the verb
-    r"(?i)[^\d\\]*?"
+    r"(?i)\D*"
     r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?)\b:? |[是为有] ?)"
 )
 REASON = re.compile(r"(.{1,60}?),? (?:because|since|as)\b.*")
@@ -344,14 +344,15 @@ def same_truth(p, g):
 NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`
     r"(?i)(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row|column"
     r"|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture|image|team"
-    r"|player|age|aged|week|round|lane|floor|bus|route|channel|item|shape|第|#|№)s?\.? ?(?=\d)"
-    r"|in (?=\d{4}$)"
+    r"|player|age|aged|week|round|lane|floor|bus|route|channel|item|shape)s?(?:\. ?| )(?=\d)"
+    r"|([#№第]) ?(?=\d)|in (?=\d{4}$)"
 )
 
 
 def noun(found):
-    name = (found[1] or "year").lower()
-    return "no" if name in ("number", "#", "№", "第") else name
+    if found[2] or found[1] in ("number", "Number"):
+        return "no"
+    return found[1].lower() if found[1] else "year"
 
 
 def same_numbered(p, g):
@@ -376,6 +377,7 @@ BOUNDS_BEHIND = [
     (r"(?:or|and) (?:less|fewer|under|below|younger|lower|shorter)|at most|maximum", "<="),
 ]
 NAME = r"[A-Za-z](?:_\w+|_\{\w+\})?(?:\([a-z]\))?"  # `x`, `x_1`, `f(x)`
+INEQUALITY = re.compile(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))")
 COMPILED_BOUNDS = [
     (re.compile(rf"(?i)(?:({NAME}) ?)?(?:is )?(?:{words}) ?(.+)"), operator)
     for words, operator in BOUNDS_IN_FRONT
@@ -387,7 +389,7 @@ def bound(text):
     """(name or "", operator, value): `x < 5`, `less than 5`, `65+`, `10 or more`."""
     for pattern, operator in COMPILED_BOUNDS:
         found = pattern.fullmatch(text)
-        if found and (measure(found[2]) or parse(found[2])):
+        if found and not INEQUALITY.search(found[2]) and (measure(found[2]) or parse(found[2])):
             return found[1] or "", operator, found[2]
     return None
 
@@ -402,7 +404,6 @@ def same_bound(p, g):
     return len(names) < 2 and p_bound[1] == g_bound[1] and same(p_bound[2], g_bound[2])
 
 
-INEQUALITY = re.compile(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))")
 ELEMENT_OF = re.compile(rf"({NAME}) ?\\in ?")
 INFINITY = r"\infty"
 

@@ -35,6 +35,7 @@ GREEK = set(
 )
 DECORATIONS = set(r"\overline \bar \vec \overrightarrow \hat \angle \triangle \widehat".split())
 UNKNOWN_FUNCTIONS = set("fgh")
+WORDS = set("an and are as at be by do for if in is it no not of on or so the to up was we".split())
 
 
 class Unreadable(ValueError):
@@ -246,7 +247,7 @@ class Reader:
         """One symbol, a line AB, or a product of single letters."""
         if token.isupper() and len(token) > 1:
             return ["symbol", token + self.index()]
-        if len(token) > 3 or not (token.islower() or len(token) == 1):
+        if len(token) > 3 or token in WORDS or not (token.islower() or len(token) == 1):
             raise Unreadable
         factors = [self.letter(letter) for letter in token[:-1]]
         last = token[-1]

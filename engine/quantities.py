@@ -13,6 +13,7 @@ from typing import NamedTuple
 from engine.units import NONE, WORD, Unit, unit
 
 SIGNIFICANT = 6  # digits from which on a decimal may be a rounded value
+DIGITS_OF_A_FLOAT = 15  # what a program prints beyond them is noise
 
 reader = lru_cache(maxsize=1 << 12)  # several kinds read the same text
 
@@ -67,7 +68,10 @@ def number(text):
     if "." not in digits or found["divisor"] or significant < SIGNIFICANT:
         return Number(value)
     decimals = len(digits.partition(".")[2])
-    return Number(value, Fraction(10) ** (shift - decimals))
+    tolerance = Fraction(10) ** (shift - decimals)
+    if significant > DIGITS_OF_A_FLOAT:
+        tolerance = max(tolerance, abs(value) / 10**DIGITS_OF_A_FLOAT * 10)
+    return Number(value, tolerance)
 
 
 def periodic_value(start, period):

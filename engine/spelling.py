@@ -281,9 +281,13 @@ COMMANDS = (
     Rewrite("ohm", r"\\Omega(?![a-zA-Z])", "Ω", r"6 k\Omega", "6 kΩ"),
     Rewrite("micro", r"\\mu ?(?=[ACFHJNTVWgmsΩ]\b)", "μ", r"5 \mu F", "5 μF"),
     Rewrite(
-        "triangle", r"\btriangle (?=[A-Z]{3}\b)", r"\\triangle ", "triangle ABC", r"\triangle ABC"
+        "triangle",
+        r"(?<!\\)\btriangle (?=[A-Z]{3}\b)",
+        r"\\triangle ",
+        "triangle ABC",
+        r"\triangle ABC",
     ),
-    Rewrite("angle", r"\bangle (?=[A-Z]{1,3}\b)", r"\\angle ", "angle ABC", r"\angle ABC"),
+    Rewrite("angle", r"(?<!\\)\bangle (?=[A-Z]{1,3}\b)", r"\\angle ", "angle ABC", r"\angle ABC"),
     Rewrite("blanks in braces", r"(?<=\{) +| +(?=\})", "", r"\frac{ 5 }{3}", r"\frac{5}{3}"),
     Rewrite("blanks at braces", r"(?<=[a-z}]) +(?=\{)", "", r"\frac {5} {3}", r"\frac{5}{3}"),
     Rewrite("short fraction", r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", r"\frac12", r"\frac{1}{2}"),
@@ -334,7 +338,7 @@ WORDING = (
     ),
     Rewrite(
         "is correct",
-        r"(?i)^(?:option |choice )?([A-J]) is (?:the )?(?:correct|right)(?: answer| option| choice)?$",
+        r"(?i)^(?:option )?([A-J]) is (?:the )?(?:correct|right)(?: answer| option| choice)?$",
         r"\1",
         "B is correct",
         "B",

@@ -3,7 +3,7 @@
 # it takes is counted.
 #   bash runs/paper.sh DATA [OUT]           DATA: a folder with sft.json, pairs.jsonl, align.parquet
 #                                           and rl.parquet; OUT: ckpt/paper
-#   bash runs/paper.sh --memory [CONFIGS]   the memory accounts alone, of 2B, 4B and 8B; CONFIGS: a
+#   bash runs/paper.sh --dry_run [CONFIGS]   the memory accounts alone, of 2B, 4B and 8B; CONFIGS: a
 #                                           folder with their config.json in 2B/, 4B/ and 8B/ (the
 #                                           hub's, without it); takes a minute on a laptop
 # Started again it goes on from its last checkpoints. Other sizes and numbers:
@@ -24,10 +24,10 @@
 # where their keys and values would not fit.
 set -euo pipefail
 MEMORY="" CONFIGS=""
-if [ "${1:-}" = --memory ]; then
+if [ "${1:-}" = --dry_run ]; then
     MEMORY=yes CONFIGS=${2:+$(realpath "$2")}
 else
-    DATA=${1:?the folder with sft.json, pairs.jsonl, align.parquet, rl.parquet (or --memory)}
+    DATA=${1:?the folder with sft.json, pairs.jsonl, align.parquet, rl.parquet (or --dry_run)}
     DATA=$(realpath "$DATA")
 fi
 EXTRAS=math,parquet

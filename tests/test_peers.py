@@ -655,7 +655,7 @@ ROWS = {  # benchmark: (row as published, its images, question's parts, choices,
         [B],
         ["Which one?", "(A) 1\n(B) 2"],
         ("1", "2"),  # the letters that they bring are those that they are shown with
-        ("2",),
+        ("(B) 2",),
     ),
     "MathVista, number": (
         {

@@ -564,7 +564,10 @@ def policy_weights(folder):
 
 
 def check_rlvr(trace, args):
-    """All steps of a run of rlvr.py with the arguments `args`."""
+    """All steps of a run of rlvr.py with the arguments `args`, and the algorithm's where None."""
+    flags = dict(method.ALGORITHMS[args.algo])
+    flags.update({name: value for name, value in vars(args).items() if value is not None})
+    args = SimpleNamespace(**{"max_pixels": None, **flags})
     run = Rlvr(args)
     player = Player("policy", args.weight_decay, args.grad_clip, policy_weights(args.policy))
     order = run.reader.order(args.seed)
@@ -641,7 +644,8 @@ def check_rlvr(trace, args):
             "dropped": dropped,
             "lr": rate,
             "left_out": len(bad),
-            **measures.of_rollouts([rollouts_of(group.found) for group in sampled]),
+            # of what was sampled; where the surplus was enough, of that
+            **measures.of_rollouts([rollouts_of(group.found) for group in sampled or groups]),
         }
         if groups:
             tokens = {}

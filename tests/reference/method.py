@@ -10,6 +10,43 @@ import torch
 
 WELL_BELOW = -1.0  # a malformed rollout's place below the group's lowest score
 
+# METHOD.md's table of stage 3.
+GRPO = {
+    "ratio": "token",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": 3.0,
+    "aggregation": "token-mean",
+    "scale_by_std": True,
+    "dynamic_sampling": False,
+    "overlong": 0,
+    "weight_decay": 0.01,
+    "warmup": 0.0,
+}
+ALGORITHMS = {
+    "grpo": GRPO,
+    "dapo": {
+        **GRPO,
+        "clip_high": 0.28,
+        "dual_clip": 10.0,
+        "dynamic_sampling": True,
+        "overlong": 4096,
+        "weight_decay": 0.1,
+        "warmup": 10,
+    },
+    "gspo": {
+        **GRPO,
+        "ratio": "sequence",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "dual_clip": 0.0,
+        "aggregation": "seq-mean-token-mean",
+        "weight_decay": 0.1,
+        "warmup": 0.05,
+    },
+    "dr_grpo": {**GRPO, "aggregation": "constant", "scale_by_std": False},
+}
+
 
 # ----------------------------------------------------------------------------- advantages
 def normalise(scores, std_floor=0.0):

@@ -261,7 +261,7 @@ def make_world(folder):
         rl.append(row)
 
         if len(images) == 1:
-            teacher = response(drawn, answer)
+            teacher = response(drawn, answer, terse=number % 4)
             student = response(drawn, drawn.choice(["1", "2"]), terse=number % 2)
             pair = {"image": images[0], "prompt": prompt}
             for side, text in (("teacher", teacher), ("student", student)):
