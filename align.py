@@ -45,7 +45,7 @@ from engine.attention import adopt, forward_pack
 from engine.checkpoint import restore, save
 from engine.files import expect_none, read_backbone, same_input, write_backbone
 from engine.log import Log
-from engine.optimiser import optimizer, schedule, set_lr, step_if_finite
+from engine.optimiser import Schedule, optimizer, set_lr, step_if_finite
 from engine.packs import Tree, is_split, packs_of
 from engine.ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, print0, setup, world
 from engine.rollouts import (
@@ -666,6 +666,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     order = data.order(args.seed, first_held_out)
     # optimiser, resume
     opt = optimizer(disc, args.warmup_lr, args.disc_weight_decay)
+    rate = Schedule("cosine", args.warmup_steps, 0.1)
     last = f"{args.out}/warmup/last"
     start = 0
     best = 0.0  # held-out pair accuracy, of the harder span
@@ -674,6 +675,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
+        rate.resume(state["rate"], start)
         best = state["best"]
         stale = state["stale"]
     shown = [
@@ -692,7 +694,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
             roll(groups, hf, encoder, args, (args.seed, 1, step + 1))
         # 2) update
         loss, load = discriminator_pass(disc, groups, args, ranks.device)
-        set_lr(opt, args.warmup_lr * schedule(step, args.warmup_steps, 0.1, "cosine"))
+        set_lr(opt, args.warmup_lr * rate.factor(step))
         norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
         # 3) log
         metrics = health.game_metrics(health.pairs_of(groups, names), load, args.score_clip)
@@ -717,7 +719,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
                 partial(save_discriminator, disc, source),
                 {"step": step + 1, "args": vars(args), "metrics": metrics},
                 {"disc": (disc, opt)},
-                {"order": order.state(), "best": best, "stale": stale},
+                {"order": order.state(), "rate": rate.state(), "best": best, "stale": stale},
             )
         if stop:
             sys.exit(SAVED_AND_STOPPED)
@@ -763,6 +765,7 @@ def main(args):
     # optimisers
     opt = optimizer(policy, args.lr, args.weight_decay)
     disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
+    rate = Schedule(args.schedule, args.steps, args.warmup)
     players = {"policy": (policy, opt), "disc": (disc, disc_opt)}
     # data
     data = read(args.data, "align", args.image_root, args.max_bad)
@@ -775,6 +778,7 @@ def main(args):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
+        rate.resume(state["rate"], start)
     elif args.warmup_steps and not args.disc_path:
         warm_up(disc, sampler.refresh(), encoder, disc_encoder, policy.source, args, ranks)
     if args.warmup_only:
@@ -807,7 +811,7 @@ def main(args):
                 malformed=args.malformed,
             )
         # 5) update the policy
-        set_lr(opt, args.lr * schedule(step, args.steps, args.warmup, args.schedule))
+        set_lr(opt, args.lr * rate.factor(step))
         metrics = update_policy(policy, opt, groups, args, ranks.device)
         # 6) log
         metrics |= health.game_metrics(health.pairs_of(groups, names), expert_load, args.score_clip)
@@ -838,7 +842,7 @@ def main(args):
                 partial(save_players, policy, disc),
                 {"step": step + 1, "args": vars(args), "metrics": metrics},
                 players,
-                {"order": order.state()},
+                {"order": order.state(), "rate": rate.state()},
             )
         if stop:
             sys.exit(SAVED_AND_STOPPED)

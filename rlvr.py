@@ -33,7 +33,7 @@ from data import read
 from engine.arguments import Common, option, parse
 from engine.checkpoint import restore, save
 from engine.log import Log
-from engine.optimiser import optimizer, schedule, set_lr, step_if_finite
+from engine.optimiser import Schedule, optimizer, set_lr, step_if_finite
 from engine.packs import packs_of
 from engine.ranks import SAVED_AND_STOPPED, all_max, all_sum, gather, setup, world
 from engine.rollouts import (
@@ -464,6 +464,7 @@ def main(args):
     # optimiser
     algorithm = chosen_algorithm(args)
     opt = optimizer(policy, args.lr, algorithm.weight_decay)
+    rate = Schedule(args.schedule, args.steps, algorithm.warmup)
     players = {"policy": (policy, opt)}
     # data
     data = read(args.data, "rl", args.image_root, args.max_bad)
@@ -476,6 +477,7 @@ def main(args):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
+        rate.resume(state["rate"], start)
         surplus = [group_from_plain(plain, data, encoder) for plain in state["surplus"]]
     shown = ("loss", "reward", "accuracy", "format", "length", "entropy", "grad_norm grad")
     log = Log(args.out, args, shown, start)
@@ -494,8 +496,7 @@ def main(args):
         # 4) update the policy
         metrics = {"loss": torch.nan, "grad_norm": torch.nan, "skipped": 1}
         if groups:
-            factor = schedule(step, args.steps, algorithm.warmup, args.schedule)
-            set_lr(opt, args.lr * factor)
+            set_lr(opt, args.lr * rate.factor(step))
             metrics = update_policy(policy, opt, groups, args, device, reference)
         # 5) log
         metrics |= rollout_metrics(sampled or groups)  # a step may live on surplus alone
@@ -517,7 +518,11 @@ def main(args):
                 partial(save_policy, policy),
                 {"step": step + 1, "args": vars(args), "metrics": metrics},
                 players,
-                {"order": order.state(), "surplus": [group_to_plain(group) for group in surplus]},
+                {
+                    "order": order.state(),
+                    "rate": rate.state(),
+                    "surplus": [group_to_plain(group) for group in surplus],
+                },
             )
         if stop:
             sys.exit(SAVED_AND_STOPPED)

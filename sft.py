@@ -28,7 +28,7 @@ from data import read
 from engine.arguments import Common, option, parse
 from engine.checkpoint import restore, save
 from engine.log import Log
-from engine.optimiser import optimizer, schedule, set_lr, step_if_finite
+from engine.optimiser import Schedule, optimizer, set_lr, step_if_finite
 from engine.packs import Tree, packs_of_own
 from engine.ranks import SAVED_AND_STOPPED, all_sum, print0, setup, world
 from model import load, shard
@@ -75,6 +75,7 @@ def main(args):
     steps = args.steps or max(1, int(len(data) * args.epochs / args.batch))
     epochs = steps * args.batch / len(data)
     print0(f"{len(data)} conversations, {steps} updates of {args.batch}: {epochs:.2f} epochs")
+    rate = Schedule(args.schedule, steps, args.warmup)
     # resume
     last = f"{args.out}/last"
     start = 0
@@ -82,6 +83,7 @@ def main(args):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
+        rate.resume(state["rate"], start)
     log = Log(args.out, args, ("loss", "tokens", "grad_norm grad", "lr"), start, steps)
 
     for step in range(start, steps):
@@ -98,7 +100,7 @@ def main(args):
             (loss * world()).backward()  # FSDP averages over ranks; `tokens` is global already
             loss_sum += float(loss.detach())
         # 3) update
-        set_lr(opt, args.lr * schedule(step, steps, args.warmup, args.schedule))
+        set_lr(opt, args.lr * rate.factor(step))
         norm, skipped = step_if_finite(opt, loss_sum, args.grad_clip, "policy")
         # 4) log
         metrics = {
@@ -123,7 +125,7 @@ def main(args):
                 partial(save_policy, policy),
                 {"step": step + 1, "args": vars(args), "metrics": metrics},
                 players,
-                {"order": order.state()},
+                {"order": order.state(), "rate": rate.state()},
             )
         if stop:
             sys.exit(SAVED_AND_STOPPED)

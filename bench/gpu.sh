@@ -40,8 +40,8 @@ small() { # on a CPU: these flags, so that a try of the script ends within minut
     try 90 check.py # does it compute the same there? before how fast
     try 60 logprob.py --repeat 3 $(small --repeat 1 --tokens 64 --vocabulary 2000)
     try 60 vision.py --repeat 5 $(small --repeat 1)
-    try 80 packs.py --repeat 3 $(small --repeat 1 --response 16)
-    try 80 packs.py --discriminator --repeat 3 $(small --repeat 1 --response 16)
+    try 80 packs.py --repeat 3 $(small --repeat 1 --rollouts 4 --response 16)
+    try 80 packs.py --discriminator --repeat 3 $(small --repeat 1 --rollouts 4 --response 16)
     try 90 sampler.py --random --repeat 2 $(small --repeat 1 --most 32)
     try 80 sampler.py --growth $(small --most 256)
 }

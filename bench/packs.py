@@ -22,8 +22,6 @@ from engine.attention import adopt, forward_pack
 from engine.logprob import token_logps
 from engine.packs import Tree, build_pack
 
-N = 16  # rollouts of the group
-
 
 @dataclass
 class Contender:
@@ -60,15 +58,15 @@ def one_pack(tree, device):
 
 # -------------------------------------------------------------------------------------- the policy
 class PolicyCase:
-    """Log-probs of N responses to one prompt, in three ways, with the same loss."""
+    """Log-probs of several responses to one prompt, in three ways, with the same loss."""
 
-    def __init__(self, hf, root, mean, device):
+    def __init__(self, hf, root, rollouts, mean, device):
         self.theirs = hf
         self.ours = copy.deepcopy(hf)
         adopt(self.ours.model)
         self.root = root
         self.device = device
-        self.texts = random_texts(hf, lengths(N, mean), seed=1)
+        self.texts = random_texts(hf, lengths(rollouts, mean), seed=1)
         sizes = [len(text) for text in self.texts]
         self.coefficient = torch.randn(sum(sizes), device=device)  # of each token in the loss
         self.coefficients = self.coefficient.split(sizes)
@@ -89,7 +87,7 @@ class PolicyCase:
     def padded(self):
         """All rows at once, padded to the longest."""
         hidden = self.hidden_by_transformers(self.texts)
-        losses = [self.loss(hidden[k], k) for k in range(N)]
+        losses = [self.loss(hidden[k], k) for k in range(len(self.texts))]
         sum(losses).backward()
 
     def packed(self):
@@ -127,19 +125,20 @@ class PolicyCase:
 
 # ------------------------------------------------------------------------------- the discriminator
 class DiscriminatorCase:
-    """Scores of the spans of N responses and of the reference, in three ways, with the same loss.
+    """Scores of the spans of responses and of the reference, in three ways, with the same loss.
 
     The texts are spans of two kinds in turn; the first two are the reference's.
     """
 
-    def __init__(self, hf, root, mean, device):
+    def __init__(self, hf, root, rollouts, mean, device):
         disc = Discriminator(copy.deepcopy(hf.model), "moe", noise=0.01)
         self.disc = disc.to(device, hf.dtype)
         self.root = root
         self.device = device
-        sizes = [n // 2 for n in lengths(2 * (N + 1), mean, seed=2)]
+        self.rollouts = rollouts
+        sizes = [n // 2 for n in lengths(2 * (rollouts + 1), mean, seed=2)]
         self.texts = random_texts(hf, sizes, seed=1)
-        self.kinds = [0, 1] * (N + 1)
+        self.kinds = [0, 1] * (rollouts + 1)
 
     def contenders(self):
         return {
@@ -151,7 +150,7 @@ class DiscriminatorCase:
     def rows_as_released(self):
         """A row for each span, and the reference's again for each rollout."""
         for k in range(2, len(self.texts)):
-            bradley_terry(self.score(k % 2), self.score(k), N).backward()
+            bradley_terry(self.score(k % 2), self.score(k), self.rollouts).backward()
 
     def rows(self):
         """A row for each span, each once."""
@@ -168,8 +167,8 @@ class DiscriminatorCase:
 
     def loss(self, scores):
         """scores: (spans,)."""
-        reference = scores[:2].repeat(N)
-        return bradley_terry(reference, scores[2:], N)
+        reference = scores[:2].repeat(self.rollouts)
+        return bradley_terry(reference, scores[2:], self.rollouts)
 
 
 # ------------------------------------------------------------------------------------- the measure
@@ -197,6 +196,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--discriminator", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rollouts", type=int, default=16)
     parser.add_argument("--response", type=int, help="mean length of a response, tokens")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
@@ -214,7 +214,7 @@ def main():
         side = image_side(0.75 * times * mean)  # three quarters of the prompt
         root = prompt(hf, times * mean - (side // 2) ** 2 - 2, side)
         case_of = DiscriminatorCase if args.discriminator else PolicyCase
-        case = case_of(hf, root, mean, args.device)
+        case = case_of(hf, root, args.rollouts, mean, args.device)
         contenders = case.contenders()
         if args.checkpointing:
             for contender in contenders.values():

@@ -48,7 +48,7 @@ class Schedule:
         if step < self.warmup:
             return min(1.0, (step + 1) / self.warmup)  # not 0 at step 0: no update is for nothing
         if self.kind == "constant":
-            return 1.0
+            return self.height
         done = (step - self.start) / max(1, self.total - self.start)
         return self.height * (0.5 + 0.5 * math.cos(math.pi * done))
 
@@ -70,11 +70,6 @@ class Schedule:
             self.height = self.factor(step - 1)
             self.start = step - 1
         self.total = total
-
-
-def schedule(step, total, warmup=0.0, kind="constant"):
-    """The factor for update number `step`, from 0, of a run whose length has not changed."""
-    return Schedule(kind, total, warmup).factor(step)
 
 
 def set_lr(optimizer, lr):

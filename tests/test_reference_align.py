@@ -99,7 +99,9 @@ WARM_UPS = {
         grad_clip=0.1,
         max_response=30,
     ),
-    "pairs, some too long": dict(pairs="pairs", warmup_steps=1, warmup_pairs=6, disc="dense"),
+    "pairs, some too long": dict(
+        pairs="pairs", warmup_steps=1, warmup_pairs=6, disc="dense", max_response=24
+    ),
     "whole": dict(
         pairs="pairs",
         warmup_steps=2,

@@ -206,12 +206,16 @@ class Alignment:
         self.banned = self.reader.banned(self.policy.vocabulary)
 
     def too_long_in(self, reader):
-        """Of rows: bad ones, and those with a demonstration longer than a rollout may be."""
+        """Of rows: bad ones, and those with a response longer than a rollout may be; of pairs the
+        spans are counted, each with its end token."""
 
         def is_bad(row):
             if reader.is_bad(row):
                 return True
-            lengths = [len(reader.ids(text)) + 1 for text in reader.demonstrations(row)]
+            texts = reader.demonstrations(row)
+            lengths = [len(reader.ids(text)) + 1 for text in texts]
+            if len(texts) == 2:
+                lengths = [sum(map(len, reader.span_ids(text, self.kinds))) for text in texts]
             return max(lengths) > self.args.max_response
 
         return is_bad
