@@ -28,7 +28,6 @@ from data import read
 from engine.optimiser import optimizer, step_if_finite
 from engine.ranks import setup
 from engine.rollouts import Group, sample_groups
-from engine.rows import Order
 from model import load
 from rewards import verify
 
@@ -61,9 +60,10 @@ class Parts:
 def grpo_steps(args, steps):
     policy = load(args.policy).train()
     encoder = policy.encoder
-    opt = optimizer(policy, args.lr, args.weight_decay)
+    algorithm = rlvr.chosen_algorithm(args)
+    opt = optimizer(policy, args.lr, algorithm.weight_decay)
     data = read(args.data, "rl")
-    order = Order(len(data), args.seed)
+    order = data.order(args.seed)
     parts = Parts()
     for step in range(steps):
         parts.begin_step()
@@ -73,7 +73,8 @@ def grpo_steps(args, steps):
         sample_groups(policy.hf, encoder, groups, verify, args, (args.seed, step, 0))
         parts.end_part("sample, verify")
         for group in groups:
-            group.advantage = rlvr.group_advantage(group.verdicts["reward"], args.group_size)
+            reward = group.verdicts["reward"]
+            group.advantage = rlvr.group_advantage(reward, args.group_size, algorithm.scale_by_std)
         rlvr.update_policy(policy, opt, groups, args, "cpu")
         parts.end_part("policy's update")
         parts.tokens.append(sum(group.tokens() for group in groups))
@@ -87,7 +88,7 @@ def alignment_steps(args, steps):
     opt = optimizer(policy, args.lr, args.weight_decay)
     disc_opt = optimizer(disc, args.disc_lr, args.disc_weight_decay)
     data = read(args.data, "align")
-    order = Order(len(data), args.seed)
+    order = data.order(args.seed)
     build = partial(align.new_group, encoder=encoder, disc_encoder=encoder, args=args)
     weights = list(align.span_weights(args).values())
     parts = Parts()

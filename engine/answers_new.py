@@ -97,7 +97,7 @@ LETTER = r"[^\W\d_]"
 HYPHEN = rf"(?<={LETTER}{{3}})-(?={LETTER})|(?<={LETTER})-(?={LETTER}{{3}})"  # `x-axis`, not `b-a`
 WORDS = re.compile(rf"(?=.*{LETTER}\.?{LETTER})(?:{LETTER}|[\s'\",.!?:;]|{HYPHEN})+")
 LONG_WORD = re.compile(rf"{LETTER}{{3}}")
-ARTICLE = re.compile(r"(?i)\b(?:an?|the)\b(?=.*[a-z])")  # of something: the grade `a` is none
+ARTICLE = re.compile(r"(?i)\b(?:an?|the) +(?=.*[a-z])")  # of something: the grade `a` is none
 ELEMENT = (
     "A[cglmrstu]|B[aehikr]?|C[adeflmnorsu]?|D[bsy]|E[rsu]|F[elmr]?|G[ade]|H[efgos]?|I[nr]?|Kr?"
     "|L[airuv]|M[cdgnot]|N[abdehiop]?|O[gs]?|P[abdmortu]?|R[abefghnu]|S[bcegimnr]?|T[abcehilms]"
@@ -146,7 +146,7 @@ CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
 )
 STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in front of the verb
     r"(?i)\D*"
-    r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?)\b:? |[是为有] ?)"
+    r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?|it's)\b:? |[是为有] ?)"
 )
 REASON = re.compile(r"(.{1,60}?),? (?:because|since|as)\b.*")
 DENIAL = re.compile(
@@ -258,7 +258,7 @@ def chosen_letters(p, options):
     if letters(p, in_order=False):
         return letters(p, in_order=False)
     chosen = [option(text, options) for text in items(p)[1]]
-    if None in chosen or -1 in chosen:
+    if OR.search(p) or None in chosen or -1 in chosen:
         return None
     return {letter_of(index) for index in chosen}
 
@@ -294,7 +294,13 @@ def same_letters(p, g):
     return letters(p, in_order=False) == g_letters if g_letters else None
 
 
-TRUTH = re.compile(r"(?i)(?P<lead>[a-z ]*\bis )?(?:(?P<true>yes|true)|no|false)(?=$|[.,;:!])")
+PRONOUN = "it|they|he|she|there|this|that|these|those|we|you|i"
+AUXILIARY = "is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must"
+ECHO = re.compile(rf"(?i)(?:{PRONOUN}) (?:{AUXILIARY})(?:n't| not)?")  # `it is`, `there aren't`
+TRUTH = re.compile(
+    r"(?i)(?P<lead>[a-z ]*\bis )?(?:(?P<true>yes|true)|no|false)"
+    rf"(?=$|[.,;:!]| (?:{PRONOUN}) (?:{AUXILIARY}))"
+)
 TRUTH_WORD = re.compile(r"(?i)\b(?:yes|no|true|false)\b")
 TRUTH_IN_CHINESE = {"是": True, "是的": True, "对": True, "正确": True}
 TRUTH_IN_CHINESE |= {
@@ -305,10 +311,6 @@ TRUTH_IN_CHINESE |= {
     "错误": False,
     "错": False,
 }
-ECHO = re.compile(  # `it is`, `there are not`, `it doesn't`
-    r"(?i)(?:it|they|he|she|there|this|that|these|those|we|you|i) (?:is|are|was|were|do|does|did"
-    r"|has|have|had|can|could|will|would|should|may|might|must)(?:n't| not)?"
-)
 CONDITION = re.compile(r"(?i)\b(?:if|unless|but|except|maybe|perhaps|although|only)\b")
 
 
@@ -544,6 +546,8 @@ def same_collection(p, g):
     g_list = collection(g)
     if not (p_list and g_list):
         return None
+    if bool(OR.search(p)) != bool(OR.search(g)) and not are_solutions(p_list, g_list, p + g):
+        return False
     p_names = set(p_list.names) - {""}
     g_names = set(g_list.names) - {""}
     if p_names and g_names:
@@ -560,6 +564,15 @@ def same_collection(p, g):
             return False
         return all(same(a, b) for a, b in zip(p_list.items, g_list.items, strict=True))
     return match(p_list.items, g_list.items)
+
+
+OR = re.compile(r"\bor\b")
+AND = re.compile(r"\band\b")
+
+
+def are_solutions(p_list, g_list, texts):
+    """`x = 1 or x = 2` lists values, as `1, 2` does; `red or blue` does not, nor `1 and 2`."""
+    return not AND.search(texts) and not any(map(is_words, p_list.items + g_list.items))
 
 
 def named(several):
@@ -584,6 +597,8 @@ def same_quantity(p, g):
         return None
     if NONE not in (p_unit, g_unit) and p_unit != g_unit:
         return False
+    if split_unit(p_core)[1] != NONE or split_unit(g_core)[1] != NONE:
+        return None
     return same(p_core, g_core)
 
 

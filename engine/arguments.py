@@ -79,7 +79,7 @@ class Common:
     warmup: float = option(
         0.0, "of the learning rate, linear: below 1 a share of all steps, else a number of steps"
     )
-    grad_clip: float = option(1.0, "largest global gradient norm")
+    grad_clip: float = option(1.0, "largest global gradient norm", above=0)
     max_prompt: int = option(
         2048,
         "tokens, image tokens included; longer prompts are left out and counted, never cut",
@@ -87,7 +87,9 @@ class Common:
     )
     max_response: int = option(6144, "tokens, end token included", least=1)
     max_pixels: int | None = option(
-        None, "of one image, larger ones are scaled down; none: the image processor's own limit"
+        None,
+        "of one image, larger ones are scaled down; none: the image processor's own limit",
+        least=1,
     )
     pack_tokens: int = option(16384, "of one model call, per device", least=1)
     log_every: int = option(1, "steps between printed lines; log.jsonl gets every step", least=1)
@@ -157,10 +159,13 @@ def parse(Args, argv=None):
         given["config"] = config
     try:
         args = Args(**given)
+        if isinstance(args, Common):
+            look_at_paths(args, embedded)
     except ValueError as error:
         parser.error(str(error))
-    if isinstance(args, Common):
-        look_for_data(args, embedded, parser)
+    if embedded and is_first_rank():
+        where = f"the embedded world, {args.data}, with the sizes of {args.config}"
+        print(f"no --data: {where}", flush=True)
     return args
 
 
@@ -187,7 +192,6 @@ def make_parser(Args):
         description=sys.modules[Args.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,  # a later flag could change what an abbreviation means
     )
     own = parser.add_argument_group("of this script")
     shared = parser.add_argument_group("of every stage")
@@ -238,7 +242,8 @@ def or_none(kind):
 
 
 def refuse_unknown_flags(parser, argv):
-    """Before argparse complains about anything else: most often a flag is misspelt."""
+    """Before argparse complains about anything else: most often a flag is misspelt. Abbreviations
+    are refused too: a later flag could change what they mean."""
     known = list(parser._option_string_actions)
     for word in argv:
         flag = word.split("=")[0]
@@ -253,7 +258,7 @@ def find_config(Args, argv):
     """The file of arguments to read, or "" -> (path, whether it is the embedded world's)."""
     stage = stage_file(Args)
     tiny = stage.parent / "runs" / f"tiny-{stage.stem}.json"
-    first = Parser(prog=stage.name, add_help=False, allow_abbrev=False)
+    first = Parser(prog=stage.name, add_help=False)
     first.add_argument("--config", default="")
     first.add_argument("--data", nargs="*")
     known = first.parse_known_args(argv)[0]
@@ -282,20 +287,9 @@ def flags_in(path, Args, parser):
     for name, value in values.items():
         if isinstance(value, list):
             value = tuple(value)
-        if value != defaults[name] and not is_derived(name, values, Args):
+        if value != defaults[name]:
             flags += flags_of(name, value)
     return flags
-
-
-def is_derived(name, values, Args):
-    """Whether `Args` makes that value of the others by itself: given as a flag, it would stay where
-    a flag changes these.
-    """
-    others = {other: value for other, value in values.items() if other != name}
-    try:
-        return getattr(Args(**others), name) == values[name]
-    except (TypeError, ValueError):  # the values are not right; that is said later
-        return False
 
 
 def flags_of(name, value):
@@ -306,16 +300,40 @@ def flags_of(name, value):
     return [f"--{name}={value}"]
 
 
-def look_for_data(args, embedded, parser):
-    """A stage's --data: said where it is the embedded world's, and an error where it is not
-    there."""
+# --------------------------------------------------------------------------------------- paths
+def look_at_paths(args, embedded):
+    """ValueError where a stage lacks its --data, or the images' folder is not there, which would
+    look like row after row that is broken. Under torchrun also for what the stage would find out
+    by itself, in each of its processes: here they can still end with one message.
+    """
     if not args.data:
-        parser.error("--data is missing: the rows to train on")
+        raise ValueError("--data is missing: the rows to train on")
     if embedded and not Path(args.data).exists():
-        parser.error(f"{args.data} is not there: `bash runs/tiny.sh` makes it; or give --data")
-    if embedded and is_first_rank():
-        where = f"the embedded world, {args.data}, with the sizes of {args.config}"
-        print(f"no --data: {where}", flush=True)
+        raise ValueError(f"{args.data} is not there: `bash runs/tiny.sh` makes it; or give --data")
+    if args.image_root is not None and not Path(args.image_root).is_dir():
+        raise ValueError(f"--image_root {args.image_root}: no such folder")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if not Path(args.policy).exists() and not may_be_on_the_hub(args.policy):
+        raise ValueError(f"--policy {args.policy}: no such folder (and no model on the hub)")
+    if not Path(args.data).exists():
+        raise ValueError(f"--data {args.data}: no such file")
+    if overwrites(args.out, args.resume):
+        raise ValueError(overwrites(args.out, args.resume))
+
+
+def may_be_on_the_hub(path):
+    """Names of models there have at most one slash: owner/name."""
+    return not str(path).startswith((".", "/", "ckpt")) and str(path).count("/") <= 1
+
+
+def overwrites(folder, resume):
+    """Why a run may not write its log to that folder, or "" where it may."""
+    log = Path(folder, "log.jsonl")
+    if resume or not log.exists():
+        return ""
+    mend = f"continue that run with --resume, or remove {folder}, or change --out"
+    return f"{log} exists: {mend}"
 
 
 # ------------------------------------------------------------------------------------- the end

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from engine.arguments import may_be_on_the_hub
 from engine.ranks import is_main
 
 # What a checkpoint folder holds besides weights and config.json: copied as it is, so that any
@@ -51,11 +52,6 @@ def find(path, inside=("last", "")) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(path), allow_patterns=[*WEIGHT_FILES, *PROCESSOR_FILES]))
-
-
-def may_be_on_the_hub(path):
-    """Names of models there have at most one slash: owner/name."""
-    return not str(path).startswith((".", "/", "ckpt")) and str(path).count("/") <= 1
 
 
 def read_files(folder, *more):

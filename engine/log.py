@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from engine.arguments import overwrites
 from engine.ranks import is_main, print0, world
 
 
@@ -71,11 +72,8 @@ class Log:
             return
         path = Path(folder, "log.jsonl")
         self.samples = Path(folder, "rollouts.jsonl")
-        if path.exists() and not args.resume:
-            raise SystemExit(
-                f"{path} exists: continue that run with --resume, or remove {folder}, "
-                "or change --out"
-            )
+        if overwrites(folder, args.resume):
+            raise SystemExit(overwrites(folder, args.resume))
         header = {"args": asdict(args), "done": done, "time": time.time(), **provenance()}
         self.open_boards(folder, header, done)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from engine.units import NONE, WORD, Unit, unit
+from engine.units import LETTER, NONE, WORD, Unit, unit
 
 SIGNIFICANT = 6  # digits from which on a decimal may be a rounded value
 DIGITS_OF_A_FLOAT = 15  # what a program prints beyond them is noise
@@ -97,9 +97,10 @@ class Measure(NamedTuple):
 
 UNIT_WORD = rf"{WORD}(?:\^?\{{?-?\d\}}?)?"
 UNIT_TAIL = re.compile(  # `km/h`, `m^2`, `red apples`: up to seven words behind something else
-    rf"(?<![A-Za-z\\^_{{μΩÅ°\u4e00-\u9fff'-]){UNIT_WORD}"
+    rf"(?<![{LETTER}\\\\^_{{'-]){UNIT_WORD}"
     rf"(?:(?: ?(?:\\cdot|[*/]) ?| ){UNIT_WORD}){{0,6}}$"
 )
+DECADE = re.compile(r"\d{3}0s")  # `1990s`, which are no seconds
 PERCENT = unit("%")
 HOUR = unit("h")
 MINUTE = unit("min")
@@ -126,6 +127,8 @@ def measure(text):
     alone = number(text)
     if alone:
         return Measure(alone)
+    if DECADE.fullmatch(text):
+        return None
     if PARTS.fullmatch(text):
         return sum_of_parts(re.findall(PART, text))
     core, found = split_unit(text)
@@ -176,9 +179,9 @@ def same_share(percentage, plain):
 
 # ---------------------------------------------------------------------------------- ranges
 RANGE = re.compile(  # `3-5`, `from 3 to 5`, `100 - 500 euros`, `42.2%-62.6%`
-    r"(?:from )?(?P<low>-?[\d.,]+[^\d-]*?) ?(?:-|\b(?:to|until|through)\b) ?(?P<high>-?[\d.,]+.*)"
+    r"(?:from )?(?P<low>-?\.?\d[\d.,]*+[^\d-]*?) ?(?:-|\b(?:to|until|through)\b) ?(?P<high>-?\.?\d.*)"
 )
-BETWEEN = re.compile(r"between (?P<low>-?[\d.,]+[^\d-]*?) and (?P<high>-?[\d.,]+.*)")
+BETWEEN = re.compile(r"between (?P<low>-?\.?\d[\d.,]*+[^\d-]*?) and (?P<high>-?\.?\d.*)")
 SEASON = re.compile(r"(\d\d)(\d\d) ?- ?(\d\d)")  # `2007-08`
 
 
@@ -226,7 +229,9 @@ class Clock(NamedTuple):
             return {self.hour % 12}
         if self.half == "p":
             return {self.hour % 12 + 12}
-        return {self.hour, self.hour + 12} if self.hour < 12 else {self.hour, self.hour % 12}
+        if self.hour > 12:
+            return {self.hour}
+        return {self.hour % 12, self.hour % 12 + 12}
 
 
 @reader

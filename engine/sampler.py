@@ -264,12 +264,13 @@ class _Store:
     """
 
     def __init__(self, hf, slots):
-        config = hf.config.text_config
-        self.heads = config.num_key_value_heads
-        width = hf.model.language_model.layers[0].self_attn.head_dim
+        text = hf.model.language_model
+        layers = len(text.layers)
+        self.heads = text.config.num_key_value_heads
+        width = text.layers[0].self_attn.head_dim
         empty = torch.zeros(slots * self.heads, 0, width, dtype=hf.dtype, device=hf.device)
-        self.keys = [empty] * config.num_hidden_layers  # L of (B * H, S, d)
-        self.values = [empty] * config.num_hidden_layers  # L of (B * H, S, d)
+        self.keys = [empty] * layers  # L of (B * H, S, d)
+        self.values = [empty] * layers  # L of (B * H, S, d)
         self.bias = None  # (B * H, 1, S) of this step: 0 where its queries may look, else -inf
         self.place = None  # (B * H,) where its keys and values go, counted in (B * H * S, d)
 

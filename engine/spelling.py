@@ -87,7 +87,9 @@ def spell_circled(found):
 
 
 # ---------------------------------------------------------------------------------- wrappings
-BOX = re.compile(r"\\+f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+BOX = re.compile(
+    r"(?<!\\)\\++f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
+)
 
 
 def unbox(text):
@@ -100,7 +102,7 @@ def unbox(text):
 
 
 MATRIX = re.compile(
-    r"(?:\\left ?[\[(] ?)?\\+begin ?\{(?:[pbB]?matrix|array)\}(?:\{[lcr| ]*\})?"
+    r"(?:\\left ?[\[(] ?)?(?<!\\)\\++begin ?\{(?:[pbB]?matrix|array)\}(?:\{[lcr| ]*\})?"
     r"((?:[^\\]|\\(?!begin|end))*)\\+end ?\{(?:[pbB]?matrix|array)\}(?: ?\\right ?[\])])?"
 )
 
@@ -345,7 +347,7 @@ WORDING = (
     ),
     Rewrite("is about", r"\\approx", "=", r"x \approx 3", "x = 3"),
     Rewrite("equals sign in front", "^= ?", "", "= 5", "5"),
-    Rewrite("quotes and stops", r"^[*\" ]+|[*\" .,;:?]+$", "", '"B".', "B"),
+    Rewrite("quotes and stops", r"^[*\" ]+|(?<![*\" .,;:?])[*\" .,;:?]+$", "", '"B".', "B"),
     Rewrite("quotes", "^'(.*)'$", r"\1", "'B'", "B"),
 )
 

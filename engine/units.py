@@ -121,7 +121,8 @@ JOINING = {"of", "the", "in", "on", "for", "at", "a", "an"}  # short words in `k
 LETTER = "A-Za-zμΩÅ°%$€£¥₹¢\u4e00-\u9fff"
 WORD = f"[{LETTER}](?:[{LETTER}]|['-](?=[{LETTER}]))*+"
 TERM = re.compile(rf"({WORD})(?:\^?\{{?(-?\d)\}}?)?")  # `m`, `m^2`, `cm2`, `mol^{-1}`
-POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cubed": 3, "squared": 2}
+POWER_WORDS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "立方": 3, "squared": 2, "cubed": 3}
+POWER_PREFIX = re.compile("(?i)(?:square|cubic|平方|立方)(?=.)")  # `squareinches`, `平方米`
 SEPARATOR = re.compile(r" ?(?:\\cdot|\*|\.) ?| ")
 
 
@@ -166,16 +167,13 @@ for each in TABLE.strip().splitlines():
 
 def known_unit(word):
     """`km`, `Kilometers`, `KM`, `inches`, `平方米`, `squareinches`; None for an unknown word."""
-    if word in NAMES:
-        return NAMES[word]
-    lower = word.lower()
-    for name in (lower, lower.removesuffix("s"), lower.removesuffix("es")):
-        if len(name) > 1 and name in NAMES:
-            return NAMES[name]
-    for prefix, power in (("平方", 2), ("立方", 3), ("square", 2), ("cubic", 3)):
-        rest = known_unit(word.removeprefix(prefix)) if word.startswith(prefix) else None
-        if rest:
-            return multiply(NONE, rest, power)
+    found = POWER_PREFIX.match(word)
+    name = word[found.end() :] if found else word
+    power = POWER_WORDS[found[0].lower()] if found else 1
+    lower = name.lower()
+    for spelling in (name, lower, lower.removesuffix("s"), lower.removesuffix("es")):
+        if spelling in NAMES and (len(spelling) > 1 or spelling == name):
+            return multiply(NONE, NAMES[spelling], power)
     return None
 
 
@@ -195,10 +193,10 @@ def product(text):
             last = unit_of_word
             result = multiply(result, last, int(term[2] or 1) * power)
             power = 1
-        elif name in ("square", "sq", "cubic"):
-            power = POWER_WORDS[name]
         elif name in ("squared", "cubed") and last:
             result = multiply(result, last, POWER_WORDS[name] - 1)
+        elif name in POWER_WORDS:
+            power = POWER_WORDS[name]
         else:
             return phrase(words)
     return result if power == 1 else phrase(words)

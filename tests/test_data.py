@@ -468,6 +468,9 @@ def test_other_fields_do_no_harm():
     row |= {"objects": [{"colour": "red"}], "metadata": {"source": "x", "score": float("nan")}}
     row |= {"question": "Which file is it?", "choices": ["a.png", "b.png"], "answer": "b.png"}
     assert said(row).answer == "b.png"
+    seen = {"question": "What?", "answer": "red", "image": A}
+    seen |= {"file_name": "a.png", "path": "scenes/a.png", "videos": False, "tools": "[]"}
+    assert said(seen).images == [A]
 
 
 def test_public_cases(shared, tmp_path):
@@ -1078,6 +1081,8 @@ def test_a_span_has_the_same_ids_behind_any_rollout(bpe):
         ("-5 is low. 3 is high.", 2),
         ("(a) a dot\n(b) a line", 2),
         ("Two panels: (a) a dot (b) a line", 2),
+        ("(b) a dot\n(d) a line", 2),
+        ("Point (1) is red. It is large. It is round.", 3),
         ("1、红色的圆\n2、蓝色的方块", 2),
         ("一、红色的圆\n二、蓝色的方块", 2),
         ("（1）红色的圆（2）蓝色的方块", 2),

@@ -806,7 +806,7 @@ from engine import math_worker
 
 def text(row, side):
     if side in row:
-        return str(row[side])
+        return row[side]  # it may be no text
     return "".join(piece * count for piece, count in row[side + "_gen"])
 
 def peak_of_the_worker():
@@ -821,7 +821,7 @@ def ask():
         begin = time.perf_counter()
         answer = rewards.equivalent(pred, gold)
         took.append(time.perf_counter() - begin)
-        whole = "<caption>c</caption><think>t</think><answer>" + pred + "</answer>"
+        whole = "<caption>c</caption><think>t</think><answer>" + str(pred) + "</answer>"
         accuracy = rewards.score(whole, gold)["accuracy"]
         if answer is not row["expect"] or accuracy > row["expect"]:
             wrong.append(row["id"])

@@ -342,7 +342,7 @@ def test_rotary_settings_stand_in_both_spellings(checkpoint, tmp_path):
 OTHER_VERSION = """
 import sys, torch, transformers
 assert transformers.__version__.startswith("4.57"), transformers.__version__
-inputs = torch.load("inputs.pt")
+inputs = torch.load("inputs.pt", weights_only=True)
 found = []
 for folder in sys.argv[1:]:
     hf = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -384,7 +384,8 @@ def test_what_is_saved_opens_in_transformers_4(checkpoint, corpus, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kinds = prompt.image_mask.int()[None]
-    for folder, theirs in zip(folders, torch.load(tmp_path / "logits.pt"), strict=True):
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    for folder, theirs in zip(folders, found, strict=True):
         hf = AutoModelForImageTextToText.from_pretrained(tmp_path / folder, dtype=torch.float32)
         with torch.no_grad():
             ours = hf.eval()(**inputs, mm_token_type_ids=kinds).logits

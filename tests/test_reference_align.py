@@ -5,7 +5,7 @@ advantages, the policy's loss and gradient, AdamW, learning rates, log; and the 
 
 import pytest
 import torch
-from reference import compare, watch, world
+from reference import compare, stage2, watch, world
 
 import align
 from engine import health
@@ -76,9 +76,9 @@ def test_game(files, tmp_path, case):
     if args.disc_path:
         compare.check_saved(args.disc_path, weights)
     else:
-        compare.check_upcycled(weights, args)
+        stage2.check_upcycled(weights, args)
     start = compare.policy_weights(args.policy)
-    policy, disc = compare.check_game(trace, args, weights, start, health.length_probe)
+    policy, disc = stage2.check_game(trace, args, weights, start, health.length_probe)
     compare.check_saved(tmp_path / "last", policy.weights, "hf.")
     compare.check_saved(tmp_path / "last/discriminator", disc.weights)
     if args.sample_every:
@@ -122,14 +122,14 @@ def test_warm_up(files, tmp_path, monkeypatch, case):
     args = align.Args(**flags)
     warm = trace[: args.warmup_steps]
     weights = warm[0]["updates"][0]["before"]
-    compare.check_upcycled(weights, args)
-    disc = compare.check_warm_up(warm, args, weights, health.length_probe, 2)
+    stage2.check_upcycled(weights, args)
+    disc = stage2.check_warm_up(warm, args, weights, health.length_probe, 2)
     compare.check_saved(tmp_path / "warmup/last", disc.weights)
     game = trace[args.warmup_steps :]
     assert bool(game) != args.warmup_only
     if game:
         start = compare.policy_weights(args.policy)
-        compare.check_game(game, args, disc.weights, start, health.length_probe)
+        stage2.check_game(game, args, disc.weights, start, health.length_probe)
         calls = [seed for step in trace for seed, _ in step["calls"]]
         compare.distinct(calls)
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, free_ports
-from reference import compare, world
+from reference import compare, stage1, stage2, stage3, world
 
 import align
 import rlvr
@@ -128,7 +128,7 @@ def runs(tmp_path_factory):
 
 def test_sft(runs):
     args, trace = runs["sft"]
-    player = compare.check_sft(trace, args)
+    player = stage1.check_sft(trace, args)
     compare.check_saved(f"{args.out}/last", player.weights, "hf.")
 
 
@@ -137,7 +137,7 @@ def test_game(runs):
     weights = trace[0]["updates"][0]["before"]
     compare.check_saved(args.disc_path, weights)
     start = compare.policy_weights(args.policy)
-    policy, disc = compare.check_game(trace, args, weights, start, health.length_probe)
+    policy, disc = stage2.check_game(trace, args, weights, start, health.length_probe)
     compare.check_saved(f"{args.out}/last", policy.weights, "hf.")
     compare.check_saved(f"{args.out}/last/discriminator", disc.weights)
 
@@ -145,11 +145,11 @@ def test_game(runs):
 def test_warm_up(runs):
     args, trace = runs["warm-up"]
     weights = trace[0]["updates"][0]["before"]
-    compare.check_upcycled(weights, args)
-    compare.check_warm_up(trace, args, weights, health.length_probe, 2)
+    stage2.check_upcycled(weights, args)
+    stage2.check_warm_up(trace, args, weights, health.length_probe, 2)
 
 
 def test_rlvr(runs):
     args, trace = runs["rlvr"]
-    player = compare.check_rlvr(trace, args)
+    player = stage3.check_rlvr(trace, args)
     compare.check_saved(f"{args.out}/last", player.weights, "hf.")

@@ -4,7 +4,7 @@ policy that sampled, each update's loss and gradient, AdamW, learning rate, log.
 """
 
 import pytest
-from reference import compare, watch, world
+from reference import compare, stage3, watch, world
 
 import rlvr
 
@@ -30,7 +30,7 @@ CASES = {
     "dapo": DAPO | dict(overlong=8, clip_low=0.02, clip_high=0.03, steps=3),
     "dapo, surplus alone": DAPO | dict(overlong=0, prompts_per_draw=8, prompts_per_step=1, steps=4),
     "dapo, too few": DAPO
-    | dict(overlong=5, max_draws=1, prompts_per_draw=2, minibatches=2, warmup=0.0, steps=3),
+    | dict(overlong=5, max_draws=1, prompts_per_draw=2, minibatches=2, warmup=0.0, steps=3, seed=3),
     "gspo": dict(algo="gspo", steps=3),
     "gspo, 2 minibatches": dict(algo="gspo", minibatches=2, clip_low=0.01, clip_high=0.02),
     "dr_grpo": dict(algo="dr_grpo", temperature=0.8),
@@ -46,7 +46,7 @@ def test_rlvr(files, tmp_path, case):
     flags = BASE | CASES[case] | dict(policy=files.policy, data=files.rl, out=str(tmp_path))
     trace = watch.record("rlvr", flags)
     args = rlvr.Args(**flags)
-    player = compare.check_rlvr(trace, args)
+    player = stage3.check_rlvr(trace, args)
     compare.check_saved(tmp_path / "last", player.weights, "hf.")
     if args.sample_every:
         compare.check_shown(tmp_path, trace)
@@ -55,9 +55,24 @@ def test_rlvr(files, tmp_path, case):
         assert any(metrics["clip_frac"] > 0 for metrics in found)
     if case == "dapo":
         assert any(metrics["surplus"] for metrics in found)
+        assert any(metrics["draws"] > 1 for metrics in found)
         assert any(metrics["clip_frac"] > 0 for metrics in found)
+    if case.startswith("dapo"):
+        means = [
+            mean_accuracy(group)
+            for step in trace
+            for _, groups in step["calls"]
+            for group in groups
+        ]
+        assert 0 in means and len(set(means)) > 1
     if case == "dapo, surplus alone":
+        assert 1 in means
         assert any(metrics["dropped"] for metrics in found)
         assert any(metrics["draws"] == 0 for metrics in found)
     if case == "dapo, too few":
         assert any(0 < metrics["groups"] < args.minibatches for metrics in found)
+
+
+def mean_accuracy(group):
+    accuracy = group["verdicts"]["accuracy"]
+    return sum(accuracy) / len(accuracy)

@@ -1,4 +1,4 @@
-"""The sampler by itself beside the reference, and the numbers that METHOD.md gives for each stage."""
+"""The sampler by itself beside the reference, and METHOD.md's numbers for each stage."""
 
 import pytest
 import torch

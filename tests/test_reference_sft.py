@@ -1,7 +1,7 @@
-"""Stage 1 beside the reference: tokens that are trained, loss, gradient, AdamW, learning rate, log."""
+"""Stage 1 beside the reference: trained tokens, loss, gradient, AdamW, learning rate, log."""
 
 import pytest
-from reference import compare, watch, world
+from reference import compare, stage1, watch, world
 
 import sft
 
@@ -30,7 +30,7 @@ def test_sft(files, tmp_path, data, flags):
     flags["policy"] = getattr(files, flags.get("policy", "tied"))
     flags |= dict(data=getattr(files, data), out=str(tmp_path))
     trace = watch.record("sft", flags)
-    player = compare.check_sft(trace, sft.Args(**flags))
+    player = stage1.check_sft(trace, sft.Args(**flags))
     compare.check_saved(tmp_path / "last", player.weights, "hf.")
 
 
@@ -40,4 +40,4 @@ def test_epochs(files, tmp_path):
     flags |= dict(steps=None, epochs=0.8)
     trace = watch.record("sft", flags)
     assert len(trace) == int(11 * 0.8 / 4)
-    compare.check_sft(trace, sft.Args(**flags | dict(steps=len(trace))))
+    stage1.check_sft(trace, sft.Args(**flags | dict(steps=len(trace))))

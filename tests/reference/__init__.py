@@ -10,5 +10,5 @@ transformers, in float64, without packs; nothing is imported from the stages or 
     measures  what is logged
     steps     the step of each stage, of what was sampled and of the weights before it
     watch     a run of a real stage, recorded: rollouts, weights and gradients of each update, log
-    compare   the two, beside each other
+    compare   the two beside each other, in every stage; stage1 to stage3: each stage's own
 """

@@ -51,7 +51,7 @@ def of_span(pairs, clip):
     margin = theirs - ours
     spreads = []
     for number in sorted(set(group)):
-        members = [score for g, score in zip(group, ours) if g == number]
+        members = [score for g, score in zip(group, ours, strict=True) if g == number]
         if len(members) > 1:
             spreads.append(std(members))
     found = {

@@ -78,17 +78,23 @@ def alignment_advantage(
         clipped = [low if s is None else s for s in clipped]
         filled.append([clipped[i] for i in counted])
     if normalize == "span":
-        normal = [normalise(kind, std_floor) for kind in filled]
-        total = [sum(w * kind[i] for w, kind in zip(weights, normal)) for i in range(len(counted))]
+        total = weigh(weights, [normalise(kind, std_floor) for kind in filled])
     else:
-        total = [sum(w * kind[i] for w, kind in zip(weights, filled)) for i in range(len(counted))]
-        total = normalise(total, std_floor)
+        total = normalise(weigh(weights, filled), std_floor)
     advantage = [0.0] * rollouts
     for place, i in enumerate(counted):
         advantage[i] = total[place]
         if not well_formed[i]:
             advantage[i] -= penalty
     return advantage
+
+
+def weigh(weights, kinds):
+    """Of each rollout the weighted sum over the kinds of span."""
+    return [
+        sum(weight * score for weight, score in zip(weights, scores, strict=True))
+        for scores in zip(*kinds, strict=True)
+    ]
 
 
 def reward_advantage(rewards, scale_by_std):

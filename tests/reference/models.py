@@ -134,9 +134,7 @@ class Discriminator:
             experts = kinds
         if form != "dense":
             for layer in self.model.language_model.layers:
-                layer.mlp = Experts(
-                    form, experts, top_k, text.hidden_size, text.intermediate_size
-                )
+                layer.mlp = Experts(form, experts, top_k, text.hidden_size, text.intermediate_size)
                 self.mixtures.append(layer.mlp)
         self.model.double()
         heads = kinds if form == "experts" else 1

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (1, 2)]
 
 import torch  # noqa: E402
+
 from reference import watch  # noqa: E402
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ class Reader:
     def demonstrations(self, row):
         """The responses that stand in a row: the teacher's, and in rows of pairs the student's."""
         row = self.rows[row]
-        return [row[f"{side}_response"] for side in ("teacher", "student") if f"{side}_response" in row]
+        return [
+            row[f"{side}_response"] for side in ("teacher", "student") if f"{side}_response" in row
+        ]
 
     def span_ids(self, response, kinds=BOTH):
         """The ids of each span of a response, the end token behind each; None: malformed."""

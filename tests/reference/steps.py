@@ -134,9 +134,7 @@ def align_policy(policy, groups, flags, banned):
     entropy = []
     distances = []
     for group in groups:
-        group.log_probs = sampled_from(
-            policy, group.prompt, group.ids, flags.temperature, banned
-        )
+        group.log_probs = sampled_from(policy, group.prompt, group.ids, flags.temperature, banned)
         for i, ids in enumerate(group.ids):
             logp = chosen(group.log_probs[i], ids)
             ratio = (logp - logp.detach()).exp()

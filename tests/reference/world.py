@@ -253,7 +253,9 @@ def make_world(folder):
         align.append({**row, "teacher_response": demonstration})
 
         row = {**row, "reward_model": dict(row["reward_model"])}
-        if number % 2:
+        if number % 5 == 0:  # nearly every answer is right
+            row["reward_model"]["equivalent_answers"] = ["1", "2", "three", "A", "B"]
+        elif number % 2:
             row["extra_info"] = {"choices": ["two", "three"]}
             row["reward_model"]["ground_truth"] = "two"
         elif answer == "3":
