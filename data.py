@@ -454,6 +454,7 @@ class Encoder:
     it: a text has the same ids as a demonstration, a rollout's span and a reference's span.
     rope_index: the transformers model's `get_rope_index` (None: plain positions). max_pixels:
     larger images are scaled down to this area. blind: images are left out.
+    ends: ids that end a rollout beside those that tokenizer and configuration name.
     """
 
     def __init__(
@@ -465,21 +466,26 @@ class Encoder:
         max_prompt_tokens=2048,
         max_pixels=None,
         blind=False,
+        ends=(),
     ):
         if not tokenizer.chat_template or tokenizer.eos_token_id is None:
             raise ValueError(
                 "the tokenizer has no chat template or no end token: "
                 "put chat_template.jinja beside it"
             )
+        refuse_prefilled(tokenizer)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.rope_index = rope_index
         self.max_prompt_tokens = max_prompt_tokens
         self.blind = blind
         self.image_id = config.image_token_id
-        # The image processor's edges are areas, for all their names.
-        largest = min(image_processor.size["longest_edge"], max_pixels or math.inf)
-        smallest = min(image_processor.size["shortest_edge"], largest)
+        # The image processor's edges are areas, for all their names; older files name them so.
+        limits = dict(image_processor.size)
+        largest = limits.get("longest_edge") or limits["max_pixels"]
+        smallest = limits.get("shortest_edge") or limits["min_pixels"]
+        largest = min(largest, max_pixels or math.inf)
+        smallest = min(smallest, largest)
         self.size = {"shortest_edge": smallest, "longest_edge": largest}
 
         self.eos = tokenizer.eos_token_id
@@ -489,15 +495,14 @@ class Encoder:
         for name in ("image", "video", "vision_start", "vision_end"):
             media.add(getattr(config, f"{name}_token_id", None))
         media &= known
+        # Any of these ends a rollout: the tokenizer's end token first, then the model's, then those
+        # of generation_config.json. Padding may be one of them.
+        named = [self.eos, *ids_of(getattr(text_config, "eos_token_id", None)), *ends]
+        self.eos_ids = tuple(dict.fromkeys(i for i in named if i in known - media))
         # Never sampled: marks of images, padding, and rows of the embedding without a token.
         unused = set(range(text_config.vocab_size)) - known
         banned = media | unused | {tokenizer.pad_token_id}
-        self.banned = tuple(sorted(banned - {self.eos, None}))
-        # Any of these ends a rollout: the tokenizer's end token first, then the model's.
-        ends = getattr(text_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        others = [i for i in ends if i in known and i not in self.banned]
-        self.eos_ids = tuple(dict.fromkeys([self.eos, *others]))
+        self.banned = tuple(sorted(banned - {*self.eos_ids, None}))
         # A text that holds one of these would steer the model.
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special.update(tokenizer.convert_ids_to_tokens(sorted(media)))
@@ -668,7 +673,32 @@ def open_encoder(path, base=None, **options) -> Encoder:
     if tokenizer.chat_template:
         tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
     rope_index = getattr(base, "get_rope_index", None)
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        options = {"ends": ids_of(named), **options}
     return Encoder(tokenizer, image_processor, base.config, rope_index, **options)
+
+
+def refuse_prefilled(tokenizer):
+    """Raise ValueError for a chat template that begins the response itself, as a Thinking model's
+    does with <think>: no rollout could then begin with its caption."""
+    turn = {"role": "user", "content": "?"}
+    text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    begun = [tag for tag in TAGS if tag in text.rpartition("?")[2]]
+    if begun:
+        raise ValueError(
+            f"the chat template begins each response with {begun[0]}, as a Thinking model's does, "
+            f"but responses here begin with {TAGS[0]}: start from an Instruct model, or take "
+            f"{begun[0]} out of the end of chat_template.jinja"
+        )
+
+
+def ids_of(named):
+    """A configuration names one id, several, or none."""
+    if named is None:
+        return []
+    return named if isinstance(named, list) else [named]
 
 
 def write_template(tokenizer, folder):

@@ -175,7 +175,9 @@ LABEL_ALONE = re.compile(  # `B`, `(b)`, `Option B.`
 )
 LABELLED = re.compile(r"(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?![( ])(.+)")  # `(B) the dog`
 LABEL_BEFORE = re.compile(r"([A-J]) ?[-(] ?(.+?)\)?")  # `B (the dog)`, `B - the dog`
-SEVERAL_LABELS = re.compile(r"\b[A-J][).:]|^(?:and|or)\b|^[A-J]\W+[A-J]\b")  # `(A) B) ...`
+NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`
+    r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
+)
 LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`
     r"[(\[]?[A-H][)\]]?(?:(?:[,;/] ?(?:and )?| and | ?(?=\()| (?=[A-H]))[(\[]?[A-H][)\]]?)+"
 )
@@ -188,7 +190,7 @@ def label(text):
     if alone:
         return alone[1].upper(), ""
     labelled = LABELLED.fullmatch(text)
-    if labelled and not SEVERAL_LABELS.search(labelled[2]):
+    if labelled and not NOT_ITS_TEXT.search(labelled[2]):
         return labelled.groups()
     return None
 

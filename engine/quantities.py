@@ -179,7 +179,8 @@ def same_share(percentage, plain):
 
 # ---------------------------------------------------------------------------------- ranges
 RANGE = re.compile(  # `3-5`, `from 3 to 5`, `100 - 500 euros`, `42.2%-62.6%`
-    r"(?:from )?(?P<low>-?\.?\d[\d.,]*+[^\d-]*?) ?(?:-|\b(?:to|until|through)\b) ?(?P<high>-?\.?\d.*)"
+    r"(?:from )?(?P<low>-?\.?\d[\d.,]*+[^\d-]*?) ?(?:-|\b(?:to|until|through)\b) ?"
+    r"(?P<high>-?\.?\d.*)"
 )
 BETWEEN = re.compile(r"between (?P<low>-?\.?\d[\d.,]*+[^\d-]*?) and (?P<high>-?\.?\d.*)")
 SEASON = re.compile(r"(\d\d)(\d\d) ?- ?(\d\d)")  # `2007-08`

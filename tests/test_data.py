@@ -938,6 +938,21 @@ def test_banned_ids(encoder):
     assert encoder.eos == ids[2] and encoder.eos_ids == (ids[2],)
 
 
+def test_template_that_begins_the_response_is_refused(shared):
+    """The real Thinking model's prefills <think>; the real Instruct model's does not."""
+    tokenizer = byte_tokenizer()
+    thinking = shared / "data/qwen3vl/30B-A3B-Thinking/tokenizer_config.json"
+    tokenizer.chat_template = json.loads(thinking.read_text())["chat_template"]
+    with pytest.raises(ValueError, match="begins each response with <think>.*an Instruct model"):
+        encoder_of(tokenizer)
+    instruct = shared / "data/qwen3vl/chat_templates/qwen3vl_instruct.jinja"
+    tokenizer.chat_template = instruct.read_text()
+    encoder_of(tokenizer)
+    tokenizer.chat_template = CHAT + "{% if add_generation_prompt %}<caption>{% endif %}"
+    with pytest.raises(ValueError, match="begins each response with <caption>"):
+        encoder_of(tokenizer)
+
+
 def test_template_that_rewrites_turns_is_refused():
     tokenizer = byte_tokenizer()
     thinking = "{{ m.content.split('</think>')[-1] }}"

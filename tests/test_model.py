@@ -330,6 +330,40 @@ def test_tokens_without_a_row_in_the_embedding(checkpoint, tmp_path):
     model.load(tmp_path / "ckpt")
 
 
+# ----------------------------------------------------------------------------- other files' ways
+@pytest.mark.parametrize("named", [0, [0, 3], [3, 2, 999]])
+def test_end_tokens_of_generation_config_alone(checkpoint, tmp_path, named):
+    """They end a rollout, padding (0) too; what marks an image (3) or is no token never does."""
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    generation = tmp_path / "ckpt/generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": named}))
+    encoder = model.load(tmp_path / "ckpt").encoder
+    assert encoder.tokenizer.pad_token_id == 0 and encoder.eos == 2
+    expected = (2,) if named == [3, 2, 999] else (2, 0)
+    assert encoder.eos_ids == expected
+    assert 3 in encoder.banned and not set(expected) & set(encoder.banned)
+    assert encoder.decode([7, expected[-1]]) == encoder.decode([7])
+
+
+@pytest.mark.parametrize("top", [True, False], ids=["on top", "in size"])
+def test_pixel_limits_as_older_files_have_them(checkpoint, tmp_path, top):
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    file = tmp_path / "ckpt/preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    limits = {"min_pixels": 64, "max_pixels": 400}
+    settings["size"] = limits
+    if top:
+        settings |= limits
+        del settings["size"]
+    file.write_text(json.dumps(settings))
+    encoder = model.load(tmp_path / "ckpt").encoder
+    assert encoder.size == {"shortest_edge": 64, "longest_edge": 400}
+    # 24 x 24 pixels are scaled to 16 x 16: patches of 4, merged by 2 x 2.
+    assert encoder.prompt(example()).image_mask.sum() == 4
+    smaller = model.load(tmp_path / "ckpt", max_pixels=100).encoder
+    assert smaller.size == {"shortest_edge": 64, "longest_edge": 100}
+
+
 # ---------------------------------------------------------------------------- another transformers
 def test_rotary_settings_stand_in_both_spellings(checkpoint, tmp_path):
     model.save(model.load(checkpoint), tmp_path)

@@ -20,19 +20,21 @@ TERMS = dict(score_l2=0.05, balance=0.2)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The world, and a discriminator whose experts, router and head are far from their start."""
+    """The world, and discriminators whose experts, router and head are far from their start."""
     folder = tmp_path_factory.mktemp("reference")
     files = world.make_world(folder)
-    args = align.Args(policy=files.policy, data=files.align)
-    files.strong = str(folder / "strong")
-    align.save_discriminator(align.load_discriminator(args), files.policy, files.strong)
-    world.strengthen_discriminator(files.strong)
+    for form in ("moe", "experts", "dense"):
+        args = align.Args(policy=files.policy, data=files.align, disc=form)
+        path = str(folder / form)
+        align.save_discriminator(align.load_discriminator(args), files.policy, path)
+        world.strengthen_discriminator(path)
+        setattr(files, form, path)
     return files
 
 
 CASES = {
     "moe": dict(
-        disc_path="strong",
+        disc_path="moe",
         alpha=0.3,
         temperature=0.8,
         score_clip=0.5,
@@ -46,14 +48,18 @@ CASES = {
         disc_weight_decay=0.2,
         weight_decay=0.1,
     ),
-    "experts": dict(disc="experts", disc_init="other", normalize="sum", alpha=0.7, seed=3),
-    "dense, blind": dict(disc="dense", disc_blind=True, malformed="drop", std_floor=0.002),
-    "whole": dict(
-        disc_path="strong", spans="whole", malformed_penalty=0.5, max_pixels=128, sample_every=1
+    "experts": dict(disc="experts", disc_path="experts", normalize="sum", alpha=0.7, seed=3),
+    "dense, blind": dict(
+        disc="dense", disc_path="dense", disc_blind=True, malformed="drop", std_floor=0.1
     ),
-    "split": dict(disc_path="strong", pack_tokens=70, alpha=0.2, prompts_per_step=3),
-    "top 1 of 3": dict(experts=3, experts_per_token=1, upcycle_noise=0.3, steps=1),
-    "sharded": dict(disc_path="strong", offload=True, checkpointing=True, temperature=0.7),
+    "whole": dict(
+        disc_path="moe", spans="whole", malformed_penalty=0.5, max_pixels=128, sample_every=1
+    ),
+    "split": dict(disc_path="moe", pack_tokens=70, alpha=0.2, prompts_per_step=3),
+    "top 1 of 3": dict(
+        experts=3, experts_per_token=1, upcycle_noise=0.3, steps=1, disc_init="other"
+    ),
+    "sharded": dict(disc_path="moe", offload=True, checkpointing=True, temperature=0.7),
     "nothing well-formed": dict(temperature=4.0, prompts_per_step=1),
 }
 
@@ -147,7 +153,7 @@ def test_head_computes_in_float32(files, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(align.Discriminator, "forward", score)
-    flags = GAME | dict(steps=1, dtype="bfloat16", disc_path="strong", prompts_per_step=1)
+    flags = GAME | dict(steps=1, dtype="bfloat16", disc_path="moe", prompts_per_step=1)
     watch.record("align", complete(flags, files, tmp_path))
     hidden, weight, scores = seen[0]
     assert hidden.dtype == weight.dtype == scores.dtype == torch.float32
