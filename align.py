@@ -751,9 +751,8 @@ def main(args):
     ranks = setup(args)
     names = list(span_table(args))
     # model: the policy, the copy that samples, the discriminator
-    policy = load(
-        args.policy, max_prompt_tokens=args.max_prompt, max_pixels=args.max_pixels
-    ).train()
+    images = {"max_pixels": args.max_pixels, "max_side": args.max_side}
+    policy = load(args.policy, max_prompt_tokens=args.max_prompt, **images).train()
     encoder = policy.encoder
     disc = load_discriminator(args).train()
     same_input(disc.model.config, policy.hf.config)

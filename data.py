@@ -452,8 +452,9 @@ class Encoder:
 
     The prompt is rendered by the chat template and tokenised apart from the response that follows
     it: a text has the same ids as a demonstration, a rollout's span and a reference's span.
-    rope_index: the transformers model's `get_rope_index` (None: plain positions). max_pixels:
-    larger images are scaled down to this area. blind: images are left out.
+    rope_index: the transformers model's `get_rope_index` (None: plain positions). max_pixels,
+    max_side: larger images are scaled down to this area, or to this longer side in pixels. blind:
+    images are left out.
     ends: ids that end a rollout beside those that tokenizer and configuration name.
     """
 
@@ -465,6 +466,7 @@ class Encoder:
         rope_index=None,
         max_prompt_tokens=2048,
         max_pixels=None,
+        max_side=None,
         blind=False,
         ends=(),
     ):
@@ -478,6 +480,7 @@ class Encoder:
         self.image_processor = image_processor
         self.rope_index = rope_index
         self.max_prompt_tokens = max_prompt_tokens
+        self.max_side = max_side
         self.blind = blind
         self.image_id = config.image_token_id
         # The image processor's edges are areas, for all their names; older files name them so.
@@ -544,6 +547,9 @@ class Encoder:
         if self.blind or not example.images:
             return None, None
         images = [open_image(image, example.where) for image in example.images]
+        if self.max_side:
+            for image in images:
+                image.thumbnail((self.max_side, self.max_side))  # in place, larger ones alone
         try:
             made = self.image_processor(images=images, size=self.size, return_tensors="pt")
         except ValueError as error:

@@ -70,6 +70,9 @@ class Args:
     max_pixels: int | None = option(
         None, "of one image, larger ones are scaled down; none: the image processor's own limit"
     )
+    max_side: int | None = option(
+        None, "pixels, of one image's longer side; larger ones are scaled down", least=1
+    )
     max_bad: int = option(
         100, "rows of a file that cannot be used; with more of them the run stops"
     )
@@ -351,6 +354,7 @@ def main(args):
             ranks.device,
             max_prompt_tokens=args.max_prompt,
             max_pixels=args.max_pixels,
+            max_side=args.max_side,
         )
         for path in args.data:
             data = read(path, "eval", args.image_root, args.max_bad)

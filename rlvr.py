@@ -451,12 +451,12 @@ def main(args):
     ranks = setup(args)
     device = ranks.device
     # model: the policy, the copy that samples, the start policy for a KL term
-    options = {"max_prompt_tokens": args.max_prompt, "max_pixels": args.max_pixels}
-    policy = load(args.policy, **options).train()
+    images = {"max_pixels": args.max_pixels, "max_side": args.max_side}
+    policy = load(args.policy, max_prompt_tokens=args.max_prompt, **images).train()
     encoder = policy.encoder
     reference = None
     if args.kl:
-        reference = load(args.policy, **options).requires_grad_(False)
+        reference = load(args.policy).requires_grad_(False)
     sampler = RolloutCopy(policy, args, device)
     shard(policy, policy.hf.model, args, ranks)
     if reference is not None:

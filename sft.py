@@ -63,7 +63,8 @@ def main(args):
     ranks = setup(args)
     # model
     max_tokens = args.max_prompt + args.max_response
-    policy = load(args.policy, max_prompt_tokens=max_tokens, max_pixels=args.max_pixels).train()
+    images = {"max_pixels": args.max_pixels, "max_side": args.max_side}
+    policy = load(args.policy, max_prompt_tokens=max_tokens, **images).train()
     encoder = policy.encoder
     shard(policy, policy.hf.model, args, ranks)
     # optimiser

@@ -21,7 +21,7 @@ Conventions, where graders differ:
 | 65+, over 65, at least 65 | bounds: equal to the same bound, never to 65 | another claim |
 | about 5, ~5, 5? | 5 | one value, and committed to |
 | 3 or 4, 3 (or 4) | a list: not 3 | two values are no answer to a question for one |
-| bare lists, {sets} | without order; an item counts twice where the gold has it twice | |
+| bare lists, {sets} | without order; a number counts as often as it is written | |
 | (tuples), [lists] | in order, also against a bare list | points have one |
 | [1,2), (1,2], (1,2) | different; x < 3 is (-oo, 3) | they are |
 | 0.333333 | 1/3, from six significant digits on | 0.33 may be a wrong 1/3 |
@@ -367,7 +367,11 @@ def same_numbered(p, g):
         return None
     if p_noun and g_noun and noun(p_noun) != noun(g_noun):
         return False
-    return same(p[p_noun.end() :] if p_noun else p, g[g_noun.end() :] if g_noun else g)
+    p_rest = p[p_noun.end() :] if p_noun else p
+    g_rest = g[g_noun.end() :] if g_noun else g
+    if not (p_noun and g_noun) and NONE not in (split_unit(p)[1], split_unit(g)[1]):
+        return False  # `Desk 1` and `1 cm`
+    return same(p_rest, g_rest)
 
 
 BOUNDS_IN_FRONT = [
@@ -492,8 +496,8 @@ def match(p_items, g_items):
     """Has each item of one list its own equal in the other, in whatever order?"""
     if len(p_items) + len(g_items) > MAX_ITEMS:
         return False
-    if len(set(map(key, g_items))) == len(g_items):
-        p_items = {key(item): item for item in p_items}.values()  # what is said again adds nothing
+    if not any(map(measure, g_items)) and len(set(map(key, g_items))) == len(g_items):
+        p_items = {key(item): item for item in p_items}.values()  # a point said again adds nothing
     if len(p_items) != len(g_items):
         return False
     left = list(p_items)
@@ -606,7 +610,7 @@ def same_quantity(p, g):
 
 EQUALS = re.compile(r"(?<![<>!\\])=")
 LEFT_SIDE = re.compile(  # `x`, `f(x)`, `x_{1}`, `AB`, `(u1, u2)`
-    r"(?=.*[A-Za-z])(?:[^\d+*^<>|_-]|_\{[^{}]*\}|_\w|(?<=[A-Za-z])\d)+"
+    r"(?=.*[A-Za-z])(?:[^\d+*^<>|_ -]|_\{[^{}]*\}|_\w|(?<=[A-Za-z])\d|(?<![A-Za-z]{3}) )+|[a-z ]+"
 )
 FUNCTION_OF = re.compile(r"[a-zA-Z]\([a-z]\)")
 

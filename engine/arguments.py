@@ -91,6 +91,9 @@ class Common:
         "of one image, larger ones are scaled down; none: the image processor's own limit",
         least=1,
     )
+    max_side: int | None = option(
+        None, "pixels, of one image's longer side; larger ones are scaled down", least=1
+    )
     pack_tokens: int = option(16384, "of one model call, per device", least=1)
     log_every: int = option(1, "steps between printed lines; log.jsonl gets every step", least=1)
     sample_every: int = option(

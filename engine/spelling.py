@@ -340,7 +340,7 @@ WORDING = (
     ),
     Rewrite(
         "is correct",
-        r"(?i)^(?:option )?\(?([A-J])\)? is (?:the )?(?:correct|right)(?: answer| option| choice)?$",
+        r"^(?:[Oo]ption )?\(?([A-J])\)? is (?:the )?(?:correct|right)(?: answer| option| choice)?$",
         r"\1",
         "B is correct",
         "B",

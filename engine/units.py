@@ -203,7 +203,9 @@ def product(text):
 
 
 def phrase(words):
-    """Unknown words as a unit of their own, without number and case."""
+    """Up to three unknown words as a unit of their own, without number and case."""
+    if len(words) > 3:
+        return None
     names = []
     for word in words:
         name = word.lower()

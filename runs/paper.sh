@@ -64,7 +64,7 @@ accounts "$POLICY" "$DISC"
 run() { torchrun --nproc_per_node="$GPUS" "$@"; }
 run sft.py --policy "$POLICY" --data "$DATA/sft.json" --out "$OUT/sft" $fit --resume
 run align.py --policy "$OUT/sft" --disc_init "$DISC" --pairs "$DATA/pairs.jsonl" --warmup_only \
-    --max_pixels $((560 * 560)) --data "$DATA/align.parquet" --out "$OUT/warmup" \
+    --max_side 560 --data "$DATA/align.parquet" --out "$OUT/warmup" \
     $fit $game --resume
 run align.py --policy "$OUT/sft" --disc_path "$OUT/warmup/warmup/last" \
     --data "$DATA/align.parquet" --out "$OUT/align" $fit $game --resume

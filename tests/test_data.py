@@ -931,6 +931,20 @@ def test_blind_leaves_images_out(encoder):
     assert blind.pixel_values is None and blind.next_position == len(blind.ids)
 
 
+def test_max_side_is_a_limit_on_the_longer_side():
+    """An image of 8 by 2 cells and one of 3 by 3: only the longer one is scaled."""
+    tokenizer = byte_tokenizer()
+    small = encoder_of(tokenizer, max_side=4 * 8)
+    plain = encoder_of(tokenizer)
+    for size, grid in (((64, 16), [1, 2, 8]), ((24, 24), [1, 6, 6])):
+        example = Example([USER], [Image.new("RGB", size)])
+        assert small.prompt(example).grid_thw.tolist() == [grid]
+        assert example.images[0].size == size  # the row's own image stays
+    assert plain.prompt(Example([USER], [Image.new("RGB", (64, 16))])).grid_thw.tolist() != [
+        [1, 2, 8]
+    ]
+
+
 def test_banned_ids(encoder):
     n = len(encoder.tokenizer)
     ids = encoder.tokenizer.convert_tokens_to_ids(SPECIAL)
