@@ -1,9 +1,9 @@
 """The reward: is a response well-formed, and is its answer right?  Edit here to change it.
 
 `verify` is the one function that training (rlvr.py), evaluation (eval.py), the canary of the
-alignment (align.py) and the curation of data (tools/curate.py) call. A response is well-formed where
-`data.parts` finds each of its parts once, in order, with nothing outside; whether two answers are the
-same is decided in engine/answers.py.
+alignment (align.py) and the curation of data (tools/curate.py) call. A response is well-formed
+where `data.parts` finds each of its parts once, in order, with nothing outside; whether two answers
+are the same is decided in engine/answers.py.
 """
 
 from data import parts
@@ -21,8 +21,8 @@ def verify(response, example):
 def score(response, gold, choices=(), equivalent_answers=()):
     """The verdict on a response: floats accuracy, format and reward, all 0 where it is malformed.
 
-    gold: the reference answer. choices: the texts of the options, in order. equivalent_answers: other
-    references, each as good as `gold`. A list may be None, as files have it.
+    gold: the reference answer. choices: the texts of the options, in order. equivalent_answers:
+    other references, each as good as `gold`. A list may be None, as files have it.
     """
     found = parts(response)
     if found is None:

@@ -111,7 +111,7 @@ PARTS = re.compile(rf"(?:{PART}){{2,4}}")  # `3 h 20 min`, `5 feet and 3 inches`
 @reader
 def split_unit(text):
     """(what is left of it, the unit behind it), where that is a number or the unit a known one."""
-    tail = UNIT_TAIL.search(text)
+    tail = None if DECADE.fullmatch(text) else UNIT_TAIL.search(text)
     while tail:
         core = text[: tail.start()].strip()
         found = unit(tail[0])
@@ -127,8 +127,6 @@ def measure(text):
     alone = number(text)
     if alone:
         return Measure(alone)
-    if DECADE.fullmatch(text):
-        return None
     if PARTS.fullmatch(text):
         return sum_of_parts(re.findall(PART, text))
     core, found = split_unit(text)

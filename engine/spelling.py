@@ -119,9 +119,9 @@ INTRODUCTION = re.compile(  # `We find that $x < 3$.`: words that lead to one fo
     r"(?i)^[a-z ,']*\b(?:is|are|that|get|find|have|equals|matrix)\b ?:? ?"
     r"(?:\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\])[ .]*$"
 )
-DENIAL = re.compile(
-    r"(?i)\b(?:not|never|cannot|neither|nor|maybe|perhaps|if|unless|whether|than|either|yes|no|true"
-    r"|false|at least|at most)\b|n't\b|不|非"
+DENIAL = re.compile(  # what makes the words in front of an answer more than an introduction
+    r"(?i)\b(?:no|not|none|never|cannot|neither|nor|maybe|perhaps|if|unless|whether|than|either|yes"
+    r"|true|false|wrong|incorrect|except|at least|at most)\b|n't\b|[不非]"
 )
 
 

@@ -114,7 +114,8 @@ PREFIXES = {  # symbol: word and size
 NO_UNIT = set(
     """or and but not no never nor is are was to than as by if so because since maybe perhaps more
     less fewer greater least most up down over under above below beyond between plus minus max
-    maximum minimum wrong incorrect false about am pm bc ad th st nd rd""".split()
+    maximum minimum wrong incorrect false about am pm bc ad th st nd rd north south east west
+    northeast northwest southeast southwest left right clockwise counterclockwise""".split()
 )
 JOINING = {"of", "the", "in", "on", "for", "at", "a", "an"}  # short words in `kinds of fruit`
 

@@ -1,37 +1,8 @@
-r"""Is an answer the reference?  `equivalent(pred, gold, choices)`.
+r"""The kinds of answers: `same(p, g)` asks each in turn whether two cleaned texts are one answer.
 
-Both texts get one spelling (engine/spelling.py). Where the row has options, both are looked up
-among them. Then each kind of answer, in the order of `KINDS`, looks at the two: it says True or
-False where it decides, None where it does not. What no kind decides is unequal. Only two formulas,
-each read to its last sign (engine/formula.py), are left to algebra: to Math-Verify, in a process of
-its own (engine/math_worker.py; without the extra `math` they are unequal).
-
-Conventions, where graders differ:
-
-| what | taken as | why |
-|---|---|---|
-| 10% | 0.1, and 10; 0.1% is not 0.1 | both are how a share is written, but a share of 0.1 is 10% |
-| a unit on one side only | ignored | references are inconsistent about it |
-| two units | converted where they measure the same | 3 h 20 min is 200 minutes; 5 m is not 5 km |
-| an unknown word behind a number | a unit | 5 apples is 5, and is not 5 pears |
-| 5M, 5k, 5B without a blank | million, thousand, billion | charts write so; not 5 |
-| 3:30 and 3:30 PM | equal | a unit on one side only; 15:30 is 3:30 PM, and not 3:30 |
-| 4:2 | in lowest terms a ratio (2:1 is 4:2); else a score, as it is; 1:15 a clock time | |
-| 3-5, 3 to 5 | a range or score, never a difference | nobody answers with a sum left undone |
-| 65+, over 65, at least 65 | bounds: equal to the same bound, never to 65 | another claim |
-| about 5, ~5, 5? | 5 | one value, and committed to |
-| 3 or 4, 3 (or 4) | a list: not 3 | two values are no answer to a question for one |
-| bare lists, {sets} | without order; a number counts as often as it is written | |
-| (tuples), [lists] | in order, also against a bare list | points have one |
-| [1,2), (1,2], (1,2) | different; x < 3 is (-oo, 3) | they are |
-| 0.333333 | 1/3, from six significant digits on | 0.33 may be a wrong 1/3 |
-| 1000,99 | 1000.99, where the reference is that decimal | else a list of two |
-| ACD, A, C and D | the same options in any order | a gold of ascending letters names options |
-| No, it is not | no; but "No, never" is more than "no" | what an echo repeats adds nothing |
-| case | free in words, not in symbols and formulas of elements (CO, Co) | |
-| log | base 10; ln 2 is another number | |
-| articles, punctuation of words | free | they carry no answer |
-| more than MAX_CHARS | wrong | no answer is so long |
+A kind is a function of the two texts. It says True or False where it decides about them, and None
+where it leaves that to the next one; `KINDS`, at the end, has them in their order. What no kind
+decides is unequal. Numbers, measures, ranges, times and ratios are in engine/quantities.py.
 """
 
 import re
@@ -49,34 +20,11 @@ from engine.quantities import (
     same_ratio,
     split_unit,
 )
-from engine.spelling import clean, items
+from engine.spelling import DENIAL, items
 from engine.units import NONE
 
-MAX_CHARS = 4000
 MAX_DEPTH = 20  # of brackets
 MAX_ITEMS = 64  # of both lists together
-
-
-def equivalent(pred, gold, choices=()):
-    """Is `pred` the answer `gold`? `choices`: the options' texts in order.
-
-    What is blank or no text equals nothing.
-    """
-    if not (is_answer(pred) and is_answer(gold)):
-        return False
-    math_worker.new_answer()
-    g = clean(gold)
-    options = without_letters([clean(str(choice)[:MAX_CHARS]) for choice in choices or ()])
-    return any(is_right(p, g, options) for p in wordings(clean(pred)))
-
-
-def is_answer(text):
-    return isinstance(text, str) and len(text) <= MAX_CHARS and bool(text.strip())
-
-
-def is_right(p, g, options):
-    verdict = same_option(p, g, options) if options else None
-    return same(p, g) if verdict is None else verdict
 
 
 def same(p, g):
@@ -140,41 +88,11 @@ def case_counts(p, g):
     return not (is_words(p) or LONG_WORD.search(p))
 
 
-# ---------------------------------------------------------------------------------- wordings
-CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
-    r"(?i).*(?:\b(?:so|thus|hence|therefore|which (?:is|gives|makes))\b|所以|因此)[, ]*(?=\S)"
-)
-STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in front of the verb
-    r"(?i)\D*"
-    r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?|it's)\b:? |[是为有] ?)"
-)
-REASON = re.compile(r"(.{1,60}?),? (?:because|since|as)\b.*")
-DENIAL = re.compile(
-    r"(?i)\b(?:no|not|none|never|cannot|neither|nor|maybe|perhaps|if|unless|whether|than|either|yes"
-    r"|true|false|wrong|except)\b|n't\b|[不非]"
-)
-
-
-def wordings(text):
-    """The answer as it is worded, and in short where it is a sentence."""
-    yield text
-    conclusion = CONCLUSION.match(text)
-    if conclusion:
-        yield clean(text[conclusion.end() :])
-    statement = STATEMENT.match(text)
-    if statement and not DENIAL.search(statement[0]):
-        yield clean(text[statement.end() :])
-    reason = REASON.fullmatch(text)
-    if reason and (label(reason[1]) or measure(reason[1]) or truth(reason[1])):
-        yield reason[1]
-
-
-# ---------------------------------------------------------------------------------- options
+# ---------------------------------------------------------------------------------- letters of options
 LABEL_ALONE = re.compile(  # `B`, `(b)`, `Option B.`
     r"(?:(?i:option|choice|answer|选项?|答案) ?)?[(\[]?([A-Ja-j])[)\]]?[.:]?"
 )
 LABELLED = re.compile(r"(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?![( ])(.+)")  # `(B) the dog`
-LABEL_BEFORE = re.compile(r"([A-J]) ?[-(] ?(.+?)\)?")  # `B (the dog)`, `B - the dog`
 NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`
     r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
 )
@@ -195,76 +113,6 @@ def label(text):
     return None
 
 
-def without_letters(options):
-    """`A. cat`, `B. dog` -> `cat`, `dog`, where all the options bring their letters."""
-    labels = [label(text) for text in options]
-    if all(found and found[0] == letter_of(i) for i, found in enumerate(labels)):
-        return [text or letter for letter, text in labels]
-    return options
-
-
-def letter_of(index):
-    return chr(ord("A") + index)
-
-
-def option(text, options):
-    """Index of the option named by its letter or its text; -1 where the two disagree."""
-    names = [key(each) for each in options]
-    letter, rest = label(text) or ("", "")
-    lettered = ord(letter) - ord("A") if letter else None
-    if lettered is not None and lettered >= len(options):
-        lettered = None
-    if key(text) in names and (rest or lettered is None):
-        return names.index(key(text))
-    for index, each in enumerate(options):
-        if lettered is not None and index != lettered and rest and same_text(rest, each):
-            return -1
-    if lettered is None:
-        return option_before_text(text, options)
-    return lettered
-
-
-def option_before_text(text, options):
-    """`B (the dog)`, where that is option B."""
-    found = LABEL_BEFORE.fullmatch(text)
-    for index, each in enumerate(options):
-        if found and found[1] == letter_of(index) and same_text(found[2], each):
-            return index
-        if same_text(text, each):
-            return index
-    return None
-
-
-def same_option(p, g, options):
-    """The verdict where the gold names an option, else None."""
-    right = option(g, options)
-    if right is None:
-        several = letters(g)
-        if several and max(several) < letter_of(len(options)):
-            return chosen_letters(p, options) == several
-        alike = [index for index, text in enumerate(options) if same(g, text)]
-        if len(alike) != 1:
-            return None
-        right = alike[0]
-    chosen = option(p, options)
-    if chosen is not None:
-        return chosen >= 0 and same_text(options[chosen], options[right])
-    others = [text for text in options if not same_text(text, options[right])]
-    if letters(p) or any(same(p, text) for text in others):
-        return False
-    return same(p, options[right])
-
-
-def chosen_letters(p, options):
-    """Letters of several options, given as letters or as texts."""
-    if letters(p, in_order=False):
-        return letters(p, in_order=False)
-    chosen = [option(text, options) for text in items(p)[1]]
-    if OR.search(p) or None in chosen or -1 in chosen:
-        return None
-    return {letter_of(index) for index in chosen}
-
-
 def letters(text, in_order=True):
     """The set of `A, C`, `A and C`, `AC`; letters without marks between them have to ascend."""
     if not LETTERS.fullmatch(text):
@@ -275,7 +123,6 @@ def letters(text, in_order=True):
     return set(re.findall("[A-H]", text))
 
 
-# ---------------------------------------------------------------------------------- kinds
 def same_choice(p, g):
     """`(B) the dog` and `B`, or `the dog`; a letter is nothing but a letter."""
     p_label = label(p)
@@ -296,6 +143,7 @@ def same_letters(p, g):
     return letters(p, in_order=False) == g_letters if g_letters else None
 
 
+# ---------------------------------------------------------------------------------- yes and no
 PRONOUN = "it|they|he|she|there|this|that|these|those|we|you|i"
 AUXILIARY = "is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must"
 ECHO = re.compile(rf"(?i)(?:{PRONOUN}) (?:{AUXILIARY})(?:n't| not)?")  # `it is`, `there aren't`
@@ -345,11 +193,12 @@ def same_truth(p, g):
     return not p_rest or not g_truth[1]
 
 
+# ---------------------------------------------------------------------------------- numbers with something around them
 NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`
-    r"(?i)(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row|column"
-    r"|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture|image|team"
-    r"|player|age|aged|week|round|lane|floor|bus|route|channel|item|shape)s?(?:\. ?| )(?=\d)"
-    r"|([#№第]) ?(?=\d)|in (?=\d{4}$)"
+    r"(?i)(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row"
+    r"|column|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture"
+    r"|image|team|player|age|aged|week|round|lane|floor|bus|route|channel|item|shape)"
+    r"s?(?:\. ?| )(?=\d)|([#№第]) ?(?=\d)|in (?=\d{4}$)"
 )
 
 
@@ -369,11 +218,33 @@ def same_numbered(p, g):
         return False
     p_rest = p[p_noun.end() :] if p_noun else p
     g_rest = g[g_noun.end() :] if g_noun else g
-    if not (p_noun and g_noun) and NONE not in (split_unit(p)[1], split_unit(g)[1]):
+    if not (p_noun and g_noun) and split_unit(g if p_noun else p)[1] != NONE:
         return False  # `Desk 1` and `1 cm`
     return same(p_rest, g_rest)
 
 
+def same_decimal_comma(p, g):
+    """`1000,99` where the reference is 1000.99."""
+    if "." not in g or not number(g) or not re.fullmatch(r"-?\d+,\d+", p):
+        return None
+    return number(p.replace(",", ".")) == number(g)
+
+
+FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")  # of an angle, whose ° is no unit
+
+
+def same_quantity(p, g):
+    r"""`2\pi\text{ cm}` and `2\pi`, `5\sqrt{3}` m and `5\sqrt{3}` m."""
+    p_core, p_unit = split_unit(p)
+    g_core, g_unit = split_unit(g)
+    if p_unit == NONE == g_unit or FUNCTION.search(p + g):
+        return None
+    if NONE not in (p_unit, g_unit) and p_unit != g_unit:
+        return False
+    return same(p_core, g_core) if parse(p_core) and parse(g_core) else None
+
+
+# ---------------------------------------------------------------------------------- bounds and intervals
 BOUNDS_IN_FRONT = [
     (r"at most|up to|(?:no|not) (?:more|greater|longer) than|maximum(?: of)?|\\le", "<="),
     (r"at least|(?:no|not) (?:less|fewer) than|minimum(?: of)?|\\ge", ">="),
@@ -414,6 +285,7 @@ def same_bound(p, g):
 
 ELEMENT_OF = re.compile(rf"({NAME}) ?\\in ?")
 INFINITY = r"\infty"
+TURNED = {">": "<", r"\ge": r"\le"}
 
 
 class Interval(NamedTuple):
@@ -434,31 +306,28 @@ def interval(text):
     brackets, ends = items(text)
     if brackets in ("()", "(]", "[)", "[]") and len(ends) == 2:
         return Interval(name, ends[0], brackets[0] == "[", ends[1], brackets[1] == "]")
-    sides = [side.strip() for side in INEQUALITY.split(text)]
-    if len(sides) == 3 and re.fullmatch(NAME, sides[2]):
-        sides = [sides[2], turned(sides[1]), sides[0]]  # `3 > x` -> `x < 3`
-    if len(sides) == 3 and re.fullmatch(NAME, sides[0]) and sides[2]:
-        return half_line(*sides)
-    if len(sides) == 5 and sides[1][:2] in (">", r"\g") and sides[3][:2] in (">", r"\g"):
-        sides = [sides[4], turned(sides[3]), sides[2], turned(sides[1]), sides[0]]
-    if (
-        len(sides) == 5
-        and re.fullmatch(NAME, sides[2])
-        and ">" not in sides
-        and r"\ge" not in sides
-    ):
-        return Interval(sides[2], sides[0], sides[1] == r"\le", sides[4], sides[3] == r"\le")
+    return from_inequality([side.strip() for side in INEQUALITY.split(text)])
+
+
+def from_inequality(sides):
+    """Of `x`, `<`, `3` or of `1`, `<`, `x`, `<`, `3`; a name has to stand among them."""
+    if ">" in sides or r"\ge" in sides:
+        sides = [TURNED.get(side, side) for side in reversed(sides)]
+    if ">" in sides or r"\ge" in sides:
+        return None  # `1 < x > 3`
+    names = [place for place in range(0, len(sides), 2) if re.fullmatch(NAME, sides[place])]
+    if len(names) != 1 or "" in sides:
+        return None
+    if len(sides) == 5 and names == [2]:
+        low, below, name, above, high = sides
+        return Interval(name, low, below == r"\le", high, above == r"\le")
+    if len(sides) == 3 and names == [0]:
+        name, above, high = sides
+        return Interval(name, "-" + INFINITY, False, high, above == r"\le")
+    if len(sides) == 3:
+        low, below, name = sides
+        return Interval(name, low, below == r"\le", INFINITY, False)
     return None
-
-
-def turned(operator):
-    return {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[operator]
-
-
-def half_line(name, operator, end):
-    if operator in ("<", r"\le"):
-        return Interval(name, "-" + INFINITY, False, end, operator == r"\le")
-    return Interval(name, end, operator == r"\ge", INFINITY, False)
 
 
 def same_interval(p, g):
@@ -492,6 +361,7 @@ def same_union(p, g):
     return match(p_parts, g_parts) if p_parts and g_parts else None
 
 
+# ---------------------------------------------------------------------------------- lists
 def match(p_items, g_items):
     """Has each item of one list its own equal in the other, in whatever order?"""
     if len(p_items) + len(g_items) > MAX_ITEMS:
@@ -585,32 +455,10 @@ def named(several):
     return [f"{name} = {value}" for name, value in zip(several.names, several.items, strict=True)]
 
 
-def same_decimal_comma(p, g):
-    """`1000,99` where the reference is 1000.99."""
-    if "." not in g or not number(g) or not re.fullmatch(r"-?\d+,\d+", p):
-        return None
-    return number(p.replace(",", ".")) == number(g)
-
-
-FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")  # of an angle, whose ° is no unit
-
-
-def same_quantity(p, g):
-    r"""`2\pi\text{ cm}` and `2\pi`, `5\sqrt{3}` m and `5\sqrt{3}` m."""
-    p_core, p_unit = split_unit(p)
-    g_core, g_unit = split_unit(g)
-    if p_unit == NONE == g_unit or FUNCTION.search(p + g):
-        return None
-    if NONE not in (p_unit, g_unit) and p_unit != g_unit:
-        return False
-    if split_unit(p_core)[1] != NONE or split_unit(g_core)[1] != NONE:
-        return None
-    return same(p_core, g_core)
-
-
+# ---------------------------------------------------------------------------------- equations and formulas
 EQUALS = re.compile(r"(?<![<>!\\])=")
-LEFT_SIDE = re.compile(  # `x`, `f(x)`, `x_{1}`, `AB`, `(u1, u2)`
-    r"(?=.*[A-Za-z])(?:[^\d+*^<>|_ -]|_\{[^{}]*\}|_\w|(?<=[A-Za-z])\d|(?<![A-Za-z]{3}) )+|[a-z ]+"
+LEFT_SIDE = re.compile(  # `x`, `f(x)`, `x_{1}`, `AB`, `\\angle A`, `(u1, u2)`, `total area`
+    r"(?=.*[A-Za-z])(?:\\[A-Za-z]+ ?|[^\d+*^<>|_ \\-]|, |_\{[^{}]*\}|_\w|(?<=[A-Za-z])\d)+|[a-z ]+"
 )
 FUNCTION_OF = re.compile(r"[a-zA-Z]\([a-z]\)")
 
@@ -624,8 +472,8 @@ def assignment(text):
     sides = EQUALS.split(text)
     if len(sides) < 2 or len(items(text)[1]) > 1:
         return None
-    if LEFT_SIDE.fullmatch(sides[0]):
-        return key(sides[0]), sides[-1].strip()
+    if LEFT_SIDE.fullmatch(sides[0].strip()):
+        return key(sides[0].strip()), sides[-1].strip()
     if not re.search("[A-Za-z]", sides[0]):
         return "", sides[-1].strip()
     return None
@@ -648,6 +496,8 @@ def same_assignment(p, g):
         functions = [name for name in (p_name, g_name) if FUNCTION_OF.fullmatch(name)]
         if not functions or "y" not in (p_name, g_name):
             return False if measure(p_value) or measure(g_value) else None
+    if p_name != g_name and re.fullmatch("[A-Za-z]+", g_value):
+        return None  # `AB = CD` gives no value
     return same(p_value, g_value)
 
 
