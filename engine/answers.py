@@ -66,7 +66,7 @@ def is_right(p, g, options):
     return same(p, g) if verdict is None else verdict
 
 
-# ---------------------------------------------------------------------------------- wordings
+# -------------------------------------------------------------- wordings
 CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
     r"(?i).*(?:\b(?:so|thus|hence|therefore|which (?:is|gives|makes))\b|所以|因此)[, ]*(?=\S)"
 )
@@ -91,7 +91,7 @@ def wordings(text):
         yield reason[1]
 
 
-# ---------------------------------------------------------------------------------- options
+# -------------------------------------------------------------- options
 LABEL_BEFORE = re.compile(r"([A-J]) ?[-(] ?(.+?)\)?")  # `B (the dog)`, `B - the dog`
 
 

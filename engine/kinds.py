@@ -40,7 +40,7 @@ def same(p, g):
     return False
 
 
-# ---------------------------------------------------------------------------------- text
+# -------------------------------------------------------------- text
 LETTER = r"[^\W\d_]"
 HYPHEN = rf"(?<={LETTER}{{3}})-(?={LETTER})|(?<={LETTER})-(?={LETTER}{{3}})"  # `x-axis`, not `b-a`
 WORDS = re.compile(rf"(?=.*{LETTER}\.?{LETTER})(?:{LETTER}|[\s'\",.!?:;]|{HYPHEN})+")
@@ -88,7 +88,7 @@ def case_counts(p, g):
     return not (is_words(p) or LONG_WORD.search(p))
 
 
-# ---------------------------------------------------------------------------------- letters of options
+# -------------------------------------------------------------- letters of options
 LABEL_ALONE = re.compile(  # `B`, `(b)`, `Option B.`
     r"(?:(?i:option|choice|answer|选项?|答案) ?)?[(\[]?([A-Ja-j])[)\]]?[.:]?"
 )
@@ -143,7 +143,7 @@ def same_letters(p, g):
     return letters(p, in_order=False) == g_letters if g_letters else None
 
 
-# ---------------------------------------------------------------------------------- yes and no
+# -------------------------------------------------------------- yes and no
 PRONOUN = "it|they|he|she|there|this|that|these|those|we|you|i"
 AUXILIARY = "is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might|must"
 ECHO = re.compile(rf"(?i)(?:{PRONOUN}) (?:{AUXILIARY})(?:n't| not)?")  # `it is`, `there aren't`
@@ -193,7 +193,7 @@ def same_truth(p, g):
     return not p_rest or not g_truth[1]
 
 
-# ---------------------------------------------------------------------------------- numbers with something around them
+# -------------------------------------------------------------- numbers with something around them
 NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`
     r"(?i)(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row"
     r"|column|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture"
@@ -244,7 +244,7 @@ def same_quantity(p, g):
     return same(p_core, g_core) if parse(p_core) and parse(g_core) else None
 
 
-# ---------------------------------------------------------------------------------- bounds and intervals
+# -------------------------------------------------------------- bounds and intervals
 BOUNDS_IN_FRONT = [
     (r"at most|up to|(?:no|not) (?:more|greater|longer) than|maximum(?: of)?|\\le", "<="),
     (r"at least|(?:no|not) (?:less|fewer) than|minimum(?: of)?|\\ge", ">="),
@@ -361,7 +361,7 @@ def same_union(p, g):
     return match(p_parts, g_parts) if p_parts and g_parts else None
 
 
-# ---------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------- lists
 def match(p_items, g_items):
     """Has each item of one list its own equal in the other, in whatever order?"""
     if len(p_items) + len(g_items) > MAX_ITEMS:
@@ -455,7 +455,7 @@ def named(several):
     return [f"{name} = {value}" for name, value in zip(several.names, several.items, strict=True)]
 
 
-# ---------------------------------------------------------------------------------- equations and formulas
+# -------------------------------------------------------------- equations and formulas
 EQUALS = re.compile(r"(?<![<>!\\])=")
 LEFT_SIDE = re.compile(  # `x`, `f(x)`, `x_{1}`, `AB`, `\\angle A`, `(u1, u2)`, `total area`
     r"(?=.*[A-Za-z])(?:\\[A-Za-z]+ ?|[^\d+*^<>|_ \\-]|, |_\{[^{}]*\}|_\w|(?<=[A-Za-z])\d)+|[a-z ]+"

@@ -93,7 +93,7 @@ def start():
     return subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
 
 
-# ---------------------------------------------------------------------------------- in the worker
+# -------------------------------------------------------------- in the worker
 EQUAL, UNEQUAL = 10, 11  # exit codes of a child; any other: it hung, swelled or crashed
 
 

@@ -18,7 +18,7 @@ DIGITS_OF_A_FLOAT = 15  # what a program prints beyond them is noise
 reader = lru_cache(maxsize=1 << 12)  # several kinds read the same text
 
 
-# ---------------------------------------------------------------------------------- numbers
+# -------------------------------------------------------------- numbers
 class Number(NamedTuple):
     value: Fraction
     tolerance: Fraction = Fraction(0)  # of a rounded value
@@ -85,7 +85,7 @@ def close(a, b):
     return a.value == b.value or abs(a.value - b.value) < max(a.tolerance, b.tolerance)
 
 
-# ---------------------------------------------------------------------------------- measures
+# -------------------------------------------------------------- measures
 class Measure(NamedTuple):
     number: Number
     unit: Unit = NONE
@@ -175,7 +175,7 @@ def same_share(percentage, plain):
     return percentage == plain * 100 or percentage == plain >= 1
 
 
-# ---------------------------------------------------------------------------------- ranges
+# -------------------------------------------------------------- ranges
 RANGE = re.compile(  # `3-5`, `from 3 to 5`, `100 - 500 euros`, `42.2%-62.6%`
     r"(?:from )?(?P<low>-?\.?\d[\d.,]*+[^\d-]*?) ?(?:-|\b(?:to|until|through)\b) ?"
     r"(?P<high>-?\.?\d.*)"
@@ -211,7 +211,7 @@ def same_range(p, g):
     return all(measures_agree(a, b) for a, b in zip(p_range, g_range, strict=True))
 
 
-# ---------------------------------------------------------------------------------- times of day
+# -------------------------------------------------------------- times of day
 CLOCK = re.compile(  # `3:30`, `03:30:00`, `3:30 p.m`, `3 pm`, `3 o'clock`
     r"(?i)(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?: ?([ap])\.? ?m\.?| ?(o'clock))?"
 )
@@ -266,7 +266,7 @@ def hour_alone(text, other):
     return None
 
 
-# ---------------------------------------------------------------------------------- ratios
+# -------------------------------------------------------------- ratios
 @reader
 def ratio(text):
     """The numbers of `3:2` or `1:2:3`."""

@@ -42,6 +42,7 @@ class Ranks:
         """To be called at the end of `main`, not after an error: other ranks may then never come
         (torchrun ends them)."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        wait_for_gloo()
         dist.destroy_process_group()
 
     def fail(self, kind, error, trace):
@@ -103,6 +104,22 @@ def print0(*parts):
     """Print on rank 0, above any progress bar."""
     if is_main():
         tqdm.write(" ".join(map(str, parts)))
+
+
+def wait_for_gloo():
+    """Wait until gloo's threads have let go of the tensors of their collectives. All ranks call it.
+
+    A thread drops its reference a moment after the collective has ended, and needs Python's lock
+    for that. Where Python is already at its end by then, it ends the thread, and the C++ around it
+    ends the process: "terminate called without an active exception".
+    """
+    tensors = [torch.zeros(1) for _ in range(8)]
+    works = [dist.all_reduce(x, async_op=True) for x in tensors]  # for all threads at once
+    for work in works:
+        work.wait()
+    del work, works
+    while any(x._use_count() > 1 for x in tensors):
+        time.sleep(0.001)
 
 
 # ----------------------------------------------------------------------------- collectives

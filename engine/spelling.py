@@ -11,7 +11,7 @@ import unicodedata
 from functools import lru_cache
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------- characters
+# -------------------------------------------------------------- characters
 ONE_FOR_MANY = {
     "-": "−–—‐‑‒﹣",
     "'": "’‘`´",
@@ -86,7 +86,7 @@ def spell_circled(found):
     return number + ", " if another else number
 
 
-# ---------------------------------------------------------------------------------- wrappings
+# -------------------------------------------------------------- wrappings
 BOX = re.compile(
     r"(?<!\\)\\++f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
 )
@@ -203,7 +203,7 @@ def unwrap(text):
     return text
 
 
-# ---------------------------------------------------------------------------------- rewriting
+# -------------------------------------------------------------- rewriting
 class Rewrite(NamedTuple):
     what: str
     pattern: str
