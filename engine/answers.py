@@ -68,7 +68,7 @@ def is_right(p, g, options):
 
 # -------------------------------------------------------------- wordings
 CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
-    r"(?i).*(?:\b(?:so|thus|hence|therefore|which (?:is|gives|makes))\b|所以|因此)[, ]*(?=\S)"
+    r"(?i).*(?:, ?so\b|\b(?:thus|hence|therefore|which (?:is|gives|makes))\b|所以|因此)[, ]*(?=\S)"
 )
 STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in front of the verb
     r"(?i)\D*"

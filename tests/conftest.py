@@ -102,7 +102,7 @@ def tiny_prompt(hf, length=5, grid=(1, 4, 4), seed=0):
 
 
 def plain_logits(hf, prompt, ids):
-    """transformers' own forward on one row: without packs, images one by one, patches by convolution."""
+    """transformers' own forward on one row: no packs, images one by one, patches by convolution."""
     full = torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None]
     configs, patches = (
         (hf.model.language_model.config, hf.model.visual.config),
@@ -126,7 +126,7 @@ def plain_logits(hf, prompt, ids):
 
 
 def free_ports(n):
-    """Below the range that outgoing connections take theirs from: one that is free now is free in a minute too."""
+    """Below the range that outgoing connections take theirs from: what is free now stays free."""
     ports = []
     while len(ports) < n:
         with (

@@ -1,4 +1,5 @@
-"""The verifier: format, the rules, Math-Verify's worker, hostile input, and the rate on other projects' test cases."""
+"""The verifier: format, the rules, Math-Verify's worker, hostile input, and the rate on other
+projects' test cases."""
 
 import json
 import os
@@ -13,8 +14,9 @@ import pytest
 from conftest import ROOT, SHARED
 from verifier_table import AS_SOURCE, OTHERWISE, SLOW, comparable
 
-import rewards
-from rewards import equivalent, parts, score, split_spans
+from data import parts, split_spans
+from engine import math_worker
+from rewards import equivalent, score
 
 CASES = SHARED / "data" / "verifier"
 needs_cases = pytest.mark.skipif(not CASES.exists(), reason="../shared/data/verifier is not here")
@@ -23,16 +25,16 @@ GOOD = "<caption>\n- a dog\n</caption>\n<think>\n1. look\n</think>\n<answer>\nB\
 
 @pytest.fixture
 def no_math_verify(monkeypatch):
-    rewards.math_verify.cache_clear()
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    math_worker._verdicts.clear()
+    monkeypatch.setattr(math_worker.importlib.util, "find_spec", lambda name: None)
     yield
-    rewards.math_verify.cache_clear()
+    math_worker._verdicts.clear()
 
 
 # ----------------------------------------------------------------------------- format
 def test_parts_and_spans_are_canonical():
     tight = "<caption>- a dog</caption><think> 1. look</think>  <answer>B</answer>\n"
-    assert parts(GOOD) == parts(tight) == ("- a dog", "1. look", "B")
+    assert parts(GOOD) == parts(tight) == {"caption": "- a dog", "think": "1. look", "answer": "B"}
     assert split_spans(GOOD) == split_spans(tight)
     assert split_spans(tight) == (
         "<caption>\n- a dog\n</caption>",
@@ -91,7 +93,7 @@ def test_format_takes_linear_time():
         assert time.perf_counter() - begin < 1
 
 
-# ----------------------------------------------------------------------------- answers: (reference, equal ones, others)
+# (reference, equal ones, others)
 RULES = [
     # what METHOD.md lists as wrong in the released verifier
     ("2(x+3)", ["2x+6"], ["2x+3"]),
@@ -251,7 +253,7 @@ def test_no_text_is_never_right(pred, gold):
 
 def test_rules_take_bounded_time(monkeypatch):
     """Without the worker: 4000 characters of anything, whatever the reference, and no exception."""
-    monkeypatch.setattr(rewards, "math_verify", lambda pred, gold: False)
+    monkeypatch.setattr(math_worker, "ask", lambda *question: False)
     pieces = [
         "1,",
         "(",
@@ -294,13 +296,13 @@ def test_rules_take_bounded_time(monkeypatch):
 
 
 # ----------------------------------------------------------------------------- Math-Verify's worker
-MATH_VERIFY = rewards.importlib.util.find_spec("math_verify")
+MATH_VERIFY = math_worker.importlib.util.find_spec("math_verify")
 needs_math_verify = pytest.mark.skipif(MATH_VERIFY is None, reason="extra `math` is not installed")
 
 
 @needs_math_verify
 def test_worker_in_threads():
-    rewards.math_verify.cache_clear()
+    math_worker._verdicts.clear()
     found = {}
 
     def ask(n):
@@ -320,20 +322,20 @@ def test_worker_in_threads():
 @needs_math_verify
 def test_worker_is_bounded_and_survives():
     assert equivalent(r"\sqrt{8}", r"2\sqrt{2}")
-    pid = rewards._process.pid
+    pid = math_worker._process.pid
     for hostile in (r"10^{10^{10}}", r"99999999!!"):
         begin = time.perf_counter()
         assert not equivalent(hostile, "1")
         assert time.perf_counter() - begin < 2
-    rewards.math_verify.cache_clear()
-    assert equivalent(r"\sqrt{8}", r"2\sqrt{2}") and rewards._process.pid == pid
+    math_worker._verdicts.clear()
+    assert equivalent(r"\sqrt{8}", r"2\sqrt{2}") and math_worker._process.pid == pid
 
 
 @needs_math_verify
 def test_worker_is_replaced():
     assert equivalent(r"\sqrt{12}", r"2\sqrt{3}")
-    rewards._process.kill()
-    rewards._process.wait()
+    math_worker._process.kill()
+    math_worker._process.wait()
     assert equivalent(r"\sqrt{20}", r"2\sqrt{5}")
 
 
@@ -346,14 +348,21 @@ def test_worker_is_not_shared_with_a_fork():
         )  # Python 3.12 dislikes forks of threaded processes
         child = os.fork()
     if child == 0:
-        os._exit(0 if rewards._process is None and equivalent(r"\sqrt{28}", r"2\sqrt{7}") else 1)
+        os._exit(
+            0 if math_worker._process is None and equivalent(r"\sqrt{28}", r"2\sqrt{7}") else 1
+        )
     assert os.waitpid(child, 0)[1] == 0
     assert equivalent(r"\sqrt{44}", r"2\sqrt{11}")
 
 
 @needs_math_verify
 def test_worker_ends_with_its_caller():
-    code = r"import rewards; rewards.equivalent(r'\sqrt{8}', r'2\sqrt{2}'); print(rewards._process.pid)"
+    code = r"""
+from engine import math_worker
+import rewards
+rewards.equivalent(r'\sqrt{8}', r'2\sqrt{2}')
+print(math_worker._process.pid)
+"""
     done = subprocess.run(
         [sys.executable, "-"], input=code, cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -367,10 +376,11 @@ def test_worker_ends_with_its_caller():
 
 @needs_math_verify
 def test_worker_that_cannot_start_is_an_error(monkeypatch):
-    monkeypatch.setattr(rewards, "__file__", str(ROOT / "no_such_file.py"))
-    monkeypatch.setattr(rewards, "_process", None)
+    monkeypatch.setattr(math_worker, "__file__", str(ROOT / "no_such_file.py"))
+    monkeypatch.setattr(math_worker, "_process", None)
+    math_worker._verdicts.clear()
     with pytest.raises((RuntimeError, BrokenPipeError)):
-        rewards.math_verify("a", "b + 1")
+        equivalent(r"\sqrt{8}", r"2\sqrt{2}")
 
 
 def test_without_math_verify(no_math_verify):
@@ -383,10 +393,12 @@ def test_without_math_verify(no_math_verify):
                 assert [pred for pred in same if not equivalent(pred, gold)] == []
             assert [pred for pred in other if equivalent(pred, gold)] == []
     code = (
-        r"import rewards; rewards.importlib.util.find_spec = lambda name: None"
-        + r"; rewards.equivalent('x+1', 'y+1')" * 3
+        r"import rewards; from engine import math_worker"
+        r"; math_worker.importlib.util.find_spec = lambda name: None"
+        + r"; rewards.equivalent('2*(x+1)', '2*x+2')"
+        * 3
     )
-    code += r"; rewards.equivalent('x+2', 'y+1')"
+    code += r"; rewards.equivalent('2*(x+2)', '2*x+4')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -394,7 +406,10 @@ def test_without_math_verify(no_math_verify):
 
 
 def test_imports_the_standard_library_only():
-    code = "import sys; old = set(sys.modules); import rewards; print(*{m.partition('.')[0] for m in set(sys.modules) - old})"
+    code = (
+        "import sys; old = set(sys.modules); import engine.answers; "
+        "print(*{m.partition('.')[0] for m in set(sys.modules) - old})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -403,10 +418,10 @@ def test_imports_the_standard_library_only():
         timeout=60,
         check=True,
     )
-    assert set(done.stdout.split()) - {"rewards"} <= sys.stdlib_module_names
+    assert set(done.stdout.split()) - {"engine"} <= sys.stdlib_module_names
 
 
-# ----------------------------------------------------------------------------- other projects' cases
+# ----------------------------------------------------------------------------- others' cases
 def load(name):
     return [json.loads(line) for line in (CASES / name).read_text(encoding="utf-8").splitlines()]
 

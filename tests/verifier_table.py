@@ -1,7 +1,8 @@
-"""Rows of ../shared/data/verifier/cases.jsonl that test a convention or the search for an answer in free text, not the
-comparison of two answers. Our answers stand between tags, so for these rows the source's verdict is a convention that we
-share or not, decided here one by one. `AS_SOURCE`: rows with a `policy` where we do as the source does. `OTHERWISE`: all
-rows, with a policy or not, where we do not, and our verdict. Those that are not comparable and in neither: as the source."""
+"""Rows of ../shared/data/verifier/cases.jsonl that test a convention or the search for an answer in
+free text, not the comparison of two answers. Our answers stand between tags, so for these rows the
+source's verdict is a convention that we share or not, decided here one by one. `AS_SOURCE`: rows
+with a `policy` where we do as the source does. `OTHERWISE`: all rows, with a policy or not, where
+we do not, and our verdict. Those that are not comparable and in neither: as the source."""
 
 FREE_TEXT = (
     "raw_response",
@@ -39,15 +40,20 @@ AS_SOURCE = {
 
 OTHERWISE = {
     # reason: {id: our verdict}
+    "a whole solution is no answer: only what stands between the tags is read": {
+        "vc00151": False,
+        "vc00135": False,
+        "vc00137": False,
+        "vc00150": False,
+        "vc00283": False,
+        "vc00282": False,
+        "vc00284": False,
+        "vc00417": False,
+    },
     "tags inside an answer stay: only the response's own tags count": {
         "vc00346": False,
-        "vc00347": False,
-        "vc00357": False,
         "vc00359": False,
-        "vc00369": False,
         "vc00370": False,
-        "vc00409": False,
-        "vc00411": False,
         "vc00416": False,
     },
     "a letter must stand alone or be marked as a label, not be found in a sentence": {
@@ -66,14 +72,12 @@ OTHERWISE = {
     "a reference is an answer, not a solution with second thoughts": {"vc00186": False},
     "values are compared, all of them, whatever words join them": {
         "vc00299": False,
-        "vc00300": True,
     },
     "no search for values in sentences that are not in English": {
         "vc00278": False,
         "vc00280": False,
         "vc00286": False,
         "vc00290": False,
-        "vc00291": False,
     },
 }
 

@@ -172,7 +172,9 @@ class Reader:
         choices = row.get("extra_info", {}).get("choices", [])
         if gold in choices:
             right.append("AB"[choices.index(gold)])  # an option's letter stands for it
-        accuracy = float(found["answer"] in right)
+        number = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}  # the same answer
+        right = [number.get(text, text) for text in right]
+        accuracy = float(number.get(found["answer"], found["answer"]) in right)
         return {"accuracy": accuracy, "format": 1.0, "reward": 0.8 * accuracy + 0.2}
 
 
