@@ -22,6 +22,12 @@ def comparable(row):
 
 
 AS_SOURCE = {
+    "wrappings around the answer come off": (
+        "vc00357",
+        "vc00347",
+        "vc00369",
+        "vc00300",
+    ),
     "10% is 10 (and 0.1)": ["vc00334", "vc00311"],
     "percent in words": ["vc00048", "vc00049", "vc00050", "vc00051", "vc00052", "vc00053"],
     "what stands before an approximation counts": ["vc00096", "vc00099"],
@@ -64,12 +70,8 @@ OTHERWISE = {
         "vc00271": False,
         "vc01392": False,
     },
-    "a right value with words around it is right; missing reasoning is the format's affair": {
-        "vc00397": True
-    },
     "white space in a formula is free, line ends too": {"vc00029": True},
     "f(x) and f(y) are different answers": {"vc00245": False},
-    "a reference is an answer, not a solution with second thoughts": {"vc00186": False},
     "values are compared, all of them, whatever words join them": {
         "vc00299": False,
     },
