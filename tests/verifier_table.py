@@ -22,6 +22,7 @@ def comparable(row):
 
 
 AS_SOURCE = {
+    "an answer that says it is wrong is none": ["vc00397"],
     "wrappings around the answer come off": (
         "vc00357",
         "vc00347",
