@@ -42,7 +42,8 @@ from data import SPANS, WHOLE, read, split_spans
 from engine import health
 from engine.arguments import Common, option, parse
 from engine.attention import adopt, forward_pack
-from engine.checkpoint import restore, save
+from engine.checkpoint import Checkpoints, restore, save
+from engine.evaluation import validate, validation_is_due, warn_of_overlap
 from engine.files import expect_none, read_backbone, same_input, write_backbone
 from engine.log import Log
 from engine.optimiser import Schedule, optimizer, set_lr, step_if_finite
@@ -56,9 +57,9 @@ from engine.rollouts import (
     show_rollouts,
 )
 from engine.rows import BadRow
-from model import RolloutCopy, full_state, load, shard
+from model import RolloutCopy, freeze_vision, full_state, load, shard
 from model import save as save_policy
-from rewards import verify
+from rewards import judge, verify
 
 WARMUP_CHECK = 20  # updates between held-out accuracies
 NO_GAIN = 5  # so many checks without a gain end the warm-up
@@ -758,6 +759,8 @@ def main(args):
     same_input(disc.model.config, policy.hf.config)
     disc_encoder = copy.copy(encoder)
     disc_encoder.blind = args.disc_blind
+    if args.freeze_vision:
+        freeze_vision(policy.hf.model, disc.model)
     sampler = RolloutCopy(policy, args, ranks.device)
     shard(policy, policy.hf.model, args, ranks)
     shard(disc, disc.model, args, ranks, exact=[disc.v_head])
@@ -770,10 +773,12 @@ def main(args):
     data = read(args.data, "align", args.image_root, args.max_bad)
     build = partial(new_group, encoder=encoder, disc_encoder=disc_encoder, args=args)
     order = data.order(args.seed)
+    if args.eval_data:
+        held_out = read(args.eval_data, "eval", args.image_root, args.max_bad)
+        warn_of_overlap(held_out, data, args)
     # resume, or warm up
-    last = f"{args.out}/last"
     start = 0
-    if args.resume and (found := restore(last, players, args)):
+    if args.resume and (found := restore(f"{args.out}/last", players, args)):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
@@ -785,6 +790,12 @@ def main(args):
     shown = [f"{name}/{key} {key}_{name[0]}" for name in names for key in ("acc", "margin")]
     shown = ("loss", "disc_loss disc", *shown, "format", "accuracy", "length", "entropy")
     log = Log(args.out, args, shown, start)
+    save_all = partial(save_players, policy, disc)
+    checkpoints = Checkpoints(args, args.steps, players, save_all, start)
+    if start == 0 and args.eval_data:
+        metrics = validate(sampler.refresh(), encoder, held_out, judge, args, ranks)
+        log.step(0, metrics)
+        checkpoints.save(0, metrics, {"order": order.state(), "rate": rate.state()})
 
     for step in range(start, args.steps):
         # 1) rollout
@@ -823,6 +834,8 @@ def main(args):
         metrics["disc_loss"] = disc_loss if any_pair else torch.nan
         metrics["disc_grad_norm"] = disc_norm
         metrics["disc_skipped"] = disc_skipped
+        if validation_is_due(args, step + 1, args.steps):
+            metrics |= validate(sampler.refresh(), encoder, held_out, judge, args, ranks)
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0:
             shown_group = groups[0]
@@ -831,18 +844,8 @@ def main(args):
             show_rollouts(log, step + 1, shown_group, scores, references)
         # 7) save
         stop = ranks.stop()
-        if (
-            stop
-            or step + 1 == args.steps
-            or (args.save_every and (step + 1) % args.save_every == 0)
-        ):
-            save(
-                last,
-                partial(save_players, policy, disc),
-                {"step": step + 1, "args": vars(args), "metrics": metrics},
-                players,
-                {"order": order.state(), "rate": rate.state()},
-            )
+        state = {"order": order.state(), "rate": rate.state()}
+        checkpoints.save(step + 1, metrics, state, stop)
         if stop:
             sys.exit(SAVED_AND_STOPPED)
     ranks.close()

@@ -11,6 +11,7 @@ it look like the references?
    reference's word by word.
 
     python eval.py --policy ckpt/sft/last --data test.jsonl hard.jsonl --samples 8 --out eval.json
+    python eval.py --policy ckpt/rlvr --all_steps --data test.jsonl   # a run's kept checkpoints
 
 For stage 3, keep the prompts that the policy solves sometimes:
 
@@ -22,21 +23,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
-from data import count_items, count_steps, parts, read
+from data import read
 from engine.arguments import check, option, parse
+from engine.checkpoint import kept_steps
+from engine.evaluation import GREEDY, Mode, evaluate, left_out_of, mean, summarise
 from engine.log import provenance
-from engine.ranks import gather, is_main, print0, setup
-from engine.sampler import all_rows, generate
+from engine.ranks import is_main, print0, setup
 from model import load
-from rewards import verify
+from rewards import judge
 
 
 @dataclass(kw_only=True)
@@ -46,6 +46,9 @@ class Args:
     )
     data: tuple[str, ...] = option(
         help="files with answers, in any of the formats or as benchmarks are published"
+    )
+    all_steps: bool = option(
+        False, "--policy names run folders: evaluate each step-* that --keep_every left, and last"
     )
     out: str = option("", "JSON file for the results")
     rollouts_out: str = option("", "JSONL file for every rollout")
@@ -101,7 +104,8 @@ class Args:
             self.check_filter()
 
     def check_filter(self):
-        if self.samples < 1 or len(self.data) != 1 or len(self.policy) != 1:
+        several = self.all_steps or len(self.policy) != 1
+        if self.samples < 1 or len(self.data) != 1 or several:
             needed = "--samples of 1 or more, one --policy and one file in --data"
             raise ValueError(f"--filter needs {needed}")
         (data,) = self.data
@@ -110,166 +114,7 @@ class Args:
             raise ValueError(f"--filter_out keeps the form of {data}: {form}")
 
 
-@dataclass(frozen=True)
-class Mode:
-    """One way of decoding."""
-
-    name: str  # in the results
-    samples: int  # per prompt
-    temperature: float  # 0: greedy
-
-
-GREEDY = Mode("greedy", 1, 0.0)
-
-
-# ----------------------------------------------------------------------------- what is measured
-def pass_at_k(n, right, k):
-    """
-    Return the chance that k of n rollouts, drawn without replacement, hold one of the `right` ones
-    (arXiv 2107.03374).
-    """
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def judge(example, rollouts, texts):
-    """
-    Return a record of all that is known of a prompt's rollouts: {name: [a value per rollout]}, None
-    where a value has no meaning. What is known of the reference stands in lists of one value, which
-    are empty where there is no reference.
-    """
-    reference = parts(example.response or "")
-    record = {
-        "accuracy": [],
-        "format": [],
-        "length": [],  # tokens
-        "stop": [],  # "end" or "length"
-        "text": [],
-        "items": [],  # of the caption
-        "steps": [],  # of the reasoning
-        "same_caption": [],  # as the reference's, up to white space
-    }
-    for rollout, text in zip(rollouts, texts, strict=True):
-        verdict = verify(text, example)
-        written = parts(text)  # None: malformed
-        record["accuracy"].append(verdict["accuracy"])
-        record["format"].append(verdict["format"])
-        record["length"].append(len(rollout.ids))
-        record["stop"].append(rollout.stop)
-        record["text"].append(text)
-        record["items"].append(count_items(written["caption"]) if written else None)
-        record["steps"].append(count_steps(written["think"]) if written else None)
-        record["same_caption"].append(same_caption(written, reference))
-    record["reference_items"] = [count_items(reference["caption"])] if reference else []
-    record["reference_steps"] = [count_steps(reference["think"])] if reference else []
-    record["row"] = example.row
-    record["where"] = example.where
-    return record
-
-
-def same_caption(written, reference):
-    """Is the caption the reference's, word by word? None where there is no reference."""
-    if not reference:
-        return None
-    if not written:
-        return False
-    return written["caption"].split() == reference["caption"].split()
-
-
-def summarise(records, pass_at=()):
-    """
-    Return the means over all rollouts of `judge`'s records, and over the prompts pass@k for each k
-    of `pass_at`. A mean is NaN where there is nothing to take it of.
-    """
-    summary = {"prompts": len(records), "accuracy": mean_of(records, "accuracy")}
-    for k in pass_at:
-        rates = []
-        for record in records:
-            right = int(sum(record["accuracy"]))
-            rates.append(pass_at_k(len(record["accuracy"]), right, k))
-        summary[f"pass@{k}"] = mean(rates)
-    summary["format"] = mean_of(records, "format")
-    summary["length"] = mean_of(records, "length")
-    summary["truncated"] = mean([s == "length" for record in records for s in record["stop"]])
-    for name in ("items", "reference_items", "steps", "reference_steps", "same_caption"):
-        summary[name] = mean_of(records, name)
-    return summary
-
-
-def mean_of(records, name):
-    return mean([value for record in records for value in record[name] if value is not None])
-
-
-def mean(values):
-    if not values:
-        return math.nan
-    return sum(float(value) for value in values) / len(values)
-
-
-# ----------------------------------------------------------------------------- the run
-def evaluate(hf, encoder, data, args, ranks, modes=(GREEDY,), limit=0, slots=256):
-    """
-    Evaluate a model on a file in each of `modes`, for instance while it is trained. All ranks call
-    it.
-
-    hf: the transformers model that samples, as for engine.sampler.generate.
-    data: the file, opened by data.read(path, "eval"). Rows that cannot be used are left out.
-    args: those of any stage; only `seed`, `max_response` and `pack_tokens` are used.
-    limit: rows of the file, from its start; 0 means all.
-    slots: rows decoded at once, per device.
-
-    Returns {name of the mode: `judge`'s records of all ranks, in the file's order} on every rank.
-    """
-    records = {mode.name: [] for mode in modes}
-    rows = min(limit or len(data), len(data))
-    own_rows = range(ranks.rank, rows, ranks.world)
-    # so many prompts at once keep the slots busy
-    chunk = max(8, 4 * slots // max(mode.samples for mode in modes))
-    starts = range(0, len(own_rows), chunk)
-    # tqdm's None: a bar only where somebody looks at a terminal
-    hidden = None if is_main() else True
-    for start in tqdm(starts, Path(data.path).name, disable=hidden):
-        prompts = data.fetch(own_rows[start : start + chunk], encoder.prompt)
-        for mode in modes:
-            found = sample_and_judge(hf, encoder, prompts, args, mode, slots)
-            records[mode.name] += found
-    everywhere = gather(records)
-    merged = {}
-    for mode in modes:
-        of_all_ranks = [record for part in everywhere for record in part[mode.name]]
-        merged[mode.name] = sorted(of_all_ranks, key=lambda record: record["row"])
-    return merged
-
-
-def sample_and_judge(hf, encoder, prompts, args, mode, slots):
-    """Return `judge`'s record of each of the prompts."""
-    rollouts = generate(
-        hf,
-        prompts,
-        all_rows(prompts, mode.samples),
-        args.max_response,
-        eos=encoder.eos_ids,
-        banned=encoder.banned,
-        temperature=mode.temperature,
-        seeds=[(args.seed, prompt.example.row) for prompt in prompts],
-        slots=slots,
-        pack_tokens=args.pack_tokens,
-    )
-    records = []
-    for p, prompt in enumerate(prompts):
-        own = rollouts[p * mode.samples : (p + 1) * mode.samples]
-        texts = [encoder.decode(rollout.ids) for rollout in own]
-        records.append(judge(prompt.example, own, texts))
-    return records
-
-
-def left_out_of(data):
-    """Return {reason: rows that were left out}, over all ranks. All ranks call it."""
-    left_out = Counter()
-    for skipped in gather(dict(data.skipped)):
-        left_out.update(skipped)
-    return dict(left_out)
-
-
+# ----------------------------------------------------------------------------- what is shown
 def table(results):
     """
     Return the results as aligned text, a line for each policy, file and mode. Columns without data
@@ -289,6 +134,27 @@ def table(results):
 
 def cell(value):
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def curves(results):
+    """
+    Return the accuracy of each run's checkpoints against their steps as text, for each file and
+    mode: a line for each checkpoint, with a bar of up to 50 characters.
+    """
+    lines = []
+    before = None
+    for result in sorted(results, key=curve_of):
+        if curve_of(result) != before:
+            before = curve_of(result)
+            lines.append(f"\naccuracy of {', '.join(before)}")
+        accuracy = result["accuracy"]
+        bar = "" if math.isnan(accuracy) else "█" * round(50 * accuracy)
+        lines.append(f"{result['step']:>8}  {accuracy:.3f}  {bar}")
+    return "\n".join(lines)
+
+
+def curve_of(result):
+    return str(Path(result["policy"]).parent), result["data"], result["mode"]
 
 
 # ----------------------------------------------------------------------------- files
@@ -332,6 +198,17 @@ def rows_in_band(records, low, high):
     return kept
 
 
+def checkpoints_of(args):
+    """{checkpoint to evaluate: its step, None without --all_steps}, in the order of --policy."""
+    if not args.all_steps:
+        return dict.fromkeys(args.policy)
+    found = {}
+    for run in args.policy:
+        for step, folder in kept_steps(run):
+            found[str(folder)] = step
+    return found
+
+
 def main(args):
     ranks = setup(args)
     dtype = args.dtype
@@ -347,7 +224,7 @@ def main(args):
 
     results = []
     rollouts = []
-    for name in args.policy:
+    for name, step in checkpoints_of(args).items():
         policy = load(
             name,
             getattr(torch, dtype),
@@ -359,12 +236,14 @@ def main(args):
         for path in args.data:
             data = read(path, "eval", args.image_root, args.max_bad)
             by_mode = evaluate(
-                policy.hf, policy.encoder, data, args, ranks, modes, args.limit, args.slots
+                policy.hf, policy.encoder, data, judge, args, ranks, modes, args.limit, args.slots
             )
             left_out = left_out_of(data)
             for mode in modes:
                 records = by_mode[mode.name]
                 what = {"policy": name, "data": path, "mode": mode.name}
+                if step is not None:
+                    what["step"] = step
                 summary = summarise(records, pass_at if mode is sampled else ())
                 results.append({**what, **summary, "left_out": left_out})
                 rollouts += [{**what, **record} for record in records]
@@ -375,6 +254,8 @@ def main(args):
                 print0(f"{path}: left out {sum(left_out.values())} rows: {left_out}")
 
     print0(table(results))
+    if args.all_steps:
+        print0(curves(results))
     if args.out and is_main():
         content = {"args": asdict(args), **provenance(), "results": results}
         write_text(args.out, json.dumps(content, indent=1))

@@ -166,6 +166,20 @@ def full_state(module: nn.Module):
     return get_model_state_dict(module, options=options)
 
 
+# --------------------------------------------------------------------------- what is trained
+def freeze_vision(*bases):
+    """Train the vision towers of these transformers models without head, mergers included, no
+    more: no gradient, no optimiser state, no graph. To be called before the optimiser is made.
+    """
+    for base in bases:
+        base.visual.requires_grad_(False)
+
+
+def is_trained(module: nn.Module):
+    """Whether any parameter of it is."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 # -------------------------------------------------------------------------------------- ranks
 def is_sharded(args, ranks):
     """False for one process in float32: there is nothing to share or cast. ranks: their number."""
@@ -228,6 +242,10 @@ def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
     *parts, root = units(module, base)
     for unit in parts:
         fully_shard(unit, mp_policy=precision, **options)
+    if not is_trained(base.visual):
+        # It ran first, so FSDP would gather it for the end of the backward pass, which needs it no
+        # more.
+        base.visual.set_unshard_in_backward(False)
     # The known gradients of the log-probs are among the root's inputs: they stay as they are.
     uncast = replace(precision, cast_forward_inputs=False)
     fully_shard(root, mp_policy=uncast, **options)

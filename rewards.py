@@ -6,7 +6,7 @@ where `data.parts` finds each of its parts once, in order, with nothing outside;
 are the same is decided in engine/answers.py.
 """
 
-from data import parts
+from data import count_items, count_steps, parts
 from engine.answers import equivalent
 
 ACCURACY_WEIGHT = 0.8
@@ -32,3 +32,36 @@ def score(response, gold, choices=(), equivalent_answers=()):
     accuracy = 1.0 if right else 0.0
     reward = ACCURACY_WEIGHT * accuracy + FORMAT_WEIGHT
     return {"accuracy": accuracy, "format": 1.0, "reward": reward}
+
+
+def judge(example, rollout, text):
+    """All that evaluation measures of a response: {name: value}, None where one has no meaning.
+
+    rollout: its ids and how it stopped (engine.sampler.Rollout). What is known of the reference is
+    None where there is no reference.
+    """
+    verdict = verify(text, example)
+    judged = {
+        "accuracy": verdict["accuracy"],
+        "format": verdict["format"],
+        "length": len(rollout.ids),  # tokens
+        "stop": rollout.stop,  # "end" or "length"
+        "text": text,
+        "items": None,  # of the caption
+        "steps": None,  # of the reasoning
+        "reference_items": None,
+        "reference_steps": None,
+        "same_caption": None,  # as the reference's, up to white space
+    }
+    written = parts(text)  # None: malformed
+    reference = parts(example.response or "")
+    if written:
+        judged["items"] = count_items(written["caption"])
+        judged["steps"] = count_steps(written["think"])
+    if reference:
+        judged["reference_items"] = count_items(reference["caption"])
+        judged["reference_steps"] = count_steps(reference["think"])
+        judged["same_caption"] = False
+    if written and reference:
+        judged["same_caption"] = written["caption"].split() == reference["caption"].split()
+    return judged

@@ -31,7 +31,8 @@ import torch
 
 from data import read
 from engine.arguments import Common, option, parse
-from engine.checkpoint import restore, save
+from engine.checkpoint import Checkpoints, restore
+from engine.evaluation import validate, validation_is_due, warn_of_overlap
 from engine.log import Log
 from engine.optimiser import Schedule, optimizer, set_lr, step_if_finite
 from engine.packs import packs_of
@@ -44,9 +45,9 @@ from engine.rollouts import (
     show_rollouts,
 )
 from engine.sampler import Rollout
-from model import RolloutCopy, load, shard
+from model import RolloutCopy, freeze_vision, load, shard
 from model import save as save_policy
-from rewards import verify
+from rewards import judge, verify
 
 
 @dataclass(frozen=True)
@@ -457,6 +458,8 @@ def main(args):
     reference = None
     if args.kl:
         reference = load(args.policy).requires_grad_(False)
+    if args.freeze_vision:
+        freeze_vision(policy.hf.model)
     sampler = RolloutCopy(policy, args, device)
     shard(policy, policy.hf.model, args, ranks)
     if reference is not None:
@@ -469,11 +472,13 @@ def main(args):
     # data
     data = read(args.data, "rl", args.image_root, args.max_bad)
     order = data.order(args.seed)
+    if args.eval_data:
+        held_out = read(args.eval_data, "eval", args.image_root, args.max_bad)
+        warn_of_overlap(held_out, data, args)
     # resume
-    last = f"{args.out}/last"
     start = 0
     surplus = []
-    if args.resume and (found := restore(last, players, args)):
+    if args.resume and (found := restore(f"{args.out}/last", players, args)):
         meta, state = found
         start = meta["step"]
         order.load(state["order"])
@@ -481,6 +486,12 @@ def main(args):
         surplus = [group_from_plain(plain, data, encoder) for plain in state["surplus"]]
     shown = ("loss", "reward", "accuracy", "format", "length", "entropy", "grad_norm grad")
     log = Log(args.out, args, shown, start)
+    save_weights = partial(save_policy, policy)
+    checkpoints = Checkpoints(args, args.steps, players, save_weights, start)
+    if start == 0 and args.eval_data:
+        metrics = validate(sampler.refresh(), encoder, held_out, judge, args, ranks)
+        log.step(0, metrics)
+        checkpoints.save(0, metrics, state_of(order, rate, surplus))
 
     for step in range(start, args.steps):
         # 1) rollout   2) score
@@ -503,30 +514,26 @@ def main(args):
         metrics |= counts
         metrics["lr"] = opt.param_groups[0]["lr"]
         metrics["left_out"] = len(data.bad)
+        if validation_is_due(args, step + 1, args.steps):
+            metrics |= validate(sampler.refresh(), encoder, held_out, judge, args, ranks)
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
             show_rollouts(log, step + 1, groups[0], groups[0].verdicts)
         # 6) save
         stop = ranks.stop()
-        if (
-            stop
-            or step + 1 == args.steps
-            or (args.save_every and (step + 1) % args.save_every == 0)
-        ):
-            save(
-                last,
-                partial(save_policy, policy),
-                {"step": step + 1, "args": vars(args), "metrics": metrics},
-                players,
-                {
-                    "order": order.state(),
-                    "rate": rate.state(),
-                    "surplus": [group_to_plain(group) for group in surplus],
-                },
-            )
+        checkpoints.save(step + 1, metrics, state_of(order, rate, surplus), stop)
         if stop:
             sys.exit(SAVED_AND_STOPPED)
     ranks.close()
+
+
+def state_of(order, rate, surplus):
+    """What a resumed run goes on with, beside weights and optimiser."""
+    return {
+        "order": order.state(),
+        "rate": rate.state(),
+        "surplus": [group_to_plain(group) for group in surplus],
+    }
 
 
 def group_to_plain(group):

@@ -103,7 +103,24 @@ class Common:
     image_root: str | None = option(
         None, "folder that image paths are relative to and stay in; none: the data file's"
     )
+    freeze_vision: bool = option(False, "train neither the vision tower nor its mergers")
+    eval_data: str = option(
+        "", "rows that are not trained on, to validate on while training; none: no validation"
+    )
+    eval_every: int = option(
+        50, "steps between validations; there is one before the first and after the last step too"
+    )
+    eval_rows: int = option(200, "rows of --eval_data, from its start; 0: all")
     save_every: int = option(100, "steps between checkpoints; 0: only the last")
+    keep_every: int = option(
+        0, "steps between checkpoints that stay, in <out>/step-000200 and so on; 0: none"
+    )
+    keep_best: Literal["eval/accuracy", "eval/format"] | None = option(
+        None, "metric of the validation: the checkpoint with its best value stays in <out>/best"
+    )
+    keep_resume: bool = option(
+        False, "keep the optimiser with the checkpoints that stay: they take four times the room"
+    )
     resume: bool = option(
         False, "continue from the checkpoint in --out; starts afresh where there is none"
     )
@@ -133,6 +150,8 @@ class Common:
     def __post_init__(self):
         self.out = self.out or f"ckpt/{stage_file(type(self)).stem}"
         check(self)
+        if self.keep_best and not self.eval_data:
+            raise ValueError(f"--keep_best {self.keep_best} needs --eval_data to validate on")
 
 
 def stage_file(Args):
@@ -319,8 +338,9 @@ def look_at_paths(args, embedded):
         return
     if not Path(args.policy).exists() and not may_be_on_the_hub(args.policy):
         raise ValueError(f"--policy {args.policy}: no such folder (and no model on the hub)")
-    if not Path(args.data).exists():
-        raise ValueError(f"--data {args.data}: no such file")
+    for name, path in (("data", args.data), ("eval_data", args.eval_data)):
+        if path and not Path(path).exists():
+            raise ValueError(f"--{name} {path}: no such file")
     if overwrites(args.out, args.resume):
         raise ValueError(overwrites(args.out, args.resume))
 

@@ -5,12 +5,14 @@ beside the weights.
     last/                   weights, config, tokenizer: whatever `write_weights` writes
     last/meta.json          arguments, step, metrics, provenance
     last/resume/            models and optimisers (torch.distributed.checkpoint), state.pt
+    step-000200/, best/     the same of a step that stays, by default without resume/
 
 Written whole or not at all: under another name, then renamed. A kill at any moment leaves the last
 good one.
 """
 
 import json
+import math
 import os
 import pickle
 import random
@@ -45,7 +47,7 @@ def save(folder, write_weights, meta, players=None, state=None):
 
     write_weights(path): called on all ranks, writes weights, config and tokenizer. meta: for
     meta.json (arguments, step, metrics). For `restore`: players, {name: (model, AdamW)}, and state,
-    plain values and CPU tensors, the same on all ranks.
+    plain values and CPU tensors, the same on all ranks; without players the weights are all.
     Raises OSError where it cannot be written (a full disk, ..); the checkpoint before it stays.
     """
     folder = Path(folder)
@@ -53,14 +55,15 @@ def save(folder, write_weights, meta, players=None, state=None):
     try:
         if is_main():
             shutil.rmtree(new, ignore_errors=True)
-            (new / "resume").mkdir(parents=True)
+            (new / "resume" if players else new).mkdir(parents=True)
         agree(False)  # all ranks wait for the folder
         write_weights(new)
         if players:
             dcp.save(tensors_of(players), checkpoint_id=new / "resume")
         if is_main():
-            kept = {"version": VERSION, **random_state(), "state": state}
-            torch.save(kept, new / "resume/state.pt")
+            if players:
+                kept = {"version": VERSION, **random_state(), "state": state}
+                torch.save(kept, new / "resume/state.pt")
             (new / "meta.json").write_text(json.dumps(provenance() | meta, indent=1))
             os.sync()  # the data has to reach the disk before the names
             swap(new, folder)
@@ -92,6 +95,89 @@ def put_back(folder):
     agree(False)
 
 
+# ---------------------------------------------------------------------------------- of a run
+class Checkpoints:
+    """
+    The checkpoints that a run leaves in its folder, and when.
+
+    last/          every --save_every steps, after the last one, and where the run is stopped
+    step-000200/   every --keep_every steps; it stays
+    best/          where --keep_best's metric is better than ever; the value is in its meta.json
+    """
+
+    def __init__(self, args, steps, players, write_weights, done=0):
+        """steps: of the whole run. players, write_weights: as for `save`. done: steps of the
+        checkpoint that is resumed. All ranks call it."""
+        self.args = args
+        self.steps = steps
+        self.players = players
+        self.write_weights = write_weights
+        self.folder = Path(args.out)
+        self.best = self.value_of_best(done)
+
+    def value_of_best(self, done):
+        """That of best/, or None where none is there. Nor does it count where its step comes after
+        `done`: it will be made again, maybe with other arguments."""
+        put_back(self.folder / "best")
+        file = self.folder / "best/meta.json"
+        if not self.args.keep_best or not file.exists():
+            return None
+        meta = json.loads(file.read_text())
+        kept = meta.get("best", {})
+        if kept.get("metric") != self.args.keep_best or meta["step"] > done:
+            return None
+        return kept["value"]
+
+    def save(self, step, metrics, state, stop=False):
+        """
+        Write what is due after `step` updates. All ranks call it.
+
+        metrics: of this step. state: what `restore` returns. stop: the run ends here.
+        """
+        meta = {"step": step, "args": vars(self.args), "metrics": metrics}
+        resume = (self.players, state) if self.args.keep_resume else ()
+        if is_every(self.args.keep_every, step):
+            save(self.folder / f"step-{step:06}", self.write_weights, meta, *resume)
+        if self.is_best(metrics):
+            self.best = metrics[self.args.keep_best]
+            best = {"metric": self.args.keep_best, "value": self.best}
+            save(self.folder / "best", self.write_weights, meta | {"best": best}, *resume)
+        # last/ comes last: a run that is killed before that makes this step again, and the others.
+        if stop or step == self.steps or is_every(self.args.save_every, step):
+            save(self.folder / "last", self.write_weights, meta, self.players, state)
+
+    def is_best(self, metrics):
+        """Whether a step's metrics have a validation that is better than any before."""
+        if not self.args.keep_best or self.args.keep_best not in metrics:
+            return False
+        value = metrics[self.args.keep_best]
+        better = self.best is None or value > self.best
+        if self.args.keep_best == "eval/loss":
+            better = self.best is None or value < self.best
+        return agree(is_main() and better and math.isfinite(value))
+
+
+def is_every(number, step):
+    """Whether a step is due of those that come every `number` steps; 0: none is."""
+    return number > 0 and step > 0 and step % number == 0
+
+
+def kept_steps(run):
+    """
+    [(step, folder)] of a run folder's checkpoints by steps, oldest first: step-000200 and the like,
+    and last/ where it is of another step. Raises FileNotFoundError where there is none.
+    """
+    found = {}
+    for folder in [Path(run, "last"), *Path(run).glob("step-*")]:
+        is_whole = folder.name == "last" or re.fullmatch(r"step-\d+", folder.name)
+        if is_whole and (folder / "meta.json").exists():
+            meta = json.loads((folder / "meta.json").read_text())
+            found[meta["step"]] = folder
+    if not found:
+        raise FileNotFoundError(f"{run} holds neither step-* nor last/: it is no run folder")
+    return sorted(found.items())
+
+
 # ------------------------------------------------------------------------------------- reading
 def restore(folder, players, args=None):
     """Load what `save` kept into the players' models and optimisers and into the random number
@@ -111,9 +197,11 @@ def restore(folder, players, args=None):
         kept = torch.load(folder / "resume/state.pt", weights_only=True)
         if kept.get("version") != VERSION:
             raise ValueError("it was made by an earlier version of this code")
+        meta = json.loads((folder / "meta.json").read_text())
+        if args:
+            refuse_other_training(meta["args"], args)
         # In place, and cut anew for this number of ranks.
         dcp.load(tensors, checkpoint_id=folder / "resume")
-        meta = json.loads((folder / "meta.json").read_text())
     except (Exception, dcp.CheckpointException) as error:
         raise ValueError(
             f"{folder} cannot be resumed: {in_one_line(error)}. Give the arguments that the run "
@@ -156,6 +244,15 @@ def refuse_other_tensors(shapes, tensors):
             f"it is of another model or made by an earlier version of this code: {len(odd)} "
             f"tensors differ, first {odd[0]}"
         )
+
+
+def refuse_other_training(before, args):
+    """ValueError where the run trained other parameters before, as its arguments, a dict, say: the
+    optimiser would have no state for some, or one for what is not trained."""
+    frozen = before.get("freeze_vision", False)
+    if frozen != args.freeze_vision:
+        flag = "--freeze_vision" if frozen else "--no-freeze_vision"
+        raise ValueError(f"the run was begun with {flag}, which stays as it is in a run")
 
 
 # -------------------------------------------------------------------------------- what is kept

@@ -57,8 +57,9 @@ class Log:
     NaN means no data. `<folder>/rollouts.jsonl`: groups of rollouts, to look at.
 
     folder: the run's. args: the stage's arguments. show: what the printed line has, each a key of
-    the metrics or "key label". done: steps of the checkpoint that is resumed; of both files, what
-    comes after them goes. steps: of the whole run; None: args.steps. Only rank 0 writes.
+    the metrics or "key label"; a validation has a line of its own. done: steps of the checkpoint
+    that is resumed; of both files, what comes after them goes. steps: of the whole run; None:
+    args.steps. Only rank 0 writes.
     """
 
     def __init__(self, folder, args, show=(), done=0, steps=None):
@@ -94,12 +95,14 @@ class Log:
             self.wandb = wandb.init(project=self.args.wandb, name=str(folder), config=header)
         if self.args.tensorboard:
             board = importlib.import_module("torch.utils.tensorboard")
-            self.board = board.SummaryWriter(Path(folder, "tensorboard"), purge_step=done + 1)
+            first = done + 1 if done else 0  # of the steps that are made again
+            self.board = board.SummaryWriter(Path(folder, "tensorboard"), purge_step=first)
 
     def step(self, step, metrics):
         """Log one update.
 
-        step: updates done, this one included. metrics: {name: number}, over all ranks already.
+        step: updates done, this one included; 0: the validation before the first. metrics:
+        {name: number}, over all ranks already; those of a validation begin with "eval/".
         """
         if not is_main():
             return
@@ -112,12 +115,19 @@ class Log:
         if self.board:
             for name, value in record.items():
                 self.board.add_scalar(name, value, step)
-        if step % self.args.log_every == 0 or step == self.steps:
-            cells = []
-            for shown in self.show:
-                key, _, label = shown.partition(" ")
-                cells.append(f"| {label or key} {record.get(key, math.nan):<8.3g}")
-            print0(f"{step:>6}/{self.steps}", *cells)
+        is_shown = step % self.args.log_every == 0 or step == self.steps
+        if is_shown and step > 0:
+            self.print_line(step, record, self.show)
+        of_validation = [key for key in metrics if key.startswith("eval/")]
+        if of_validation:
+            self.print_line(step, record, of_validation)
+
+    def print_line(self, step, record, show):
+        cells = []
+        for shown in show:
+            key, _, label = shown.partition(" ")
+            cells.append(f"| {label or key} {record.get(key, math.nan):<8.3g}")
+        print0(f"{step:>6}/{self.steps}", *cells)
 
     def rollouts(self, step, group):
         """Append a group of rollouts, a dict of plain values, to rollouts.jsonl; there NaN is
@@ -136,7 +146,9 @@ def drop_steps_after(done, file):
     the last one without its newline, goes too."""
     kept = []
     for line in file.read_text().split("\n")[:-1]:
-        if json.loads(line).get("step", 0) <= done:
+        record = json.loads(line)
+        # A run that begins again (done is 0) makes its step 0 again too.
+        if "step" not in record or (done and record["step"] <= done):
             kept.append(line + "\n")
     new = file.with_suffix(".new")
     new.write_text("".join(kept))

@@ -15,7 +15,8 @@ if [ "$NAME" = quick ]; then SIZE=--quick; fi
 
 learn() { # from, file of demonstrations, run folder
     python sft.py --policy "$1" --data "$DATA/$2.jsonl" --out "$3" --batch 32 --lr 1.5e-3 \
-        --warmup 0.05 --device cpu --log_every 50 --sample_every 0 --save_every 0 --resume
+        --warmup 0.05 --device cpu --log_every 50 --sample_every 0 --save_every 0 --resume \
+        --no-freeze_vision # it starts from random weights
 }
 python tools/init.py --config runs/tiny.json --corpus "$DATA/words.json" --out "$OUT/init"
 # Few objects first: full scenes alone taught nearly no places in the time of these two.

@@ -50,7 +50,7 @@ PY
 
 small="--device cpu --max_pixels 102400 --save_every 0"
 python tools/init.py --config "$OUT/config/config.json" --out "$OUT/init"
-python sft.py --policy "$OUT/init" --data "$DATA/puzzlevqa/sft.json" --out "$OUT/sft1" \
+python sft.py --no-freeze_vision --policy "$OUT/init" --data "$DATA/puzzlevqa/sft.json" --out "$OUT/sft1" \
     --steps 3 --batch 4 --lr 1e-3 $small
 python sft.py --policy "$OUT/sft1" --data "$DATA/puzzlevqa/sft_conversations.jsonl" \
     --out "$OUT/sft2" --steps 3 --batch 4 --lr 1e-3 $small

@@ -1,8 +1,10 @@
 """Checkpoints of a run, on one rank and on two (gloo): resumed bit for bit, written whole or
 not."""
 
+import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +164,122 @@ def test_failed_save_leaves_the_last_checkpoint(tmp_path, alone, monkeypatch):
     checkpoint.save(folder, no_weights, {"step": 4}, player)
     assert checkpoint.restore(folder, player)[0]["step"] == 4
     assert list(tmp_path.iterdir()) == [folder]
+
+
+# ----------------------------------------------------------------------------- what stays
+def write_weights(path):
+    (path / "weights").touch()
+
+
+def whole_folders(folder):
+    """{name: its meta.json} of the checkpoints in a run folder; none may lack anything."""
+    found = {}
+    for path in folder.iterdir():
+        if not path.name.endswith(".new"):  # which the next save removes
+            assert (path / "weights").exists()
+            found[path.name] = json.loads((path / "meta.json").read_text())
+    return found
+
+
+def test_what_stays_of_a_run(tmp_path, alone):
+    """step-* every --keep_every steps, best/ by a metric that may be NaN or missing, last/ in the
+    end; the optimiser only in last/, or in all."""
+    accuracies = {0: math.nan, 1: 0.2, 2: 0.5, 4: 0.5, 5: 0.1, 6: 0.4}
+    options = dict(policy="p", eval_data="e", keep_best="eval/accuracy", keep_every=2, save_every=3)
+    for keep_resume in (False, True):
+        out = tmp_path / str(keep_resume)
+        out.mkdir()
+        args = Args(**options, out=str(out), keep_resume=keep_resume)
+        run = checkpoint.Checkpoints(args, 6, {"p": fresh(0)}, write_weights)
+        lasts = []
+        for step in range(7):
+            metrics = {"eval/accuracy": accuracies[step]} if step in accuracies else {}
+            run.save(step, metrics, {"order": step})
+            lasts.append(whole_folders(out).get("last", {}).get("step"))
+            assert (out / "best").exists() == (step > 0)
+        assert lasts == [None, None, None, 3, 3, 3, 6]
+        found = whole_folders(out)
+        assert found.keys() == {"best", "last", "step-000002", "step-000004", "step-000006"}
+        assert (found["best"]["step"], found["best"]["best"]["value"]) == (2, 0.5)
+        for name in found:
+            assert (out / name / "resume").exists() == (keep_resume or name == "last")
+        (out / "step-000007.new").mkdir()
+        (out / "step-000007.new/meta.json").write_text('{"step": 7}')  # killed while writing
+        steps = [(step, path.name) for step, path in checkpoint.kept_steps(out)]
+        assert steps == [(2, "step-000002"), (4, "step-000004"), (6, "step-000006")]
+    _, state = checkpoint.restore(out / "step-000004", {"p": fresh(1)})
+    assert state == {"order": 4}
+    with pytest.raises(FileNotFoundError, match="holds neither step-"):
+        checkpoint.kept_steps(tmp_path)
+
+
+def test_the_best_of_a_resumed_run(tmp_path, alone):
+    """A best/ of a step that the run has made is what is to be beaten; one of a step that is made
+    again is not; of a loss the lowest is best."""
+
+    @dataclass
+    class Stage(Args):
+        keep_best: str = "eval/loss"
+
+    args = Stage(policy="p", out=str(tmp_path), eval_data="e", save_every=0)
+
+    def best_after(step, loss, done):
+        run = checkpoint.Checkpoints(args, 100, {"p": fresh(0)}, write_weights, done)
+        run.save(step, {"eval/loss": loss}, {})
+        return whole_folders(tmp_path)["best"]["step"]
+
+    assert best_after(1, 0.5, done=0) == 1
+    assert best_after(4, 0.3, done=2) == 4
+    assert best_after(6, 0.4, done=5) == 4
+    assert best_after(3, 0.6, done=2) == 3
+    (tmp_path / "best").rename(tmp_path / "best.old")  # killed between two renames
+    assert best_after(8, 0.7, done=7) == 3
+
+
+def test_a_kill_leaves_whole_folders(tmp_path, alone, monkeypatch):
+    """Before each rename and removal of a step in which all three are written: what has its name
+    is whole, and last/, from which a run goes on, is never ahead of the others."""
+    options = dict(policy="p", out=str(tmp_path / "run"), eval_data="e", keep_best="eval/accuracy")
+    args = Args(**options, keep_every=1, save_every=1)
+    players = {"p": fresh(0)}
+
+    class Killed(BaseException):
+        pass
+
+    def run(step, kill_at=None):
+        calls = iter(range(100))
+
+        def or_killed(plain):
+            def call(path, *more, **named):
+                # Within a checkpoint torch.distributed.checkpoint renames by itself.
+                if Path(path).parent == Path(args.out) and next(calls) == kill_at:
+                    raise Killed
+                return plain(path, *more, **named)
+
+            return call
+
+        checkpoints = checkpoint.Checkpoints(args, 100, players, write_weights, done=step - 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", or_killed(Path.rename))
+            patch.setattr(checkpoint.shutil, "rmtree", or_killed(shutil.rmtree))
+            checkpoints.save(step, {"eval/accuracy": step / 100}, {})
+        return next(calls)
+
+    run(1)
+    renames_and_removals = run(2)
+    for kill_at in range(renames_and_removals):
+        step = kill_at + 3
+        with pytest.raises(Killed):
+            run(step, kill_at)
+        found = whole_folders(Path(args.out))
+        last = found.get("last") or found["last.old"]
+        best = found.get("best") or found["best.old"]
+        assert last["step"] <= best["step"] <= step
+        assert f"step-{last['step']:06}" in found
+        run(step)
+        found = whole_folders(Path(args.out))
+        assert found["last"]["step"] == found["best"]["step"] == step
+        assert not [name for name in found if name.endswith(".old")]
 
 
 def test_sigterm_is_a_flag(alone):

@@ -362,11 +362,15 @@ def test_hyper_parameters_are_the_defaults():
 def test_every_metric_is_explained(world, tmp_path):
     text = (DOCS / "method.md").read_text()
     table = text.split("## What is logged")[1]
-    explained = set(re.findall(r"`(\w+)`", table))
+    explained = set(re.findall(r"`((?:eval/)?\w+)`", table))
     warm_up = dict(warmup_steps=1, warmup_pairs=8)
     play(align, world, tmp_path / "game", probe_every=1, **warm_up)
     play(rlvr, world, tmp_path / "rlvr")
-    for folder in ("game", "game/warmup", "rlvr", f"{world.folder}/sft"):
+    validation = dict(eval_data=world.align, eval_rows=2, eval_rollouts=True, max_response=32)
+    validation |= COMMON | dict(policy=world.sft, data=world.curated, steps=1, batch=2)
+    sft.main(sft.Args(**validation, out=str(tmp_path / "sft")))
+    for folder in ("game", "game/warmup", "rlvr", "sft"):
         for record in records(tmp_path / folder):
-            logged = {re.sub(r"^expert_\d+$", "expert_0", k.split("/")[-1]) for k in record}
+            keys = [k if k.startswith("eval/") else k.split("/")[-1] for k in record]
+            logged = {re.sub(r"^expert_\d+$", "expert_0", key) for key in keys}
             assert logged - explained - {"step"} == set(), folder

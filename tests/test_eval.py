@@ -11,12 +11,14 @@ from conftest import tiny_config
 from PIL import Image
 
 from data import read
+from engine import evaluation
 from engine.arguments import parse
 from engine.sampler import Rollout
 from model import load
+from rewards import judge
 from tools.init import init
 
-evaluation = importlib.import_module("eval")
+script = importlib.import_module("eval")
 
 
 def response(caption="- a cat\n- a mat", think="1. look\n2. count", answer="2"):
@@ -45,7 +47,7 @@ def place(tmp_path_factory):
 def arguments(place, *more):
     line = ["--policy", place / "model", "--data", place / "rows.jsonl"]
     line += ["--device", "cpu", "--max_response", 12]
-    return parse(evaluation.Args, [str(x) for x in [*line, *more]])
+    return parse(script.Args, [str(x) for x in [*line, *more]])
 
 
 # ----------------------------------------------------------------------------- metrics
@@ -70,13 +72,14 @@ def test_judge_and_summarise():
     ]
     lengths_and_stops = [(3, "end"), (5, "end"), (9, "length"), (7, "end")]
     rollouts = [Rollout([1] * n, [0.0] * n, stop) for n, stop in lengths_and_stops]
-    with_reference = evaluation.judge(an_example(response(), row=3), rollouts, texts)
+    example = an_example(response(), row=3)
+    with_reference = evaluation.record_of(example, rollouts, texts, judge)
     assert with_reference["accuracy"] == [1, 0, 0, 1]
     assert with_reference["items"] == [2, 1, None, 1]
     assert with_reference["same_caption"] == [True, False, False, True]
     assert (with_reference["row"], with_reference["where"]) == (3, "f:4")
 
-    without_reference = evaluation.judge(an_example(None), rollouts, texts)
+    without_reference = evaluation.record_of(an_example(None), rollouts, texts, judge)
     m = evaluation.summarise([with_reference, without_reference], [1, 4])
     assert (m["accuracy"], m["pass@1"], m["pass@4"]) == (0.5, 0.5, 1)
     assert (m["format"], m["truncated"]) == (0.75, 0.25)
@@ -88,7 +91,8 @@ def test_judge_and_summarise():
 
 
 def test_a_mean_of_nothing_is_nan():
-    malformed = evaluation.judge(an_example(None), [Rollout([1], [0.0], "end")], ["2"])
+    rollouts = [Rollout([1], [0.0], "end")]
+    malformed = evaluation.record_of(an_example(None), rollouts, ["2"], judge)
     summary = evaluation.summarise([malformed])
     for name in ("items", "steps", "reference_items", "same_caption"):
         assert math.isnan(summary[name])
@@ -100,7 +104,7 @@ def test_a_mean_of_nothing_is_nan():
 def test_table_is_aligned_and_without_empty_columns():
     first = {"data": "a", "accuracy": 0.5, "items": math.nan, "left_out": {}}
     second = {"data": "long name", "accuracy": 1, "pass@4": 0.25, "left_out": {}}
-    lines = evaluation.table([first, second]).splitlines()
+    lines = script.table([first, second]).splitlines()
     assert lines[0].split() == ["data", "accuracy", "pass@4"]
     assert lines[1].split() == ["a", "0.500", "nan"]
     assert len({len(line) for line in lines}) == 1
@@ -113,6 +117,7 @@ def test_table_is_aligned_and_without_empty_columns():
         ("--filter 0.1 0.9", "come together"),
         ("--filter 0.1 0.9 --filter_out x.jsonl", "needs --samples"),
         ("--filter 0.1 0.9 --filter_out x.parquet --samples 2", "neither"),
+        ("--filter 0.1 0.9 --filter_out x.jsonl --samples 2 --all_steps", "needs --samples"),
         ("--temperature 0", "above 0"),
     ],
 )
@@ -125,7 +130,7 @@ def test_combinations_that_make_no_sense(flags, says, place, capsys):
 # ----------------------------------------------------------------------------- runs
 def test_run_writes_results_and_rollouts(place, tmp_path, capsys):
     out = ["--out", tmp_path / "new/r.json", "--rollouts_out", tmp_path / "r.jsonl"]
-    results = evaluation.main(arguments(place, *out, "--samples", 2, "--pass_at", 1, 2, 4))
+    results = script.main(arguments(place, *out, "--samples", 2, "--pass_at", 1, 2, 4))
     missing = {"an image is missing": 1}
     assert [(r["mode"], r["prompts"], r["left_out"]) for r in results] == [
         ("greedy", 4, missing),
@@ -157,7 +162,7 @@ def test_same_rollouts_on_any_number_of_ranks(place):
         """{(mode, row): texts} of one rank's part of the file, and what it left out."""
         data = read(args.data[0], "eval")
         ranks = SimpleNamespace(rank=rank, world=world)
-        records = evaluation.evaluate(policy.hf, policy.encoder, data, args, ranks, modes)
+        records = evaluation.evaluate(policy.hf, policy.encoder, data, judge, args, ranks, modes)
         found = {}
         for mode in records:
             for record in records[mode]:
@@ -180,7 +185,7 @@ def test_a_stage_can_evaluate_with_its_own_arguments(place):
     policy = load(place / "model")
     data = read(place / "rows.jsonl", "eval")
     ranks = SimpleNamespace(rank=0, world=1)
-    records = evaluation.evaluate(policy.hf, policy.encoder, data, args, ranks, limit=2)
+    records = evaluation.evaluate(policy.hf, policy.encoder, data, judge, args, ranks, limit=2)
     assert [record["row"] for record in records["greedy"]] == [0, 1]
     assert evaluation.summarise(records["greedy"])["prompts"] == 2
 
@@ -216,7 +221,7 @@ def test_filter_keeps_rows_in_the_band(place, tmp_path, monkeypatch, suffix, cap
     monkeypatch.setattr("data.Encoder.decode", decode)
     out = tmp_path / f"kept.{suffix}"
     flags = ["--no-greedy", "--samples", 4, "--filter", 0.25, 0.75, "--filter_out", out]
-    (result,) = evaluation.main(arguments(place, *flags, "--data", source))
+    (result,) = script.main(arguments(place, *flags, "--data", source))
     assert result["accuracy"] == pytest.approx((0 + 1 + 3 + 4) / 16)
     assert result["same_caption"] == 1
     kept = read(out, "eval", image_root=place)
@@ -240,7 +245,7 @@ def test_published_benchmark_is_evaluated_and_filtered(place, tmp_path):
         rows.append(row)
     path = write_parquet(tmp_path / "mmmu.parquet", rows)
     flags = ["--samples", 2, "--filter", 0, 1, "--filter_out", tmp_path / "kept.parquet"]
-    results = evaluation.main(arguments(place, *flags, "--data", path))
+    results = script.main(arguments(place, *flags, "--data", path))
     assert [(r["mode"], r["prompts"], r["left_out"]) for r in results] == [
         ("greedy", 4, {}),
         ("T=1", 4, {}),

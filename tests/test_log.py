@@ -62,6 +62,26 @@ def test_printed_lines(tmp_path, capsys):
     assert len(records(Path(args.out, "log.jsonl"))) == 6
 
 
+def test_a_validation_has_a_line_of_its_own(tmp_path, capsys):
+    """Whatever --log_every is; step 0, before the first update, has no other. A run that begins
+    again makes it anew, one that goes on keeps it."""
+    args = Args(policy="p", out=str(tmp_path / "run"), steps=9, log_every=5)
+    log = Log(args.out, args, show=("loss",))
+    log.step(0, {"eval/accuracy": 0.25})
+    log.step(1, {"loss": 2.0})
+    log.step(2, {"loss": 1.0, "eval/accuracy": 0.5, "eval/items": math.nan})
+    lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "0/9 | eval/accuracy 0.25",
+        "2/9 | eval/accuracy 0.5 | eval/items nan",
+    ]
+    args.resume = True
+    for done, kept in ((2, [0, 1, 2]), (1, [0, 1]), (0, [])):
+        Log(args.out, args, done=done)
+        found = [record for record in records(Path(args.out, "log.jsonl")) if "step" in record]
+        assert [record["step"] for record in found] == kept
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     asked = {"wandb": {"wandb": "project"}, "tensorboard": {"tensorboard": True}}
     for package, flag in asked.items():

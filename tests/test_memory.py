@@ -88,6 +88,16 @@ def test_account_by_hand(shared):
     on_two_nodes = sizes(memory.account(args, 8, policy, disc))
     assert on_two_nodes["policy: AdamW"] == pytest.approx(2 * held["policy: AdamW"], rel=1e-4)
 
+    # What --freeze_vision freezes has neither gradient nor moments, in no player.
+    vision = {"4B": 415_195_136, "2B": 407_001_088}
+    args = arguments(align, folder / "4B", **flags, freeze_vision=True)
+    frozen = sizes(memory.account(args, 8, *memory.skeletons(align, args)))
+    for name, player in (("4B", "policy"), ("2B", "discriminator")):
+        assert frozen[f"{player}: parameters"] == held[f"{player}: parameters"]
+        saved = held[f"{player}: gradients"] - frozen[f"{player}: gradients"]
+        assert saved == pytest.approx(4 * vision[name] / 8, rel=1e-3)
+        assert held[f"{player}: AdamW"] - frozen[f"{player}: AdamW"] == 2 * saved
+
     # One rank in float32 has no copy, and gathers nothing.
     args = arguments(rlvr, folder, dtype="float32", kl=0.1)
     alone = memory.account(args, 1, policy)
@@ -128,6 +138,12 @@ def test_a_configuration_is_enough(tiny, capsys, monkeypatch, stage):
     monkeypatch.delenv("RANK")
     memory.main([stage, "--policy", str(ROOT / "runs/tiny.json"), *flags])
     assert "fits in 80 GB: yes" in capsys.readouterr().out
+
+
+def test_stage_1_samples_where_its_validation_does(tiny, capsys):
+    flags = ["--policy", str(tiny), "--eval_rollouts", "--eval_data", "held_out.jsonl"]
+    memory.main(["sft", *flags, "--slots", "4"])
+    assert "KV cache, 4 rows of 8192" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [[], ["eval"], ["--policy", "x"]])
@@ -208,15 +224,18 @@ def measured_model():
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )
-@pytest.mark.parametrize("player", ["policy", "discriminator"])
+@pytest.mark.parametrize("player", ["policy", "discriminator", "frozen"])
 def test_activations_are_what_is_measured(player, dtype, checkpointing):
     hf = measured_model()
-    prompt = tiny_prompt(hf, length=64, grid=(1, 8, 16))
+    if player == "frozen":
+        model.freeze_vision(hf.model)
+    side = 32 if player == "frozen" else 8
+    prompt = tiny_prompt(hf, length=64, grid=(1, side, 16))
     prompt.pixel_values = prompt.pixel_values.to(dtype)
     tree = Tree(prompt, [[5] * 96] * 4, kinds=[0, 1] * 2)
     pack = build_pack([tree], [(0, list(range(4)))])
     pack.layout = Dense()
-    if player == "policy":
+    if player != "discriminator":
         experts_per_token = None
         module = hf.to(dtype)
 
@@ -233,7 +252,8 @@ def test_activations_are_what_is_measured(player, dtype, checkpointing):
             (scores.sum() + probability.sum()).backward()
 
     for p in module.parameters():
-        p.grad = torch.zeros_like(p)  # none is made during the measurement
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)  # none is made during the measurement
     if checkpointing:
         model.recompute(hf.model)
     compute()

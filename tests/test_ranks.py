@@ -23,13 +23,14 @@ GAME = (
 )
 SFT = dict(steps=2, batch=8, lr=1e-2, schedule="constant", warmup=0.0)
 RL = dict(steps=1, lr=1e-3, minibatches=2, kl=0.1) | ROLLOUTS
+VALIDATION = dict(eval_rows=3, eval_every=1, max_response=32)
 DAPO = ROLLOUTS | dict(
     lr=1e-3, algo="dapo", overlong=8, prompts_per_step=2, prompts_per_draw=12, max_draws=3
 )
 RUNS = {  # name -> (stage, data, flags)
-    "sft": ("sft", "curated", SFT),
+    "sft": ("sft", "curated", SFT | VALIDATION | dict(eval_rollouts=True)),
     "align": ("align", "align", GAME | dict(warmup_steps=2, warmup_pairs=32)),
-    "rlvr": ("rlvr", "rl", RL),
+    "rlvr": ("rlvr", "rl", RL | VALIDATION),
     "experts": ("align", "align", GAME | dict(disc="experts")),
     "dense": ("align", "align", GAME | dict(disc="dense", disc_blind=True)),
     "whole": ("align", "align", GAME | dict(spans="whole")),
@@ -59,6 +60,8 @@ RUNS = {  # name -> (stage, data, flags)
     "offload": ("align", "align", GAME | dict(offload=True)),
     "nodes": ("align", "align", GAME | dict(nodes=2)),
     "plain": ("align", "align", GAME),
+    "frozen": ("align", "align", GAME | dict(freeze_vision=True)),
+    "trained vision": ("sft", "three", SFT | dict(batch=3, freeze_vision=False)),
 }
 FAST = ("sft", "align", "rlvr")
 MALFORMED = {"malformed": [1], "all malformed": [0, 1]}  # prompts whose rollouts are cut short
@@ -101,6 +104,7 @@ def job(name, world, out, sgd=True, **more):  # noqa: F811
     ]
     flags = COMMON | flags | dict(policy=world.sft, data=str(data), out=str(out)) | more
     flags |= {"pairs": str(files["pairs"])} if flags.get("pairs") else {}
+    flags |= {"eval_data": str(files["align"])} if flags.get("eval_rows") else {}
     return {"stage": stage, "flags": flags, "sgd": sgd, "malformed": MALFORMED.get(name, [])}
 
 
@@ -145,7 +149,7 @@ def agree(one, two, rel=1e-4):
     """Records of runs on different ranks: losses and gradient norms to 1e-5, figures of small
     differences to `rel`."""
     assert len(one) == len(two) > 0
-    loose = {"logp_diff", "logp_diff_max", "seconds"}
+    loose = {"logp_diff", "logp_diff_max", "seconds", "eval/seconds"}
     exact = {"loss", "disc_loss", "grad_norm", "disc_grad_norm"} if rel == 1e-4 else ()
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
@@ -157,6 +161,7 @@ def agree(one, two, rel=1e-4):
         }
         wrong = {k: (a[k], b[k]) for k in near if a[k] != near[k]}
         assert not wrong, f"step {a['step']}: {wrong}"
+        assert a.get("eval/prompts", 3) == 3
         assert not b.get("logp_diff_max", 0) > 1e-4
 
 
@@ -356,7 +361,7 @@ def test_bfloat16_is_sharded_on_one_rank_too(world, tmp_path):  # noqa: F811
             **({"warmup_steps": 0} if name == "align" else {}),
         )
         STAGES[made["stage"]].main(STAGES[made["stage"]].Args(**made["flags"]))
-        (found,) = records(tmp_path / name)
+        found = records(tmp_path / name)[-1]
         assert found["grad_norm"] > 0 and found["skipped"] == 0
         assert found.get("logp_diff_max", 0) < 0.3
         opens_everywhere(tmp_path / name / "last", world)

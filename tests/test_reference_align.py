@@ -52,6 +52,7 @@ CASES = {
     "dense, blind": dict(
         disc="dense", disc_path="dense", disc_blind=True, malformed="drop", std_floor=0.1
     ),
+    "vision frozen": dict(disc="dense", disc_path="dense", freeze_vision=True, steps=1),
     "whole": dict(
         disc_path="moe", spans="whole", malformed_penalty=0.5, max_pixels=128, sample_every=1
     ),
@@ -79,14 +80,16 @@ def test_game(files, tmp_path, case):
     trace = watch.record("align", flags)
     args = align.Args(**flags)
     weights = trace[0]["updates"][0]["before"]
+    frozen = args.freeze_vision
     if args.disc_path:
-        compare.check_saved(args.disc_path, weights)
+        compare.check_saved(args.disc_path, weights, frozen=args.disc_path if frozen else None)
     else:
         stage2.check_upcycled(weights, args)
-    start = compare.policy_weights(args.policy)
+    start = compare.policy_weights(args.policy, frozen)
     policy, disc = stage2.check_game(trace, args, weights, start, health.length_probe)
-    compare.check_saved(tmp_path / "last", policy.weights, "hf.")
-    compare.check_saved(tmp_path / "last/discriminator", disc.weights)
+    last = tmp_path / "last"
+    compare.check_saved(last, policy.weights, "hf.", args.policy if frozen else None)
+    compare.check_saved(last / "discriminator", disc.weights, "", args.policy if frozen else None)
     if args.sample_every:
         kinds = ["whole"] if args.spans == "whole" else ["perception", "reasoning"]
         compare.check_shown(tmp_path, trace, kinds)
@@ -122,7 +125,7 @@ WARM_UPS = {
 @pytest.mark.parametrize("case", WARM_UPS)
 def test_warm_up(files, tmp_path, monkeypatch, case):
     monkeypatch.setattr(align, "WARMUP_CHECK", 2)
-    flags = dict(warmup_only=case != "rollouts", warmup_lr=1e-3, warmup_until=1.5)
+    flags = dict(warmup_only=case != "rollouts", warmup_lr=2e-3, warmup_until=1.5)
     flags = complete(GAME | dict(steps=1) | flags | WARM_UPS[case], files, tmp_path)
     trace = watch.record("align", flags)
     args = align.Args(**flags)

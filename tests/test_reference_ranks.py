@@ -20,6 +20,7 @@ import sft
 from engine import health
 
 COMMON = dict(device="cpu", sample_every=0, save_every=0, steps=2)
+COMMON |= dict(freeze_vision=False)
 ROLLOUTS = dict(group_size=4, max_response=20, lr=2e-3)
 JOBS = {
     "sft": ("sft", dict(data="messages", batch=3, lr=1e-2, grad_clip=0.5, pack_tokens=60)),

@@ -11,10 +11,17 @@ import sft
 from data import read
 from engine.sampler import all_rows, generate
 
-COMMON = dict(temperature=1.0, grad_clip=1.0, max_prompt=2048)
+COMMON = dict(temperature=1.0, grad_clip=1.0, max_prompt=2048, freeze_vision=False)
 DEFAULTS = {  # METHOD.md's tables
     "sft": dict(
-        lr=1e-5, weight_decay=0.0, schedule="cosine", warmup=0.1, epochs=1.0, batch=128, steps=None
+        lr=1e-5,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup=0.1,
+        epochs=1.0,
+        batch=128,
+        steps=None,
+        freeze_vision=True,
     ),
     "align": COMMON
     | dict(

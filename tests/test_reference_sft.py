@@ -6,6 +6,7 @@ from reference import compare, stage1, watch, world
 import sft
 
 COMMON = dict(device="cpu", sample_every=0, save_every=0, steps=3, batch=4, lr=1e-2, warmup=0.4)
+COMMON |= dict(freeze_vision=False)
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +17,9 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize(
     "data, flags",
     {
-        "messages": ("messages", dict(weight_decay=0.1, grad_clip=3.0)),
+        "messages": ("messages", dict(weight_decay=0.1, grad_clip=3.0, batch=6)),
         "conversations": ("conversations", dict(schedule="constant", seed=5, max_pixels=128)),
+        "vision frozen": ("messages", dict(freeze_vision=True, weight_decay=0.1)),
         "split": ("messages", dict(pack_tokens=40, steps=2)),
         "untied": ("conversations", dict(policy="policy", steps=2, grad_clip=0.1)),
         "sharded": ("messages", dict(offload=True, checkpointing=True, weight_decay=0.1)),
@@ -31,7 +33,8 @@ def test_sft(files, tmp_path, data, flags):
     flags |= dict(data=getattr(files, data), out=str(tmp_path))
     trace = watch.record("sft", flags)
     player = stage1.check_sft(trace, sft.Args(**flags))
-    compare.check_saved(tmp_path / "last", player.weights, "hf.")
+    frozen = flags["policy"] if flags["freeze_vision"] else None
+    compare.check_saved(tmp_path / "last", player.weights, "hf.", frozen)
 
 
 def test_epochs(files, tmp_path):

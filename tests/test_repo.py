@@ -164,7 +164,8 @@ def test_every_argument_is_read(name):
     its `args` to."""
     known = {f.name for f in fields(importlib.import_module(name).Args)}
     read = read_of(tree(name), "args") | read_of(args_class(name), "self")
-    for taker in ("engine/log", "engine/ranks", "engine/rollouts", "engine/arguments", "model"):
+    engine = ("arguments", "checkpoint", "evaluation", "log", "ranks", "rollouts")
+    for taker in (*(f"engine/{name}" for name in engine), "model"):
         read |= read_of(tree(taker), "args", "self.args")
     if name == "rlvr":  # chosen_algorithm reads all fields of a preset
         read |= {f.name for f in fields(importlib.import_module(name).Algorithm)}

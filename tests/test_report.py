@@ -208,6 +208,21 @@ def test_what_is_logged_now_and_then_is_joined_without_gaps():
     assert points == [[1, 0.5], [11, 0.5], [21, 0.5], [31, 0.5]]
 
 
+def test_validation_is_drawn(tmp_path):
+    """From step 0, which is no step of the run."""
+    steps = [{"step": 0, "eval/accuracy": 0.25}, {"step": 1, "reward": 0.5}]
+    steps.append({"step": 2, "reward": 0.6, "eval/accuracy": 0.5})
+    runs = [a_run("rlvr", steps), a_run("sft", [{"step": 0, "eval/loss": 2.0}])]
+    loss, accuracy, _ = report.charts(runs)
+    assert (loss["stage"], loss["title"]) == ("sft", "eval/loss")
+    assert (accuracy["title"], accuracy["series"][0]["label"]) == ("eval/accuracy", "eval/accuracy")
+    assert accuracy["series"][0]["points"] == [[0, 0.25], [2, 0.5]]
+    two = report.charts([a_run("rlvr", steps, "a"), a_run("rlvr", steps, "b")])
+    assert [series["label"] for series in two[0]["series"]] == ["a", "b"]
+    table = report.runs_table([a_run("rlvr", [{"seconds": 1.0, **step} for step in steps])])
+    assert "<td>rlvr</td><td>2</td>" in table
+
+
 def test_a_run_has_its_colour_in_each_chart():
     first = a_run("align", [{"step": 1, "format": 0.5}], "a")
     second = a_run("align", [{"step": 1, "disc_loss": 0.5}], "b")
@@ -252,6 +267,8 @@ def test_what_is_no_run_and_no_result_is_named(tmp_path):
 
 def test_names_are_short_and_unique(tmp_path):
     assert report.short_names(["out/a/sft", "out/a/align/last"]) == ["sft", "align"]
+    steps = ["out/rlvr/step-000200", "out/rlvr/best", "out/rlvr/last"]
+    assert report.short_names(steps) == ["rlvr step-000200", "rlvr best", "rlvr"]
     paths = ["seed0/sft", "seed1/sft", "base"]
     assert report.short_names(paths) == paths
     result = {"policy": "base", "data": "d", "mode": "greedy", "prompts": 1, "accuracy": 1.0}
@@ -312,6 +329,7 @@ def test_what_is_drawn_is_what_the_stages_log():
     metrics = [chart.metric for chart in report.CHARTS]
     for light in report.LIGHTS:
         metrics += light.metrics
+    assert {"eval/accuracy", "eval/format", "eval/length", "eval/items", "eval/steps"} <= {*metrics}
     for metric in metrics:
         key = metric.removeprefix("*/")
         assert re.search(rf'["/]{key}"', sources), f"no stage logs {key}"

@@ -4,6 +4,7 @@ it says it is."""
 import importlib.util
 import json
 import math
+import random
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, tiny_config
 from safetensors.torch import load_file
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from transformers import AutoModelForImageTextToText
 
 import align
@@ -21,11 +23,12 @@ import model
 import rlvr
 import sft
 from data import SPANS, read
+from engine import evaluation
 from engine.arguments import parse
 from engine.log import Log
 from engine.optimiser import step_if_finite
 from engine.packs import Tree, build_pack, plan
-from engine.ranks import SAVED_AND_STOPPED
+from engine.ranks import SAVED_AND_STOPPED, setup
 from tools.init import init
 
 COMMON = dict(device="cpu", sample_every=0, save_every=0)
@@ -91,6 +94,7 @@ def build_world(folder):
             lr=0.01,
             warmup=3,
             log_every=30,
+            freeze_vision=False,  # its weights are random
             **COMMON,
         )
     )
@@ -648,3 +652,207 @@ def test_a_run_is_not_overwritten(world, tmp_path):
     Log(tmp_path, args)
     with pytest.raises(SystemExit, match="--resume"):
         sft.main(args)
+
+
+# ----------------------------------------------------------------------------- frozen vision
+
+
+def of_vision(tensors):
+    return {key: tensor for key, tensor in tensors.items() if "visual." in key}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_frozen_vision_is_not_trained(world, tmp_path, name):
+    """Tower and mergers of every player stay as they were and have no optimiser state; the rest is
+    trained. Stage 1 freezes them by default."""
+    stage, data, flags, _ = STAGES[name]
+    flags = COMMON | flags | dict(steps=1, warmup_steps=0)
+    flags |= {"warmup": 0.0, "batch": 4} if stage is sft else {"freeze_vision": True}
+    flags = {key: flags[key] for key in flags if key in stage.Args.__dataclass_fields__}
+    out = tmp_path / "out"
+    stage.main(stage.Args(policy=world.sft, data=getattr(world, data), out=str(out), **flags))
+    before = weights(world.sft)
+    players = ["last", "last/discriminator"] if stage is align else ["last"]
+    for player in players:
+        after = weights(out / player)
+        vision = {key.removeprefix("model."): x for key, x in of_vision(after).items()}
+        same({key.removeprefix("model."): x for key, x in of_vision(before).items()}, vision)
+        assert moved(before, {key: x for key, x in after.items() if "visual." not in key})
+    moments = [key for key in tensors(out / "last") if ".optimizer." in key]
+    assert moments and not [key for key in moments if "visual." in key]
+
+
+def test_vision_is_trained_unless_it_is_frozen(world, tmp_path):
+    flags = COMMON | dict(steps=1, batch=4, lr=1e-2, warmup=0.0, freeze_vision=False)
+    sft.main(sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path), **flags))
+    assert moved(of_vision(weights(world.sft)), of_vision(weights(tmp_path / "last")))
+    assert [key for key in tensors(tmp_path / "last") if ".optimizer." in key and "visual." in key]
+    flags |= dict(steps=2, freeze_vision=True, resume=True)
+    with pytest.raises(ValueError, match="cannot be resumed: .*begun with --no-freeze_vision"):
+        sft.main(sft.Args(policy=world.sft, data=world.curated, out=str(tmp_path), **flags))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_tower_has_no_graph_and_is_not_gathered_again(world, monkeypatch, frozen):
+    """Sharded, it runs in each forward, of text alone too, and the backward pass needs it not."""
+    args = sft.Args(policy=world.sft, data="d", out="o", dtype="bfloat16", device="cpu")
+    ranks = setup(args)
+    policy = model.load(world.sft).train()
+    if frozen:
+        model.freeze_vision(policy.hf.model)
+    visual = policy.hf.model.visual
+    model.shard(policy, policy.hf.model, args, ranks)
+    has_graph = []
+
+    def look(module, inputs, output):
+        has_graph.append(output.pooler_output.requires_grad)
+
+    visual.register_forward_hook(look)
+    gathered = []
+    plain = FSDPParamGroup.unshard
+
+    def unshard(group, *options):
+        needed = not group.is_unsharded
+        plain(group, *options)
+        if needed and group._all_gather_result is not None and visual in group.modules:
+            gathered.append(group._training_state.name)
+
+    monkeypatch.setattr(FSDPParamGroup, "unshard", unshard)
+    prompt = policy.encoder.prompt(read(world.align, "align")[0])
+    text = replace(prompt, ids=prompt.ids[-4:], positions=torch.arange(4).expand(3, -1))
+    text = replace(text, pixel_values=None, grid_thw=None)
+    for made in (prompt, text):
+        response = policy.encoder.response("<caption> tl red square </caption>")
+        loss = policy(build_pack([Tree(made, [response])], [(0, [0])])).sum()
+        loss.backward()
+    assert has_graph == [not frozen] * 2
+    assert gathered.count("FORWARD") == 2
+    assert ("PRE_BACKWARD" in gathered) != frozen
+    grads = [p.grad is not None for p in visual.parameters()]
+    assert any(grads) != frozen
+    assert all(p.grad is not None for p in policy.hf.model.language_model.parameters())
+    ranks.close()
+
+
+# ----------------------------------------------------------------------------- validation
+
+VALIDATION = {  # of each stage: rows that it is not trained on, and flags that make it short
+    "sft": ("align", dict(steps=2, batch=8, lr=1e-2, eval_rollouts=True, max_response=32)),
+    "align": ("rl", GAME | dict(probe_every=0, prompts_per_step=2)),
+    "rlvr": ("align", ROLLOUTS | dict(steps=2, lr=1e-3, prompts_per_step=2)),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_validation_is_evaluation_and_changes_nothing(world, tmp_path, name):
+    """Before the first step and after each: as eval.py finds it. Weights, records and random
+    numbers are those of the run without it."""
+    stage, data, _, _ = STAGES[name]
+    held_out, flags = VALIDATION[name]
+    held_out = getattr(world, held_out)
+    flags = COMMON | flags | dict(policy=world.sft, data=getattr(world, data))
+    without = {key: flags[key] for key in flags if key != "eval_rollouts"}
+    stage.main(stage.Args(**without, out=str(tmp_path / "without")))
+    random_numbers = torch.get_rng_state(), random.getstate()
+    flags |= dict(eval_data=held_out, eval_every=1, eval_rows=5, save_every=1, keep_every=1)
+    out = tmp_path / "with"
+    stage.main(stage.Args(**flags, out=str(out)))
+    assert torch.equal(torch.get_rng_state(), random_numbers[0])
+    assert random.getstate() == random_numbers[1]
+    same(tensors(tmp_path / "without/last"), tensors(out / "last"))
+
+    first, *found = records(out)
+    assert first["step"] == 0 and not [key for key in first if key in ("loss", "grad_norm")]
+    for plain, record in zip(records(tmp_path / "without"), found, strict=True):
+        trained = {key: value for key, value in record.items() if not key.startswith("eval/")}
+        nan = {key for key in plain if plain[key] != plain[key]}
+        assert trained.keys() == plain.keys()
+        assert [k for k in plain.keys() - nan - {"seconds"} if trained[k] != plain[k]] == []
+
+    script = importlib.import_module("eval")
+    flags = ["--policy", world.sft, f"{out}/step-000001", f"{out}/last", "--data", held_out]
+    flags += ["--limit", "5", "--max_response", "32", "--device", "cpu"]
+    flags += ["--seed", "7"]  # nothing to a greedy choice
+    results = script.main(parse(script.Args, flags))
+    for record, result in zip([first, *found], results, strict=True):
+        assert record["eval/prompts"] == 5 and record["eval/seconds"] > 0
+        for key in ("accuracy", "format", "length", "truncated", "items", "steps"):
+            assert record[f"eval/{key}"] == pytest.approx(result[key], nan_ok=True), key
+    assert len({record["eval/length"] for record in [first, *found]}) > 1  # it is being trained
+
+
+def test_held_out_loss_is_the_loss_of_training(world, tmp_path, capsys):
+    """On the rows of the first batch it is that batch's loss; and it is said that these rows are
+    trained on."""
+    flags = COMMON | dict(policy=world.sft, data=world.curated, eval_data=world.curated)
+    flags |= dict(steps=1, batch=32, eval_every=0, eval_rows=0, schedule="constant", warmup=0.0)
+    flags |= dict(lr=1e-3, keep_best="eval/loss")
+    sft.main(sft.Args(**flags, out=str(tmp_path / "out")))
+    first, last = records(tmp_path / "out")
+    assert first["eval/loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert last["eval/loss"] < first["eval/loss"]
+    printed = capsys.readouterr().out
+    assert printed.count("warning: 32 of the 32 rows to validate on are trained on as well") == 1
+    assert printed.count("| eval/loss ") == 2
+    best = json.loads((tmp_path / "out/best/meta.json").read_text())
+    assert best["best"] == {"metric": "eval/loss", "value": last["eval/loss"]}
+
+
+def test_rows_that_are_trained_on_are_found_in_other_files(world, tmp_path, capsys):
+    """By question and images, wherever and in whatever format they stand; a question alone, with
+    another picture, is another row."""
+    examples = read(world.rl, "rl")
+    held_out = []
+    for number in range(4):
+        question = examples[number].messages[-1]["content"].replace("<image>", "").strip()
+        picture = examples[4 if number == 3 else number].images[0]
+        copy = tmp_path / f"{number}.png"
+        copy.write_bytes(Path(picture).read_bytes())
+        held_out.append({"question": f" {question}\n", "answer": "1", "image": copy.name})
+    held_out[1]["question"] += " not in the training data"
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    args = rlvr.Args(policy="p", data=world.rl, out="o", eval_data=str(file))
+    for searched, said in ((20_000, ""), (6, ", of which 1 row in 2 was looked at")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "SEARCHED", searched)
+            evaluation.warn_of_overlap(read(file, "eval"), read(world.rl, "rl"), args)
+        printed = capsys.readouterr().out
+        assert "warning: 2 of the 4 rows to validate on" in printed
+        assert f"first {file}:1 " in printed and f"{world.rl}{said})" in printed
+    alone = replace(args, eval_rows=2)
+    evaluation.warn_of_overlap(read(file, "eval"), read(world.curated, "sft"), alone)
+    assert capsys.readouterr().out == ""
+
+
+# ----------------------------------------------------------------------------- what stays
+
+
+def test_checkpoints_that_stay_are_policies(world, tmp_path, capsys):
+    """step-* and best/ open like any other, hold no optimiser, and eval.py draws their curve."""
+    out = tmp_path / "out"
+    flags = COMMON | ROLLOUTS | dict(policy=world.sft, data=world.rl, steps=3, lr=1e-3)
+    flags |= dict(keep_every=2, eval_data=world.align, eval_rows=4, eval_every=1)
+    rlvr.main(rlvr.Args(**flags, out=str(out), keep_best="eval/format"))
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"best", "last", "step-000002"}
+    assert not list(out.glob("step-000002/resume")) and not list(out.glob("best/resume"))
+    formats = [record["eval/format"] for record in records(out)]
+    best = json.loads((out / "best/meta.json").read_text())
+    assert best["best"] == {"metric": "eval/format", "value": max(formats)}
+    assert best["step"] == formats.index(max(formats))
+    opens_everywhere(out / "step-000002", world)
+    opens_everywhere(out / "best", world)
+
+    capsys.readouterr()
+    script = importlib.import_module("eval")
+    flags = ["--policy", str(out), "--all_steps", "--data", world.align, "--limit", "4"]
+    flags += ["--max_response", "32", "--device", "cpu", "--out", f"{tmp_path}/eval.json"]
+    results = script.main(parse(script.Args, flags))
+    found = [(Path(result["policy"]).name, result["step"]) for result in results]
+    assert found == [("step-000002", 2), ("last", 3)]
+    curve = capsys.readouterr().out.split(f"accuracy of {out}, {world.align}, greedy\n")[1]
+    for line, record in zip(curve.splitlines(), records(out)[2:], strict=True):
+        step, accuracy, *bar = line.split()
+        assert int(step) == record["step"]
+        assert float(accuracy) == pytest.approx(record["eval/accuracy"], abs=1e-3)
+        assert "".join(bar) == "█" * round(50 * record["eval/accuracy"])

@@ -12,7 +12,8 @@ large as --max_prompt or --max_pixels lets it be. Left out is what CUDA, NCCL an
 GB is 10^9 bytes here, and cards of 80 hold 85), and what decoding needs for a moment.
 
 Parameters, gradients and AdamW's moments are float32 numbers of 4 bytes; `bytes_each` below is what
-a number in --dtype takes, with which matrices are multiplied.
+a number in --dtype takes, with which matrices are multiplied. Of what --freeze_vision freezes there
+are parameters alone.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def account(args, ranks, policy, discriminator=None) -> list[Entry]:
     entries = []
     for player in players:
         entries += resting(player, args, ranks)
-    if hasattr(args, "slots"):  # the stages that sample rollouts
+    if getattr(args, "eval_rollouts", True):  # stage 1 samples for that alone
         entries += sampling(policy, args, ranks)
     for player in players:
         entries += update(player, tokens, args, ranks)
@@ -111,24 +112,27 @@ def resting(player: Player, args, ranks) -> list[Entry]:
     """Parameters, gradients and optimiser of a player: a rank's shard of each."""
     phase = ON_CPU if args.offload else ALWAYS
     nodes = args.nodes or int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    shard = FLOAT32 * largest_shard(player.module, ranks // nodes)  # each node holds all shards
+    parameters = list(player.module.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    shard = FLOAT32 * largest_shard(parameters, ranks // nodes)  # each node holds all shards
+    trained_shard = FLOAT32 * largest_shard(trained, ranks // nodes)
     entries = [
         Entry(phase, f"{player.name}: parameters", shard),
-        Entry(phase, f"{player.name}: gradients", shard),
-        Entry(phase, f"{player.name}: AdamW", 2 * shard),
+        Entry(phase, f"{player.name}: gradients", trained_shard),
+        Entry(phase, f"{player.name}: AdamW", 2 * trained_shard),
     ]
     if player.name == "policy" and getattr(args, "kl", 0.0):
         entries.append(Entry(phase, "reference of the KL term: parameters", shard))
     return entries
 
 
-def largest_shard(module: nn.Module, shards) -> int:
-    """Numbers in the first rank's shard of all parameters.
+def largest_shard(parameters, shards) -> int:
+    """Numbers in the first rank's shard of these parameters.
 
     FSDP cuts a parameter along one dimension in equal pieces, rounded up; the last ranks get less.
     """
     numbers = 0
-    for parameter in module.parameters():
+    for parameter in parameters:
         length = parameter.shape[model.cut_dimension(parameter, shards)]
         piece = -(-length // shards)
         numbers += parameter.numel() // length * piece
@@ -159,12 +163,14 @@ def update(player: Player, tokens, args, ranks) -> list[Entry]:
     bytes_each = itemsize(args)
     entries = []
     if model.is_sharded(args, ranks):
-        *parts, whole = [count(unit) for unit in model.units(player.module, player.base)]
-        root = whole - sum(parts)
+        *units, module = model.units(player.module, player.base)
+        parts = [count(unit) for unit in units]
+        root = count(module) - sum(parts)
         # The root stays gathered; of the other units one computes, one is fetched, one is in the
         # buffer.
         weights = bytes_each * (root + 3 * max(parts))
-        gradients = (bytes_each + FLOAT32) * max(root, *parts)
+        trained = [count(unit) for unit in units if model.is_trained(unit)]
+        gradients = (bytes_each + FLOAT32) * max(root, *trained)
         entries.append(Entry(phase, "gathered weights", weights))
         entries.append(Entry(phase, "gathered gradients, and reduced in float32", gradients))
     if player.name == "policy":
@@ -196,12 +202,15 @@ def head(text, args) -> int:
 def activations(base, tokens, patches, bytes_each, checkpointing, experts_per_token=None) -> float:
     """Peak bytes of the activations of one pack, forward and backward.
 
-    It is 0.96 to 1.11 of what is measured (tests/test_memory.py).
+    It is 0.96 to 1.11 of what is measured (tests/test_memory.py). A frozen vision tower keeps
+    nothing, and what a block of it takes for a moment is free again before layers keep much.
     """
     text = base.config.text_config
     vision = base.config.vision_config
     layer = saved_by_layer(text, bytes_each, experts_per_token)  # per token
     block = saved_by_block(vision, bytes_each)  # per patch
+    if not model.is_trained(base.visual):
+        patches = 0
 
     # With checkpointing a layer keeps its input alone, and all else only while it is at work.
     kept_by_layer = bytes_each * text.hidden_size if checkpointing else layer
@@ -264,13 +273,18 @@ def count(module: nn.Module) -> int:
 def skeletons(stage, args):
     """The models that a stage trains, on the meta device: (policy, discriminator or None)."""
     policy = model.skeleton(args.policy)
-    if stage is not align:
-        return policy, None
-    if args.disc_path:
-        return policy, opened_skeleton(args.disc_path, args.disc)
-    base = model.skeleton(args.disc_init or args.policy).hf.model
-    with torch.device("meta"):
-        return policy, align.upcycle(base, args)
+    discriminator = None
+    if stage is align and args.disc_path:
+        discriminator = opened_skeleton(args.disc_path, args.disc)
+    elif stage is align:
+        base = model.skeleton(args.disc_init or args.policy).hf.model
+        with torch.device("meta"):
+            discriminator = align.upcycle(base, args)
+    if args.freeze_vision:
+        model.freeze_vision(policy.hf.model)
+    if args.freeze_vision and discriminator is not None:
+        model.freeze_vision(discriminator.model)
+    return policy, discriminator
 
 
 def opened_skeleton(path, form):

@@ -41,6 +41,12 @@ class Chart:
 
 
 CHARTS = [  # in the order of the page
+    Chart("eval/accuracy", "of --eval_data, greedy", ("sft", "align", "rlvr")),
+    Chart("eval/format", "of --eval_data, greedy", ("sft", "align", "rlvr")),
+    Chart("eval/length", "tokens, greedy", ("sft", "align", "rlvr")),
+    Chart("eval/items", "per caption, greedy", ("sft", "align", "rlvr")),
+    Chart("eval/steps", "of reasoning, greedy", ("sft", "align", "rlvr")),
+    Chart("eval/loss", "of --eval_data", ("sft",)),
     Chart("*/acc", "pairs ordered rightly", ("warm-up", "align")),
     Chart("*/held_out", "pairs never trained on", ("warm-up",)),
     Chart("*/margin", "reference − rollout", ("warm-up", "align")),
@@ -256,12 +262,18 @@ def stage_of(args):
 def short_names(paths):
     """
     Return a name for each path: its last part, the one before where that is "last" (a checkpoint's
-    folder), or the whole path where two would have the same name.
+    folder), both of another checkpoint of a run, or the whole path where two would have the same
+    name.
     """
     short = []
     for path in paths:
         path = Path(path)
-        short.append(path.parent.name if path.name == "last" else path.name)
+        if path.name == "last":
+            short.append(path.parent.name)
+        elif path.name == "best" or path.name.startswith("step-"):
+            short.append(f"{path.parent.name} {path.name}")
+        else:
+            short.append(path.name)
     count = Counter(short)
     names = []
     for name, path in zip(short, paths, strict=True):
@@ -374,10 +386,11 @@ def series_of(runs, metric):
 
 
 def curve_label(run, key, several):
-    name = key.split("/")[0]  # the span's, or the metric's own
+    of_span = "/" in key and not key.startswith("eval/")
+    name = key.split("/")[0] if of_span else key
     if not several:
         return name
-    if "/" in key:
+    if of_span:
         return f"{run.name} {name}"
     return run.name
 
@@ -525,7 +538,8 @@ def runs_table(runs):
         device = hardware.get("gpu") or f"{hardware.get('cores', '?')} CPU cores"
         where = f"{hardware.get('ranks', '?')} × {device}"
         commit = run.header.get("commit", "?")[:10]
-        lines.append([run.name, run.stage, len(run.steps), f"{minutes:.1f}", where, commit])
+        steps = sum(record["step"] > 0 for record in run.steps)  # 0 is a validation alone
+        lines.append([run.name, run.stage, steps, f"{minutes:.1f}", where, commit])
     return table("What ran", ["run", "stage", "steps", "minutes", "on", "commit"], lines)
 
 

@@ -132,6 +132,7 @@ def same_rollouts(found, log_probs, seed, flags, reader):
             differ += i != ids[place]
         ended = ids[-1] == reader.end
         assert reader.end not in ids[:-1]
+        assert len(ids) <= flags.max_response
         assert ended or len(ids) == flags.max_response
         assert found["stops"][k] == ("end" if ended else "length")
         near(found["logps"][k], chosen(log_probs[k].detach(), ids), "sampler's log-probs", 5e-5)
@@ -186,14 +187,27 @@ def check_shown(folder, trace, kinds=()):
         assert len(shown["reference_scores"]) == len(kinds)
 
 
-def check_saved(folder, weights, prefix=""):
-    """What was saved is what the last update left."""
+def check_saved(folder, weights, prefix="", frozen=None):
+    """What was saved is what the last update left; frozen: and what was never trained, as it is in
+    that checkpoint."""
     saved = dense_weights(folder)
-    assert saved.keys() == {name.removeprefix(prefix) for name in weights}
-    for name, tensor in weights.items():
-        assert torch.equal(saved[name.removeprefix(prefix)], tensor), name
+    expected = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    if frozen:
+        vision = {name: t for name, t in dense_weights(frozen).items() if is_vision(name)}
+        assert vision and not vision.keys() & expected.keys(), "trained although frozen"
+        expected |= vision
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(saved[name], tensor), name
 
 
-def policy_weights(folder):
-    """A checkpoint's weights as the stages name them."""
-    return {f"hf.{name}": tensor for name, tensor in dense_weights(folder).items()}
+def is_vision(name):
+    """Whether it is a tensor of the vision tower, its mergers included."""
+    return ".visual." in name
+
+
+def policy_weights(folder, frozen=False):
+    """A checkpoint's weights as the stages name them. frozen: those that are trained where the
+    vision tower is not."""
+    weights = {f"hf.{name}": tensor for name, tensor in dense_weights(folder).items()}
+    return {name: tensor for name, tensor in weights.items() if not (frozen and is_vision(name))}

@@ -2,10 +2,10 @@
 A policy and a discriminator as plain transformers models in float64, called on one row at a time.
 """
 
-import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
@@ -28,29 +28,54 @@ def inputs(prompt, more, image):
     return arguments
 
 
-class Policy:
-    """A checkpoint's model with weights of the caller's."""
+class Player:
+    """What policy and discriminator share: weights that a stage trains, by the names that its
+    optimiser has for them. Without `vision`, the vision tower and its mergers are not trained."""
 
-    def __init__(self, folder):
-        settings = open_config(folder)
-        self.model = Qwen3VLForConditionalGeneration(settings).double()
-        self.image = settings.image_token_id
-        self.vocabulary = settings.text_config.vocab_size
-        self.tied = settings.tie_word_embeddings
+    vision = True
+
+    def parameters(self):
+        """{name: parameter} of all."""
+        raise NotImplementedError
+
+    def trained(self):
+        parameters = self.parameters().items()
+        return {name: p for name, p in parameters if self.vision or ".visual." not in name}
 
     def take(self, weights):
-        """Take over weights {name: tensor}, as the stage's optimiser names them."""
-        own = dict(self.model.named_parameters())
-        weights = {name.removeprefix("hf."): tensor for name, tensor in weights.items()}
+        """Take over the trained weights {name: tensor}."""
+        own = self.trained()
         assert own.keys() == weights.keys(), own.keys() ^ weights.keys()
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(weights[name])
                 parameter.grad = None
 
+    def open(self, weights):
+        """Take over what there is of the weights {name: tensor} of a checkpoint."""
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                if name in weights:
+                    parameter.copy_(weights[name])
+
     def gradient(self):
         """{name: gradient}, after a backward pass; None where nothing depended on it."""
-        return {f"hf.{name}": p.grad for name, p in self.model.named_parameters()}
+        return {name: parameter.grad for name, parameter in self.trained().items()}
+
+
+class Policy(Player):
+    """A checkpoint's model."""
+
+    def __init__(self, folder, vision=True):
+        settings = open_config(folder)
+        self.model = Qwen3VLForConditionalGeneration(settings).double()
+        self.image = settings.image_token_id
+        self.vocabulary = settings.text_config.vocab_size
+        self.vision = vision
+        self.open({f"hf.{name}": tensor for name, tensor in dense_weights(folder).items()})
+
+    def parameters(self):
+        return {f"hf.{name}": parameter for name, parameter in self.model.named_parameters()}
 
     def logits(self, prompt, more):
         """The logits (T, V) of the whole row's next tokens."""
@@ -120,11 +145,12 @@ class Experts(nn.Module):
         return out[None]
 
 
-class Discriminator:
+class Discriminator(Player):
     """A dense checkpoint's model, its MLPs replaced by experts, and a scalar head."""
 
-    def __init__(self, folder, form, experts=4, top_k=2, kinds=2):
+    def __init__(self, folder, form, experts=4, top_k=2, kinds=2, vision=True):
         settings = open_config(folder)
+        self.vision = vision
         self.form = form
         self.image = settings.image_token_id
         self.model = Qwen3VLModel(settings)
@@ -139,22 +165,11 @@ class Discriminator:
         self.model.double()
         heads = kinds if form == "experts" else 1
         self.head = nn.Parameter(torch.zeros(heads, text.hidden_size, dtype=torch.float64))
+        self.open(dense_weights(folder))
 
     def parameters(self):
         named = {f"model.{name}": p for name, p in self.model.named_parameters()}
         return {**named, "v_head.1.weight": self.head}
-
-    def take(self, weights):
-        """Take over weights {name: tensor}, as the stage's optimiser names them."""
-        own = self.parameters()
-        assert own.keys() == weights.keys(), own.keys() ^ weights.keys()
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
-                parameter.grad = None
-
-    def gradient(self):
-        return {name: parameter.grad for name, parameter in self.parameters().items()}
 
     def score(self, prompt, span, kind):
         """The raw score of one span behind its prompt: of the last token's final hidden state. Also
@@ -172,13 +187,7 @@ class Discriminator:
 
 def dense_weights(folder):
     """All tensors of a checkpoint folder, {name: tensor}."""
-    from safetensors.torch import load_file
-
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         found |= load_file(file)
     return found
-
-
-def settings_of(folder):
-    return json.loads(Path(folder, "config.json").read_text())

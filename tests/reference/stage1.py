@@ -9,8 +9,9 @@ from reference.rows import Reader
 def check_sft(trace, args):
     """All steps of a run of sft.py with the arguments `args` -> the policy's Player."""
     reader = Reader(args.policy, args.data, args.max_pixels)
-    policy = Policy(args.policy)
-    player = Player("policy", args.weight_decay, args.grad_clip, policy_weights(args.policy))
+    policy = Policy(args.policy, vision=not args.freeze_vision)
+    weights = policy_weights(args.policy, args.freeze_vision)
+    player = Player("policy", args.weight_decay, args.grad_clip, weights)
     order = reader.order(args.seed)
     bad = set()
     assert [step["step"] for step in trace] == list(range(1, args.steps + 1))

@@ -12,6 +12,7 @@ from reference.compare import (
     as_reference,
     distinct,
     expected_rows,
+    is_vision,
     near,
     policy_weights,
     rollouts_of,
@@ -34,11 +35,11 @@ class Alignment:
         self.args = args
         self.length_probe = length_probe
         self.kinds = ["whole"] if args.spans == "whole" else ["perception", "reasoning"]
-        self.policy = Policy(args.policy)
+        vision = not args.freeze_vision
+        self.policy = Policy(args.policy, vision)
         self.source = args.disc_init or args.policy
-        self.disc = Discriminator(
-            self.source, args.disc, args.experts, args.experts_per_token, len(self.kinds)
-        )
+        experts = (args.experts, args.experts_per_token, len(self.kinds))
+        self.disc = Discriminator(self.source, args.disc, *experts, vision)
         self.reader = Reader(args.policy, args.data, args.max_pixels)
         self.banned = self.reader.banned(self.policy.vocabulary)
         self.bad = set()  # rows that were left out
@@ -173,7 +174,9 @@ def check_upcycled(weights, args):
     rest = dict(weights)
     source = dense_weights(run.source)
     for name, tensor in source.items():
-        in_expert = ".mlp." in name and ".visual." not in name and experts
+        if is_vision(name) and args.freeze_vision:
+            continue
+        in_expert = ".mlp." in name and not is_vision(name) and experts
         if name != "lm_head.weight" and not in_expert:
             assert torch.equal(rest.pop(name), tensor), name
     noise = []
@@ -207,7 +210,7 @@ class WarmUp(Alignment):
     def __init__(self, args, weights, length_probe):
         super().__init__(args, length_probe)
         self.player = Player("discriminator", args.disc_weight_decay, args.grad_clip, weights)
-        self.policy.take(policy_weights(args.policy))
+        self.policy.take(policy_weights(args.policy, args.freeze_vision))
         self.rows = self.reader
         if args.pairs:
             self.rows = Reader(args.policy, args.pairs, args.max_pixels)

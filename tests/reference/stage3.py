@@ -29,15 +29,12 @@ class Rlvr:
         flags = {"max_pixels": None, **method.ALGORITHMS[args.algo]}
         flags.update({name: value for name, value in vars(args).items() if value is not None})
         self.args = SimpleNamespace(**flags)
-        self.policy = Policy(args.policy)
-        self.start = None  # the start policy
-        if args.kl:
-            self.start = Policy(args.policy)
-            self.start.take(policy_weights(args.policy))
+        self.policy = Policy(args.policy, vision=not args.freeze_vision)
+        self.start = Policy(args.policy) if args.kl else None  # the start policy
         self.reader = Reader(args.policy, args.data, args.max_pixels)
         self.banned = self.reader.banned(self.policy.vocabulary)
         self.order = self.reader.order(args.seed)
-        weights = policy_weights(args.policy)
+        weights = policy_weights(args.policy, args.freeze_vision)
         self.player = Player("policy", self.args.weight_decay, args.grad_clip, weights)
         self.surplus = []
         self.bad = set()  # rows that were left out

@@ -53,7 +53,8 @@ FOLLOWS = {
     "blue": {"square": 12, "dot": 11},
     "square": {"</caption>": 12, "red": 10},
     "dot": {"</caption>": 12, "green": 11},
-    "</caption>": {"<think>": 13},
+    "</caption>": {"<think>": 13, "plus": 10},
+    "plus": {"<think>": 12},
     "<think>": {"so": 12, "one": 11},
     "so": {"one": 11, "two": 11},
     "one": {"</think>": 11, "then": 10},
@@ -198,11 +199,11 @@ def strengthen_discriminator(folder, seed=1):
 
 # ----------------------------------------------------------------------------- rows
 def make_pictures(folder, count=6):
-    """PNG files of one to three visual tokens -> their names."""
+    """PNG files of one to four visual tokens, some of them a square -> their names."""
     drawn = random.Random(1)
     names = []
     for number in range(count):
-        size = [(8, 8), (16, 8), (8, 24)][number % 3]
+        size = [(8, 8), (16, 16), (8, 24)][number % 3]
         picture = Image.new("RGB", size)
         for x in range(size[0]):
             for y in range(size[1]):

@@ -1,0 +1,119 @@
+"""
+Claim: an SFT step with a frozen vision tower (sft.py's default) takes less time and memory.
+
+    bash runs/puzzlevqa.sh ../shared/data                # leaves a checkpoint of random weights
+    python bench/freeze.py --policy out/puzzlevqa/init --data ../shared/data/puzzlevqa/sft.json
+    python bench/freeze.py --policy Qwen/Qwen3-VL-4B-Instruct --data sft.json --device cuda
+
+A step is what sft.main does with a batch of rows that are encoded already: forward, backward,
+AdamW. Peak: bytes beyond weights and AdamW's moments, so gradients are among them.
+"""
+
+import argparse
+
+import torch
+from measure import clock, median, peak, report
+
+import sft
+from data import read
+from engine.optimiser import optimizer
+from engine.packs import packs_of_own
+from model import freeze_vision, load
+
+
+class Contender:
+    """A policy, its optimiser, and a step of training on `trees`."""
+
+    def __init__(self, args, trees, frozen):
+        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+        self.policy = load(args.policy, dtype, args.device).train()
+        if frozen:
+            freeze_vision(self.policy.hf.model)
+        self.optimizer = optimizer(self.policy, 1e-5, 0.0)
+        self.trees = trees
+        self.pack_tokens = args.pack_tokens
+        self.device = args.device
+
+    def loss(self):
+        """The loss of the batch, its gradients accumulated."""
+        tokens = sum(int(tree.mask.sum()) for tree in self.trees)
+        total = 0.0
+        for pack in packs_of_own(self.trees, self.pack_tokens, self.device):
+            coefficient = torch.full_like(
+                pack.target, sft.sft_coefficient(tokens), dtype=torch.float32
+            )
+            loss = (coefficient * self.policy(pack, coefficient=coefficient)).sum()
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def step(self):
+        self.loss()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def moments(self):
+        """Bytes of AdamW's state."""
+        held = 0
+        for state in self.optimizer.state.values():
+            held += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        return held
+
+
+def same_gradients(trained, frozen):
+    """Both compute the same loss, and the same gradients of what both train."""
+    first = trained.loss()
+    second = frozen.loss()
+    assert abs(first - second) <= 1e-5 * abs(first), (first, second)
+    others = dict(trained.policy.named_parameters())
+    for name, parameter in frozen.policy.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-3, atol=1e-6)
+        else:
+            assert parameter.grad is None
+    for contender in (trained, frozen):
+        contender.optimizer.zero_grad()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--policy", required=True, help="a checkpoint")
+    parser.add_argument("--data", required=True, help="a file of demonstrations with images")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--max_pixels", type=int, help="of one image")
+    parser.add_argument("--pack_tokens", type=int, default=16384)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+
+    options = {"max_prompt_tokens": 8192, "max_pixels": args.max_pixels}
+    encoder = load(args.policy, **options).encoder
+    data = read(args.data, "sft")
+    trees = sft.trees_of(data.fetch(range(args.batch), encoder.conversation))
+    contenders = {name: Contender(args, trees, name == "frozen") for name in ("trained", "frozen")}
+    if args.device == "cpu":
+        same_gradients(**contenders)
+    steps = {name: contender.step for name, contender in contenders.items()}
+    seconds = {
+        name: median(found) for name, found in clock(steps, args.device, args.repeat).items()
+    }
+    peaks = {name: peak(step, args.device) for name, step in steps.items()}
+    moments = {name: contender.moments() for name, contender in contenders.items()}
+    report(
+        "freeze",
+        seconds=seconds,
+        time=seconds["frozen"] / seconds["trained"],
+        peak_mb={name: held / 1e6 for name, held in peaks.items()},
+        peak=peaks["frozen"] / peaks["trained"],
+        adamw_mb={name: held / 1e6 for name, held in moments.items()},
+        rows=len(trees),
+        tokens=sum(len(tree.prompt.ids) for tree in trees),
+        patches=sum(len(tree.prompt.pixel_values) for tree in trees),
+        parameters=sum(p.numel() for p in contenders["trained"].policy.parameters()),
+        of_vision=sum(p.numel() for p in contenders["trained"].policy.hf.model.visual.parameters()),
+        device=args.device,
+    )
+
+
+if __name__ == "__main__":
+    main()
