@@ -159,12 +159,13 @@ def stage_file(Args):
     return Path(inspect.getfile(Args))
 
 
-def parse(Args, argv=None):
+def parse(Args, argv=None, with_paths=True):
     """Read the command line (`argv`, or the process's own) as an `Args`.
 
     A wrong flag, value or combination of values (ValueError of `Args`) ends the process with one
     message, see `end`. Without --data and --config a stage takes the embedded world's arguments,
-    runs/tiny-<stage>.json beside it.
+    runs/tiny-<stage>.json beside it. with_paths: whether a stage's files are looked for; where
+    only its settings matter they need not be there.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(Args)
@@ -182,7 +183,7 @@ def parse(Args, argv=None):
         given["config"] = config
     try:
         args = Args(**given)
-        if isinstance(args, Common):
+        if isinstance(args, Common) and with_paths:
             look_at_paths(args, embedded)
     except ValueError as error:
         parser.error(str(error))
