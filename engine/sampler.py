@@ -39,7 +39,7 @@ BLOCK = {"cpu": 16, "cuda": 256}
 
 # Prompts of so many tokens on average are kept once for all of their rows. Shorter ones are copied
 # to each row: a step then has fewer operators.
-SHARE_FROM = {"cpu": 128, "cuda": 128}
+SHARE_FROM = {"cpu": 256, "cuda": 256}
 
 # Once no row waits, slots without a row are given up where less than this share of them is busy.
 SHRINK_BELOW = 0.75

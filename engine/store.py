@@ -51,8 +51,10 @@ def attend_to_part(query, key, value, bias):
     bias (n, 1, S) on the scores -> (out (n, q, d), lse (n, q, 1) float32). lse is the log of the
     sum of exp of the scores: what `merge` weighs the part by."""
     scores = product(query, key.transpose(1, 2)).add_(bias)  # (n, q, S)
-    lse = scores.logsumexp(-1, keepdim=True)
-    return scores.sub_(lse).exp_().to(value.dtype) @ value, lse
+    p = scores.softmax(-1)
+    top = scores.amax(-1, keepdim=True)
+    lse = top - p.amax(-1, keepdim=True).log()  # since p = exp(score - lse)
+    return p.to(value.dtype) @ value, lse
 
 
 def merge(part, other):
