@@ -6,6 +6,7 @@ checkpoint, the same rows and ragged lengths.
     python bench/sampler.py --policy out/tiny-0/sft     # after `bash runs/tiny.sh`
     python bench/sampler.py --random            # a larger model, random weights, ragged lengths
     python bench/sampler.py --device cuda       # the 4B's shape, lengths of about 300
+    python bench/sampler.py --prompt 1024       # a prompt's keys and values once, or once per row
     python bench/sampler.py --growth            # 4 to 64 rows of 256 to 4096 tokens
     python bench/sampler.py --profile           # on a CPU: what sampling spends its time on
 """
@@ -20,7 +21,7 @@ from measure import clock, median, model, prompt, report, seconds_of
 from transformers import AutoModelForImageTextToText
 
 from data import Prompt, read
-from engine import sampler
+from engine import sampler, store
 from engine.attention import adopt
 from engine.sampler import all_rows, generate
 from model import load
@@ -40,7 +41,7 @@ class Case:
     pad: int
     max_tokens: int
 
-    def by_us(self, seed, slots):
+    def by_us(self, seed, slots, **options):
         """Sample all rows with engine.sampler -> the number of tokens."""
         rollouts = generate(
             self.ours,
@@ -51,6 +52,7 @@ class Case:
             banned=self.banned,
             seeds=[(seed, number) for number in range(len(self.prompts))],
             slots=slots,
+            **options,
         )
         return sum(len(rollout.ids) for rollout in rollouts)
 
@@ -150,6 +152,53 @@ def compare(args):
     )
 
 
+def shared_prompts(args):
+    """Keys and values of each prompt once (as `generate` does by itself where prompts are long)
+    against a copy in each row's slot: 4 prompts, 16 rows of each, all in slots."""
+    size = "4B" if args.device != "cpu" else "small"
+    side = 32 if args.prompt >= 512 else 4  # patches
+    image_tokens = (side // 2) ** 2
+    table = {}
+    for mean in (64, 512):
+        case = random_case(size, side, mean, max_tokens=min(4 * mean, 1024), device=args.device)
+        text = args.prompt - image_tokens - 2
+        case.prompts = [prompt(case.theirs, text, side, seed) for seed in range(4)]
+        tokens = {True: [], False: []}
+        memory = {True: 0, False: 0}
+        advance = sampler._Decoder.advance
+
+        def watched(decoder, steps, memory=memory, advance=advance):
+            advance(decoder, steps)
+            store = decoder.store
+            tensors = [*store.keys, *store.values]
+            if store.shared:
+                tensors += [*store.shared.keys, *store.shared.values]
+            size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+            shares = store.shared is not None
+            memory[shares] = max(memory[shares], size)
+
+        def run(shares, case=case, tokens=tokens):
+            seed = len(tokens[shares])
+            tokens[shares].append(case.by_us(seed, slots=4 * N, share_prompts=shares))
+
+        sampler._Decoder.advance = watched
+        contenders = {"once": lambda run=run: run(True), "each row": lambda run=run: run(False)}
+        seconds = clock(contenders, args.device, args.repeat)
+        sampler._Decoder.advance = advance
+        rates = {}
+        for name, shares in (("once", True), ("each row", False)):
+            measured = tokens[shares][1:]  # without the warm-up's
+            pairs = zip(measured, seconds[name], strict=True)
+            rates[name] = median([n / s for n, s in pairs])
+        table[f"mean response {mean}"] = {
+            "ratio": rates["once"] / rates["each row"],
+            "tokens_per_second": rates,
+            "memory_of_the_store": memory[True] / memory[False],
+            "prompt_tokens": len(case.prompts[0].ids),
+        }
+    report("sampler, shared prompts", table=table, size=size, device=args.device)
+
+
 def growth(args):
     """Tokens per second without an end token, and what share of the memory's bandwidth weights,
     keys and values account for."""
@@ -243,9 +292,9 @@ def profile(args):
         (sampler._Decoder, "reserve", "ours: growing the store"),
         (sampler._Decoder, "shrink", "ours: shrinking the store"),
         (sampler._Decoder, "step", "ours: the rest of a step"),
-        (sampler._Store, "begin_step", "ours: mask and places"),
-        (sampler._Store, "update", "ours: writing keys and values"),
-        (sampler._Store, "attend", "ours: attention"),
+        (store.Store, "begin_step", "ours: mask and places"),
+        (store.Store, "update", "ours: writing keys and values"),
+        (store.Store, "attend", "ours: attention"),
         (sampler, "logits", "ours: logits"),
         (sampler, "pick", "ours: picking tokens"),
         (text, "forward", "transformers: around the layers"),
@@ -292,12 +341,15 @@ def main():
     parser.add_argument("--data", default="data/tiny/rl.jsonl")
     parser.add_argument("--random", action="store_true", help="on a CPU: the model `small`")
     parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--prompt", type=int, help="tokens of a prompt: kept once, or per row")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--most", type=int, help="tokens of the longest rollout")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
-    if args.growth:
+    if args.prompt:
+        shared_prompts(args)
+    elif args.growth:
         growth(args)
     elif args.profile:
         profile(args)

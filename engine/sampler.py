@@ -12,12 +12,11 @@ drawn beforehand from the ints that name its prompt and from k, and turned into 
 inverse of the cumulative distribution. Hence a row has the same ids on any number of ranks, in any
 order and beside any other rows (up to rounding).
 
-Rows are decoded in slots of one key-value store; a slot whose row has ended takes the next row that
-waits. A step of all slots consists of tensor operations alone. On CUDA it is a captured graph, and
-the host looks only every few tokens which rows have ended.
+Rows are decoded in slots of one key-value store (store.py); a slot whose row has ended takes the
+next row that waits. A step of all slots consists of tensor operations alone. On CUDA it is a
+captured graph, and the host looks only every few tokens which rows have ended.
 
-    B slots   S positions of the store   L layers   H key-value heads   Q query heads
-    d width of a head   D hidden   V vocabulary
+    B slots   D hidden   V vocabulary
 """
 
 from __future__ import annotations
@@ -31,11 +30,16 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention import forward_pack
-from engine.logprob import logits, product
+from engine.logprob import logits
 from engine.packs import Tree, build_pack, plan
+from engine.store import PromptCache, Store
 
 # The store grows by so many positions at a time. On CUDA each time means to capture the step anew.
 BLOCK = {"cpu": 16, "cuda": 256}
+
+# Prompts of so many tokens on average are kept once for all of their rows. Shorter ones are copied
+# to each row: a step then has fewer operators.
+SHARE_FROM = {"cpu": 256, "cuda": 256}
 
 # Once no row waits, slots without a row are given up where less than this share of them is busy.
 SHRINK_BELOW = 0.75
@@ -67,6 +71,7 @@ def generate(
     slots=256,
     pack_tokens=16384,
     look_every=None,
+    share_prompts=None,
 ):
     """Sample one rollout for each of `rows` and return them as a list, in the order of `rows`.
 
@@ -81,6 +86,8 @@ def generate(
     slots: rows decoded at once.  pack_tokens: tokens of prompts read at once.
     look_every: tokens between two looks of the host at which rows have ended. The default is 1 on a
         CPU and 16 on CUDA, where a look waits for the device.
+    share_prompts: whether a prompt's keys and values are kept once for all of its rows. The default
+        is by the prompts' length (SHARE_FROM), where a prompt has several rows.
     """
     if not rows:
         return []
@@ -89,7 +96,11 @@ def generate(
     was_training = hf.training
     hf.eval()
     queue = _Queue(hf, prompts, rows, pack_tokens)
-    decoder = _Decoder(hf, min(slots, len(rows)), max_tokens, eos, banned, temperature)
+    if share_prompts is None:
+        share_prompts = sharing_pays(prompts, rows, hf.device)
+    decoder = _Decoder(
+        hf, min(slots, len(rows)), max_tokens, eos, banned, temperature, share_prompts
+    )
     rollouts = [None] * len(rows)
     while queue.waiting or decoder.busy_slots():
         _fill_free_slots(decoder, queue, seeds)
@@ -101,6 +112,14 @@ def generate(
             decoder.shrink()
     hf.train(was_training)
     return rollouts
+
+
+def sharing_pays(prompts, rows, device):
+    """Whether rows of one prompt should share its keys and values in the store."""
+    of_rows = {p for p, _ in rows}
+    lengths = [len(prompts[p].ids) for p in of_rows]
+    long = sum(lengths) >= SHARE_FROM[device.type] * len(lengths)
+    return len(rows) > len(of_rows) and long
 
 
 def _fill_free_slots(decoder, queue, seeds):
@@ -115,7 +134,7 @@ def _fill_free_slots(decoder, queue, seeds):
         for row in row_numbers:
             _, k = queue.rows[row]
             draws.append(uniforms(seeds[p], k, decoder.max_tokens))
-        decoder.fill(chosen, row_numbers, queue.prompts[p], queue.read[p], np.stack(draws))
+        decoder.fill(chosen, row_numbers, p, queue.prompts[p], queue.read[p], np.stack(draws))
     queue.drop_finished(taken)
 
 
@@ -174,30 +193,6 @@ def _first_above(cdf, target):
 
 
 # ---------------------------------------------------------------------- rows that wait, and prefill
-class _PromptCache:
-    """The keys and values of tokens that lie side by side in a pack, per layer.
-
-    While a pack is read it stands in for a transformers cache, which calls `update`.
-    """
-
-    def __init__(self):
-        self.keys = []  # L of (H, T, d)
-        self.values = []  # L of (H, T, d)
-
-    def update(self, key, value, layer, *_):
-        """Keep a layer's key and value (1, H, T, d); attention over the pack goes on with them."""
-        self.keys.append(key[0])
-        self.values.append(value[0])
-        return key, value
-
-    def cut(self, start, length):
-        """The tokens from `start` on, as a cache of their own that shares the memory."""
-        part = _PromptCache()
-        part.keys = [key[:, start : start + length] for key in self.keys]
-        part.values = [value[:, start : start + length] for value in self.values]
-        return part
-
-
 class _Queue:
     """The rows that wait for a slot, and the keys and values of the prompts that they continue.
 
@@ -214,7 +209,7 @@ class _Queue:
         self.waiting = deque(range(len(rows)))  # numbers of rows
         self.waiting_of = Counter(prompts_of_rows)  # prompt -> how many of its rows wait
         self.unread = deque(dict.fromkeys(prompts_of_rows))  # prompts in the order of need
-        self.read = {}  # prompt -> _PromptCache
+        self.read = {}  # prompt -> PromptCache
 
     def take(self, count):
         """The next rows, `count` of them where so many wait: {prompt: numbers of its rows}."""
@@ -241,7 +236,7 @@ class _Queue:
         trees = [Tree(self.prompts[p]) for p in chosen]
         for part in plan(trees, self.pack_tokens):
             pack = build_pack(trees, part, self.hf.device)
-            cache = _PromptCache()
+            cache = PromptCache()
             forward_pack(self.hf.model, pack, past_key_values=cache)
             # The segments are the part's prompts, on CUDA with the padding behind them.
             for (t, _), segment in zip(part, pack.segments, strict=False):
@@ -255,75 +250,6 @@ class _Queue:
 
 
 # ----------------------------------------------------------------------------------------- decoding
-class _Store:
-    """The keys and values of all slots, each row's from position 0 on.
-
-    S grows with the longest row, so that the store is as large as what is in it and attention reads
-    no more. In the model's forward it stands in for two things: for a transformers cache, of which
-    `update` is called, and for the layout of a pack, of which `attend` is called.
-    """
-
-    def __init__(self, hf, slots):
-        text = hf.model.language_model
-        layers = len(text.layers)
-        self.heads = text.config.num_key_value_heads
-        width = text.layers[0].self_attn.head_dim
-        empty = torch.zeros(slots * self.heads, 0, width, dtype=hf.dtype, device=hf.device)
-        self.keys = [empty] * layers  # L of (B * H, S, d)
-        self.values = [empty] * layers  # L of (B * H, S, d)
-        self.bias = None  # (B * H, 1, S) of this step: 0 where its queries may look, else -inf
-        self.place = None  # (B * H,) where its keys and values go, counted in (B * H * S, d)
-
-    @property
-    def size(self):
-        """S, the positions that each slot has."""
-        return self.keys[0].shape[1]
-
-    def grow(self, positions):
-        """Append `positions` to every slot, layer after layer: there are never two whole stores."""
-        for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                store[layer] = F.pad(old, (0, 0, 0, positions))
-
-    def keep(self, slots):
-        """Keep only `slots`, which are then numbered from 0."""
-        for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                store[layer] = old.unflatten(0, (-1, self.heads))[slots].flatten(0, 1)
-
-    def write_prompt(self, slots, cache, length):
-        """Copy the first `length` tokens of a prompt into each of `slots`."""
-        for store, prompt in ((self.keys, cache.keys), (self.values, cache.values)):
-            for old, new in zip(store, prompt, strict=True):
-                old.unflatten(0, (-1, self.heads))[slots, :, :length] = new[:, :length]
-
-    def begin_step(self, filled):
-        """Prepare for one token more in each slot, at position filled (B,)."""
-        filled = filled[:, None].expand(-1, self.heads).reshape(-1, 1)  # (B * H, 1)
-        positions = torch.arange(self.size, device=filled.device)
-        self.bias = torch.where(positions <= filled, 0.0, -torch.inf).unsqueeze(1)
-        rows = torch.arange(len(filled), device=filled.device)
-        self.place = rows * self.size + filled.squeeze(1)
-
-    def update(self, key, value, layer, *_):
-        """Add this step's key and value (B, H, 1, d), and return all of the layer's."""
-        for store, new in ((self.keys[layer], key), (self.values[layer], value)):
-            store.flatten(0, 1).index_copy_(0, self.place, new.reshape(-1, new.shape[-1]))
-        return self.keys[layer], self.values[layer]
-
-    def attend(self, query, key, value, scaling):
-        """Attention of one query (B, Q, 1, d) per slot over its keys and values -> (B, 1, Q, d).
-
-        Two thin matrix products read each key and value once. torch's own attention would repeat
-        them for each query head.
-        """
-        slots, query_heads, _, width = query.shape
-        by_head = (query * scaling).view(len(key), -1, width)  # (B * H, Q / H, d)
-        scores = product(by_head, key.transpose(1, 2)).add_(self.bias)  # (B * H, Q / H, S)
-        out = scores.softmax(-1).to(value.dtype) @ value  # (B * H, Q / H, d)
-        return out.view(slots, 1, query_heads, width)
-
-
 class _Decoder:
     """The rows that are being decoded, one in each slot, and the step that decodes them.
 
@@ -332,7 +258,7 @@ class _Decoder:
     too, and writes where nobody reads.
     """
 
-    def __init__(self, hf, slots, max_tokens, eos, banned, temperature):
+    def __init__(self, hf, slots, max_tokens, eos, banned, temperature, share_prompts):
         device = hf.device
         self.text = hf.model.language_model
         self.head = hf.lm_head.weight  # (V, D)
@@ -343,7 +269,7 @@ class _Decoder:
         self.temperature = 1.0 if self.greedy else temperature
         self.graph = None  # the captured step, on CUDA
 
-        self.store = _Store(hf, slots)
+        self.store = Store(hf, slots, share_prompts)
         self.rows = [None] * slots  # number of the row in each slot; None: free
         self.token = torch.zeros(slots, dtype=torch.long, device=device)  # (B,) to feed next
         self.position = torch.zeros_like(self.token)  # (B,) its rotary position
@@ -367,8 +293,8 @@ class _Decoder:
         live = self.live.tolist()
         return [slot for slot in self.busy_slots() if not live[slot]]
 
-    def fill(self, slots, row_numbers, prompt, cache, u):
-        """Begin a row of `prompt` in each of `slots`.
+    def fill(self, slots, row_numbers, p, prompt, cache, u):
+        """Begin a row of `prompt`, number p, in each of `slots`.
 
         row_numbers: of these rows.  cache: the prompt's prefill.  u: (rows, max_tokens).
         The last token's keys and values are not copied: the first step feeds it to the model, since
@@ -377,8 +303,12 @@ class _Decoder:
         for slot, row in zip(slots, row_numbers, strict=True):
             self.rows[slot] = row
         length = len(prompt.ids) - 1
-        self.reserve(length + 1)
-        self.store.write_prompt(slots, cache, length)
+        if self.store.shared:
+            self.store.shared.add(p, slots, cache, length)
+            length = 0  # of the slots' own positions
+        else:
+            self.reserve(length + 1)
+            self.store.write_prompt(slots, cache, length)
         self.u[slots, : self.max_tokens] = torch.from_numpy(u).to(self.u.device)
         self.token[slots] = prompt.ids[-1].item()
         self.position[slots] = prompt.next_position - 1
@@ -390,6 +320,8 @@ class _Decoder:
         """Free `slot`: the number of its row, and its rollout."""
         row = self.rows[slot]
         self.rows[slot] = None
+        if self.store.shared:
+            self.store.shared.leave(slot)
         count = int(self.count[slot])
         ids = self.ids[slot, :count].tolist()
         logps = self.logps[slot, :count].tolist()
@@ -418,6 +350,8 @@ class _Decoder:
     def advance(self, steps):
         """Decode `steps` tokens in every slot."""
         self.reserve(int(self.filled.max()) + steps)
+        if self.store.shared and self.store.shared.arrange():
+            self.graph = None
         for _ in range(steps):
             if not self.u.is_cuda:
                 self.step()

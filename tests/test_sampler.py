@@ -7,7 +7,7 @@ import torch
 from conftest import EOS, IMAGE, PAD, START, STOP, VIDEO, VOCAB, plain_logits, tiny_hf, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import sampler
+from engine import sampler, store
 from engine.attention import forward_pack
 from engine.logprob import token_logps
 from engine.packs import Tree, build_pack, plan
@@ -34,12 +34,14 @@ def ids_of(rollouts):
     return [rollout.ids for rollout in rollouts]
 
 
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("slots", [1, 2, 64])
-def test_greedy_equals_generate(slots):
+def test_greedy_equals_generate(slots, shares):
     hf = tiny_hf()
     plain = tiny_hf(packs=False)
     prompts = three_prompts(hf)
-    rollouts = sample(hf, prompts, all_rows(prompts, 1), 12, temperature=0, slots=slots)
+    options = dict(temperature=0, slots=slots, share_prompts=shares)
+    rollouts = sample(hf, prompts, all_rows(prompts, 1), 12, **options)
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         image = (prompt.ids == IMAGE).int()[None]
         images = {}
@@ -63,10 +65,11 @@ def test_greedy_equals_generate(slots):
         assert rollout.stop == ("end" if EOS in rollout.ids else "length")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logps_equal_the_trainers(hf, temperature):
+@pytest.mark.parametrize("temperature, shares", [(1.0, False), (1.0, True), (0.6, True)])
+def test_logps_equal_the_trainers(hf, temperature, shares):
     prompts = three_prompts(hf)
-    rollouts = sample(hf, prompts, all_rows(prompts, 5), 10, temperature=temperature, slots=4)
+    options = dict(temperature=temperature, slots=4, share_prompts=shares)
+    rollouts = sample(hf, prompts, all_rows(prompts, 5), 10, **options)
     trees = [Tree(p, ids_of(rollouts[5 * i : 5 * i + 5])) for i, p in enumerate(prompts)]
     scored = 0
     for part in plan(trees, 60):
@@ -95,14 +98,16 @@ def test_same_ids_in_any_order_and_company(hf):
     assert ids_of(together) != ids_of(sample(hf, prompts, rows, 10, seed=8))
 
 
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("slots,pack_tokens", [(1, 20), (2, 10**4), (3, 1), (64, 10**4)])
-def test_any_subset_of_rows_in_any_order(hf, slots, pack_tokens):
+def test_any_subset_of_rows_in_any_order(hf, slots, pack_tokens, shares):
     """Rows of one prompt need not be neighbours, nor complete, and may come twice."""
     prompts = three_prompts(hf)
     rows = all_rows(prompts, 4)
     rollout_of = dict(zip(rows, sample(hf, prompts, rows, 8), strict=True))
     some = [(2, 3), (0, 1), (2, 0), (0, 3), (0, 1), (2, 1)]
-    found = sample(hf, prompts, some, 8, slots=slots, pack_tokens=pack_tokens)
+    options = dict(slots=slots, pack_tokens=pack_tokens, share_prompts=shares)
+    found = sample(hf, prompts, some, 8, **options)
     assert ids_of(found) == [rollout_of[row].ids for row in some]
     for rollout, row in zip(found, some, strict=True):
         assert rollout.logps == pytest.approx(rollout_of[row].logps, abs=1e-4)
@@ -253,8 +258,8 @@ class Asked(TorchDispatchMode):
         return [name for name in self.names if name.split("::")[1].split(".")[0] in self.WAIT]
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_a_step_asks_the_host_nothing(hf, monkeypatch, temperature):
+@pytest.mark.parametrize("temperature, shares", [(0, False), (1.0, False), (1.0, True)])
+def test_a_step_asks_the_host_nothing(hf, monkeypatch, temperature, shares):
     """And makes the same operations in the same order each time: what a captured graph needs."""
     steps = []
     step = sampler._Decoder.step
@@ -266,7 +271,7 @@ def test_a_step_asks_the_host_nothing(hf, monkeypatch, temperature):
 
     monkeypatch.setattr(sampler._Decoder, "step", watched)
     prompts = three_prompts(hf)
-    sample(hf, prompts, all_rows(prompts, 4), 8, temperature=temperature)
+    sample(hf, prompts, all_rows(prompts, 4), 8, temperature=temperature, share_prompts=shares)
     assert len(steps) > 3
     assert not steps[0].waits()
     assert all(asked.names == steps[0].names for asked in steps)
@@ -290,6 +295,51 @@ def test_the_store_grows_with_the_rows(hf, monkeypatch):
     assert len(set(sizes)) > 2
 
 
+def test_long_prompts_are_kept_once(hf, monkeypatch):
+    """Each in a place, which the next one takes; in the slots there are the rows' own tokens alone.
+    A captured step stays valid as long as no tensor is replaced."""
+    prompts = [tiny_prompt(hf, 200 + number, None, number) for number in range(6)]
+    options = dict(slots=8, eos=())
+    expected = sample(hf, prompts, all_rows(prompts, 4), 6, share_prompts=False, **options)
+    monkeypatch.setitem(sampler.BLOCK, "cpu", 1)
+    stores = []
+    replaced = []
+    tensors = [[]]
+    advance = sampler._Decoder.advance
+    arrange = store.SharedPrompts.arrange
+
+    def watched(decoder, steps):
+        advance(decoder, steps)
+        shared = decoder.store.shared
+        stores.append((decoder.store.size, len(shared.lengths), shared.keys[0].shape[2]))
+
+    def watched_arrange(shared):
+        replaced.append(arrange(shared))
+        tensors.append([shared.bias, shared.slots, shared.seats, *shared.keys, *shared.values])
+        same = [x is y for x, y in zip(tensors[-2], tensors[-1], strict=False)]
+        assert replaced[-1] == (not same or not all(same))
+        return replaced[-1]
+
+    monkeypatch.setattr(sampler._Decoder, "advance", watched)
+    monkeypatch.setattr(store.SharedPrompts, "arrange", watched_arrange)
+    monkeypatch.setitem(sampler.SHARE_FROM, "cpu", 200)
+    found = sample(hf, prompts, all_rows(prompts, 4), 6, **options)
+    assert ids_of(found) == ids_of(expected)
+    sizes, places, tokens = zip(*stores[:-1], strict=True)
+    assert max(sizes) == 6 and max(places) == 2 and max(tokens) == 204
+    assert len(replaced) == 18 and sum(replaced) == 3  # at first, and where a prompt is longer
+
+
+def test_which_prompts_are_shared(hf):
+    """Long ones with several rows; a short copy in each row's slot costs less than a seat."""
+    long, short = tiny_prompt(hf, sampler.SHARE_FROM["cpu"], None), tiny_prompt(hf, 5, None)
+    cpu = torch.device("cpu")
+    assert sampler.sharing_pays([long], all_rows([long], 2), cpu)
+    assert not sampler.sharing_pays([long], all_rows([long], 1), cpu)
+    assert not sampler.sharing_pays([short], all_rows([short], 16), cpu)
+    assert not sampler.sharing_pays([long, short], all_rows([long, short], 16), cpu)
+
+
 def test_slots_without_a_row_are_given_up(hf, monkeypatch):
     widths = []
     advance = sampler._Decoder.advance
@@ -303,5 +353,7 @@ def test_slots_without_a_row_are_given_up(hf, monkeypatch):
     rows = all_rows(prompts, 8)
     found = sample(hf, prompts, rows, 60, slots=12)
     assert widths[0] == 12 and widths[-1] < 12
+    shared = sample(hf, prompts, rows, 60, slots=12, share_prompts=True)
+    assert ids_of(found) == ids_of(shared)
     monkeypatch.setattr(sampler, "SHRINK_BELOW", 0)
     assert ids_of(found) == ids_of(sample(hf, prompts, rows, 60, slots=12))
