@@ -50,7 +50,7 @@ CASES = {
     ),
     "experts": dict(disc="experts", disc_path="experts", normalize="sum", alpha=0.7, seed=3),
     "dense, blind": dict(
-        disc="dense", disc_path="dense", disc_blind=True, malformed="drop", std_floor=0.1
+        disc="dense", disc_path="dense", disc_blind=True, malformed="drop", std_floor=1.0
     ),
     "vision frozen": dict(disc="dense", disc_path="dense", freeze_vision=True, steps=1),
     "whole": dict(
@@ -98,8 +98,28 @@ def test_game(files, tmp_path, case):
     assert share == 0 if case == "nothing well-formed" else 0 < share < 1
 
 
+def test_distance_to_the_sampler_is_logged(files, tmp_path, monkeypatch):
+    """It is 0 but for rounding; so here a distance is planted, of either sign."""
+    planted = []
+
+    def sample_groups(hf, encoder, groups, *more, plain=align.sample_groups):
+        plain(hf, encoder, groups, *more)
+        for group in groups:
+            for k, rollout in enumerate(group.rollouts):
+                rollout.logps = [logp + 0.1 * (k - 1) for logp in rollout.logps]
+                planted.extend([0.1 * abs(k - 1)] * len(rollout.ids))
+
+    monkeypatch.setattr(align, "sample_groups", sample_groups)
+    flags = GAME | dict(steps=1, disc="dense", disc_path="dense", pack_tokens=60)
+    (step,) = watch.record("align", complete(flags, files, tmp_path))
+    compare.near(step["metrics"]["logp_diff"], sum(planted) / len(planted), "logp_diff", 1e-4)
+    compare.near(step["metrics"]["logp_diff_max"], 0.2, "logp_diff_max", 1e-4)
+
+
 WARM_UPS = {
-    "rollouts": dict(warmup_steps=3, warmup_pairs=16, disc_weight_decay=0.3, temperature=0.8),
+    "rollouts": dict(
+        warmup_steps=3, warmup_pairs=16, disc_weight_decay=0.3, temperature=0.8, seed=11
+    ),
     "pairs": dict(
         pairs="pairs",
         warmup_steps=3,
@@ -108,6 +128,8 @@ WARM_UPS = {
         grad_clip=0.1,
         max_response=30,
     ),
+    "told apart": dict(warmup_steps=8, warmup_pairs=16, warmup_until=0.9, seed=2),
+    "no gain": dict(warmup_steps=8, warmup_pairs=16, warmup_until=0.9, seed=6),
     "pairs, some too long": dict(
         pairs="pairs", warmup_steps=1, warmup_pairs=6, disc="dense", max_response=24
     ),
@@ -125,16 +147,20 @@ WARM_UPS = {
 @pytest.mark.parametrize("case", WARM_UPS)
 def test_warm_up(files, tmp_path, monkeypatch, case):
     monkeypatch.setattr(align, "WARMUP_CHECK", 2)
+    monkeypatch.setattr(align, "NO_GAIN", 2)
     flags = dict(warmup_only=case != "rollouts", warmup_lr=2e-3, warmup_until=1.5)
     flags = complete(GAME | dict(steps=1) | flags | WARM_UPS[case], files, tmp_path)
     trace = watch.record("align", flags)
     args = align.Args(**flags)
-    warm = trace[: args.warmup_steps]
+    warm = [step for step in trace if len(step["updates"]) == 1]
     weights = warm[0]["updates"][0]["before"]
     stage2.check_upcycled(weights, args)
-    disc = stage2.check_warm_up(warm, args, weights, health.length_probe, 2)
+    disc = stage2.check_warm_up(warm, args, weights, health.length_probe, 2, 2)
     compare.check_saved(tmp_path / "warmup/last", disc.weights)
-    game = trace[args.warmup_steps :]
+    told_apart = [value for name, value in warm[-1]["metrics"].items() if name.endswith("held_out")]
+    assert all(0 <= value <= 1 for value in told_apart) and told_apart
+    assert len(warm) == {"told apart": 2, "no gain": 6}.get(case, args.warmup_steps)
+    game = trace[len(warm) :]
     assert bool(game) != args.warmup_only
     if game:
         start = compare.policy_weights(args.policy)

@@ -31,7 +31,7 @@ CASES = {
     "dapo, surplus alone": DAPO | dict(overlong=0, prompts_per_draw=8, prompts_per_step=1, steps=4),
     "dapo, too few": DAPO
     | dict(
-        overlong=5, max_draws=1, prompts_per_draw=2, minibatches=2, warmup=0.0, steps=3, seed=10
+        overlong=5, max_draws=1, prompts_per_draw=2, minibatches=2, warmup=0.0, steps=3, seed=11
     ),
     "gspo": dict(algo="gspo", steps=3),
     "gspo, 2 minibatches": dict(algo="gspo", minibatches=2, clip_low=0.01, clip_high=0.02),
@@ -58,6 +58,25 @@ def test_rlvr(files, tmp_path, case):
         assert any(step["metrics"]["clip_frac"] > 0 for step in trace)
     if args.algo == "dapo":
         assert what_happened(trace, args) >= HAPPENS[case]
+
+
+def test_distance_to_the_sampler_is_logged(files, tmp_path, monkeypatch):
+    """It is 0 but for rounding; so here a distance is planted, of either sign."""
+    planted = []
+
+    def sample_groups(hf, encoder, groups, *more, plain=rlvr.sample_groups):
+        plain(hf, encoder, groups, *more)
+        for group in groups:
+            for k, rollout in enumerate(group.rollouts):
+                rollout.logps = [logp + 0.1 * (k - 1) for logp in rollout.logps]
+                planted.extend([0.1 * abs(k - 1)] * len(rollout.ids))
+
+    monkeypatch.setattr(rlvr, "sample_groups", sample_groups)
+    flags = BASE | dict(steps=1, minibatches=2, pack_tokens=60, lr=1e-2)
+    flags |= dict(policy=files.policy, data=files.rl, out=str(tmp_path))
+    (step,) = watch.record("rlvr", flags)
+    compare.near(step["metrics"]["logp_diff"], sum(planted) / len(planted), "logp_diff", 1e-4)
+    compare.near(step["metrics"]["logp_diff_max"], 0.2, "logp_diff_max", 1e-4)
 
 
 # What each case of DAPO is there for.

@@ -40,7 +40,7 @@ def test_sft(files, tmp_path, data, flags):
 def test_epochs(files, tmp_path):
     """Without --steps the schedule spans so many updates as the epochs take."""
     flags = COMMON | dict(policy=files.tied, data=files.messages, out=str(tmp_path))
-    flags |= dict(steps=None, epochs=0.8)
+    flags |= dict(steps=None, epochs=1.5)
     trace = watch.record("sft", flags)
-    assert len(trace) == int(11 * 0.8 / 4)
+    assert len(trace) == int(11 * 1.5 / 4)
     stage1.check_sft(trace, sft.Args(**flags | dict(steps=len(trace))))

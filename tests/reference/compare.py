@@ -74,13 +74,17 @@ class Player:
     def __init__(self, who, decay, clip, weights):
         self.who = who
         self.decay = decay
+        self.clip = clip
         self.adam = method.AdamW(decay, clip)
         self.weights = weights
+        self.updates = 0
 
     def check(self, update, expected_gradient, rate):
         """`update` as recorded; its gradient is compared, then its result."""
-        what = f"{self.who}, update {self.adam.updates}"
-        assert update["who"] == self.who
+        self.updates += 1
+        what = f"{self.who}, update {self.updates}"
+        assert update["who"] == self.who and update["clip"] == self.clip
+        assert update["before"].keys() == self.weights.keys()
         for name, before in update["before"].items():
             assert torch.equal(before, self.weights[name]), f"{what}: {name} changed before it"
         for found in update["rates"]:

@@ -219,6 +219,7 @@ class WarmUp(Alignment):
         self.order = self.rows.order(args.seed, self.training)
         self.held_out = None  # groups
         self.best = 0.0  # held-out accuracy, of the harder kind of span
+        self.stale = 0  # checks in a row without a gain
 
     def groups(self, found, calls):
         if self.args.pairs:
@@ -267,19 +268,24 @@ class WarmUp(Alignment):
             same_scores(one, group)
         measured = steps.discriminator_measures(self.held_out, self.kinds, [], self.args)
         accuracy = {f"{kind}/held_out": measured[f"{kind}/acc"] for kind in self.kinds}
-        self.best = max(self.best, *accuracy.values())
+        harder = min(accuracy.values())
+        self.stale = 0 if harder > self.best + 0.005 else self.stale + 1
+        self.best = max(self.best, harder)
         return {**accuracy, **self.probes(self.held_out)}
 
 
-def check_warm_up(trace, args, weights, length_probe, check_every):
-    """The steps of a warm-up from these weights of the discriminator -> its Player. It may end
-    early, once held-out pairs are told apart."""
+def check_warm_up(trace, args, weights, length_probe, check_every=20, no_gain=5):
+    """The steps of a warm-up from these weights of the discriminator -> its Player. It ends early
+    once held-out pairs of every kind of span are told apart, or after `no_gain` checks in a row
+    without a gain."""
     run = WarmUp(args, weights, length_probe)
+    ended = False
     for number, step in enumerate(trace):
-        assert step["step"] == number + 1 and run.best < args.warmup_until
+        assert step["step"] == number + 1 and not ended
         last = number + 1 == args.warmup_steps
         run.step(number, step, last, (number + 1) % check_every == 0)
-    assert len(trace) == args.warmup_steps or run.best >= args.warmup_until
+        ended = last or run.best >= args.warmup_until or run.stale >= no_gain
+    assert ended
     return run.player
 
 

@@ -53,7 +53,7 @@ FOLLOWS = {
     "blue": {"square": 12, "dot": 11},
     "square": {"</caption>": 12, "red": 10},
     "dot": {"</caption>": 12, "green": 11},
-    "</caption>": {"<think>": 13, "plus": 10},
+    "</caption>": {"<think>": 13, "plus": 11.5},
     "plus": {"<think>": 12},
     "<think>": {"so": 12, "one": 11},
     "so": {"one": 11, "two": 11},
