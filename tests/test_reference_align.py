@@ -14,6 +14,8 @@ COMMON = dict(device="cpu", sample_every=0, save_every=0, warmup_steps=0, probe_
 GAME = COMMON | dict(
     steps=2, prompts_per_step=2, group_size=4, max_response=20, lr=2e-3, disc_lr=1e-3
 )
+# With images so small prompts have 8 to 24 tokens, one of them 18.
+SOME_TOO_LONG = dict(max_pixels=128, max_prompt=18)
 # Large enough to be seen in a gradient beside the Bradley-Terry loss.
 TERMS = dict(score_l2=0.05, balance=0.2)
 
@@ -48,13 +50,13 @@ CASES = {
         disc_weight_decay=0.2,
         weight_decay=0.1,
     ),
-    "experts": dict(disc="experts", disc_path="experts", normalize="sum", alpha=0.7, seed=3),
+    "experts": dict(disc="experts", disc_path="experts", normalize="sum", alpha=0.7, seed=3, max_side=16),
     "dense, blind": dict(
         disc="dense", disc_path="dense", disc_blind=True, malformed="drop", std_floor=1.0
     ),
     "vision frozen": dict(disc="dense", disc_path="dense", freeze_vision=True, steps=1),
     "whole": dict(
-        disc_path="moe", spans="whole", malformed_penalty=0.5, max_pixels=128, sample_every=1
+        disc_path="moe", spans="whole", malformed_penalty=0.5, sample_every=1, **SOME_TOO_LONG
     ),
     "split": dict(disc_path="moe", pack_tokens=70, alpha=0.2, prompts_per_step=3),
     "top 1 of 3": dict(

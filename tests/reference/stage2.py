@@ -40,18 +40,19 @@ class Alignment:
         self.source = args.disc_init or args.policy
         experts = (args.experts, args.experts_per_token, len(self.kinds))
         self.disc = Discriminator(self.source, args.disc, *experts, vision)
-        self.reader = Reader(args.policy, args.data, args.max_pixels)
+        self.reader = Reader(args.policy, args.data, args)
         self.banned = self.reader.banned(self.policy.vocabulary)
         self.bad = set()  # rows that were left out
         self.seeds = []  # of all prompts that were sampled
 
     # ------------------------------------------------------------------------ rows
     def take_rows(self, reader, order, count):
-        """The next rows that are usable. They are not, where an image is missing, or a response is
-        longer than a rollout may be; of pairs the spans are counted, each with its end token."""
+        """The next rows that are usable. They are not, where an image is missing, or a prompt too
+        long, or a response longer than a rollout may be; of pairs the spans are counted, each with
+        its end token."""
 
         def is_bad(row):
-            if reader.is_bad(row):
+            if reader.is_bad(row) or reader.is_too_long(row, self.args.max_prompt):
                 return True
             texts = reader.demonstrations(row)
             lengths = [len(reader.ids(text)) + 1 for text in texts]
@@ -67,6 +68,7 @@ class Alignment:
     def sampled(self, found, seed):
         """Recorded groups of one call of the sampler, under the policy's weights as they are now,
         each checked -> with the spans that the reference finds."""
+        assert seed[0] == self.args.seed
         groups = []
         for place, one in enumerate(found):
             self.seeds.append((*seed, place))
@@ -213,7 +215,7 @@ class WarmUp(Alignment):
         self.policy.take(policy_weights(args.policy, args.freeze_vision))
         self.rows = self.reader
         if args.pairs:
-            self.rows = Reader(args.policy, args.pairs, args.max_pixels)
+            self.rows = Reader(args.policy, args.pairs, args)
         held_out = max(1, len(self.rows.rows) // 10)  # the last tenth
         self.training = len(self.rows.rows) - held_out
         self.order = self.rows.order(args.seed, self.training)
