@@ -14,6 +14,7 @@ COMMON = dict(device="cpu", sample_every=0, save_every=0, warmup_steps=0, probe_
 GAME = COMMON | dict(
     steps=2, prompts_per_step=2, group_size=4, max_response=20, lr=2e-3, disc_lr=1e-3
 )
+GAME |= dict(experts_per_token=3)  # of 4
 # With images so small prompts have 8 to 24 tokens, one of them 18.
 SOME_TOO_LONG = dict(max_pixels=128, max_prompt=18)
 # Large enough to be seen in a gradient beside the Bradley-Terry loss.
@@ -26,7 +27,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     files = world.make_world(folder)
     for form in ("moe", "experts", "dense"):
-        args = align.Args(policy=files.policy, data=files.align, disc=form)
+        args = align.Args(policy=files.policy, data=files.align, disc=form, experts_per_token=3)
         path = str(folder / form)
         align.save_discriminator(align.load_discriminator(args), files.policy, path)
         world.strengthen_discriminator(path)
@@ -50,7 +51,9 @@ CASES = {
         disc_weight_decay=0.2,
         weight_decay=0.1,
     ),
-    "experts": dict(disc="experts", disc_path="experts", normalize="sum", alpha=0.7, seed=3, max_side=16),
+    "experts": dict(
+        disc="experts", disc_path="experts", normalize="sum", alpha=0.7, seed=3, max_side=16
+    ),
     "dense, blind": dict(
         disc="dense", disc_path="dense", disc_blind=True, malformed="drop", std_floor=1.0
     ),
