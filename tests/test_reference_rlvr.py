@@ -80,6 +80,15 @@ def test_distance_to_the_sampler_is_logged(files, tmp_path, monkeypatch):
     compare.near(step["metrics"]["logp_diff_max"], 0.2, "logp_diff_max", 1e-4)
 
 
+def test_skipped_updates_are_logged(files, tmp_path, monkeypatch):
+    """Of three minibatches the first two are left out."""
+    answers = [(7.0, 1), (8.0, 1), (9.0, 0)]
+    monkeypatch.setattr(rlvr, "step_if_finite", lambda *_: answers.pop(0))
+    flags = BASE | dict(steps=1, minibatches=3, policy=files.policy, data=files.rl)
+    (step,) = watch.record("rlvr", flags | dict(out=str(tmp_path)))
+    assert (step["metrics"]["grad_norm"], step["metrics"]["skipped"]) == (8.0, 2)
+
+
 # What each case of DAPO is there for.
 HAPPENS = {
     "dapo": {"all right", "clipped", "several draws", "surplus beside more than is needed"},

@@ -46,3 +46,13 @@ def test_epochs(files, tmp_path):
     trace = watch.record("sft", flags)
     assert len(trace) == int(11 * 1.7 / 4)
     stage1.check_sft(trace, sft.Args(**flags | dict(steps=len(trace))))
+
+
+def test_skipped_updates_are_logged(files, tmp_path, monkeypatch):
+    """Of two updates the first is left out."""
+    answers = [(7.0, 1), (8.0, 0)]
+    monkeypatch.setattr(sft, "step_if_finite", lambda *_: answers.pop(0))
+    flags = COMMON | dict(steps=2, policy=files.tied, data=files.messages, out=str(tmp_path))
+    trace = watch.record("sft", flags)
+    found = [(step["metrics"]["grad_norm"], step["metrics"]["skipped"]) for step in trace]
+    assert found == [(7.0, 1), (8.0, 0)]
