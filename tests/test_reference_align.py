@@ -3,6 +3,8 @@ Stage 2 beside the reference: what is sampled, spans, scores, the discriminator'
 advantages, the policy's loss and gradient, AdamW, learning rates, log; and the warm-up before it.
 """
 
+from math import nan
+
 import pytest
 import torch
 from reference import compare, stage2, watch, world
@@ -44,7 +46,7 @@ CASES = {
         grad_clip=0.2,
         steps=3,
         schedule="cosine",
-        warmup=1,
+        warmup=0.5,
         slots=3,
         sample_every=1,
         probe_every=2,
@@ -55,7 +57,12 @@ CASES = {
         disc="experts", disc_path="experts", normalize="sum", alpha=0.7, seed=3, max_side=16
     ),
     "dense, blind": dict(
-        disc="dense", disc_path="dense", disc_blind=True, malformed="drop", std_floor=1.0
+        disc="dense",
+        disc_path="dense",
+        disc_blind=True,
+        malformed="drop",
+        std_floor=1.0,
+        probe_every=1,
     ),
     "vision frozen": dict(disc="dense", disc_path="dense", freeze_vision=True, steps=1),
     "whole": dict(
@@ -134,7 +141,6 @@ WARM_UPS = {
         max_response=30,
     ),
     "told apart": dict(warmup_steps=8, warmup_pairs=16, warmup_until=0.9, seed=2),
-    "no gain": dict(warmup_steps=8, warmup_pairs=16, warmup_until=0.9, seed=6),
     "pairs, some too long": dict(
         pairs="pairs", warmup_steps=1, warmup_pairs=6, disc="dense", max_response=24
     ),
@@ -164,7 +170,7 @@ def test_warm_up(files, tmp_path, monkeypatch, case):
     compare.check_saved(tmp_path / "warmup/last", disc.weights)
     told_apart = [value for name, value in warm[-1]["metrics"].items() if name.endswith("held_out")]
     assert all(0 <= value <= 1 for value in told_apart) and told_apart
-    assert len(warm) == {"told apart": 2, "no gain": 6}.get(case, args.warmup_steps)
+    assert len(warm) == {"told apart": 2}.get(case, args.warmup_steps)
     game = trace[len(warm) :]
     assert bool(game) != args.warmup_only
     if game:
@@ -172,6 +178,41 @@ def test_warm_up(files, tmp_path, monkeypatch, case):
         stage2.check_game(game, args, disc.weights, start, health.length_probe)
         calls = [seed for step in trace for seed, _ in step["calls"]]
         compare.distinct(calls)
+
+
+# Held-out accuracies of perception and reasoning, a pair for each check, and what ends the warm-up.
+ENDS = {
+    "told apart": [(0.95, 0.5), (0.5, 0.95), (0.9, 0.95)],
+    "no gain twice in a row": [(0.5, 0.6), (0.6, 0.5), (0.7, 0.6), (0.6, 0.8), (0.6, 0.7)],
+    "a loss, made good in part": [(0.5, 0.6), (0.4, 0.6), (0.45, 0.6)],
+    "hardly a gain": [(0.5, 0.6), (0.504, 0.6), (0.504, 0.6)],
+    "no pair": [(nan, nan), (nan, nan)],
+}
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_what_ends_the_warm_up(files, tmp_path, monkeypatch, ends):
+    """Also where it is resumed before its last check."""
+    planted = list(ENDS[ends])
+    kinds = ("perception", "reasoning")
+
+    def held_out_metrics(*_):
+        if len(planted) == 1 and not args.resume:
+            raise InterruptedError
+        return {f"{kind}/held_out": one for kind, one in zip(kinds, planted.pop(0), strict=True)}
+
+    monkeypatch.setattr(align, "WARMUP_CHECK", 1)
+    monkeypatch.setattr(align, "NO_GAIN", 2)
+    monkeypatch.setattr(align, "held_out_metrics", held_out_metrics)
+    flags = GAME | dict(disc="dense", warmup_steps=9, warmup_until=0.9, warmup_only=True)
+    flags |= dict(pairs="pairs", warmup_pairs=2, save_every=1)
+    flags = complete(flags, files, tmp_path)
+    args = align.Args(**flags)
+    with pytest.raises(InterruptedError):
+        watch.record("align", flags)
+    args = align.Args(**flags, resume=True)
+    (step,) = watch.record("align", flags | dict(resume=True))
+    assert not planted and step["step"] == len(ENDS[ends])
 
 
 def test_head_computes_in_float32(files, tmp_path, monkeypatch):

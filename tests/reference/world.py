@@ -272,7 +272,9 @@ def make_world(folder):
             pairs.append(pair)
 
         again = {"role": "user", "content": "again"}
-        turns = [*prompt, {"role": "assistant", "content": response(drawn, answer)}]
+        asked = {"role": "user", "content": question.replace("><", "> or <")}
+        turns = [*prompt[:-1], asked]
+        turns.append({"role": "assistant", "content": response(drawn, answer)})
         if number % 4 == 1:
             turns += [again, {"role": "assistant", "content": f"{answer} . again or so"}]
         messages.append({"messages": turns, "images": images})
