@@ -153,6 +153,23 @@ def test_run_writes_results_and_rollouts(place, tmp_path, capsys):
     assert "left out 1 rows" in capsys.readouterr().out
 
 
+def test_limits_are_kept(place, monkeypatch):
+    opened = []
+
+    def load_and_keep(*more, **options):
+        opened.append(load(*more, **options))
+        return opened[0]
+
+    monkeypatch.setattr(script, "load", load_and_keep)
+    limits = ["--max_prompt", 99, "--max_pixels", 512, "--max_side", 24, "--limit", 2]
+    (result,) = script.main(arguments(place, *limits))
+    encoder = opened[0].encoder
+    assert encoder.max_prompt_tokens == 99
+    assert encoder.size["longest_edge"] == 512
+    assert encoder.max_side == 24
+    assert result["prompts"] == 2
+
+
 def test_same_rollouts_on_any_number_of_ranks(place):
     args = arguments(place)
     policy = load(place / "model")
