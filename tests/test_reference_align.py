@@ -3,6 +3,7 @@ Stage 2 beside the reference: what is sampled, spans, scores, the discriminator'
 advantages, the policy's loss and gradient, AdamW, learning rates, log; and the warm-up before it.
 """
 
+from functools import partial
 from math import nan
 
 import pytest
@@ -126,6 +127,12 @@ def test_distance_to_the_sampler_is_logged(files, tmp_path, monkeypatch):
     (step,) = watch.record("align", complete(flags, files, tmp_path))
     compare.near(step["metrics"]["logp_diff"], sum(planted) / len(planted), "logp_diff", 1e-4)
     compare.near(step["metrics"]["logp_diff_max"], 0.2, "logp_diff_max", 1e-4)
+
+
+def test_prolonged(files, tmp_path):
+    flags = GAME | dict(disc="dense", disc_path="dense", prompts_per_step=1)
+    flags = complete(flags, files, tmp_path)
+    compare.check_prolonged(partial(watch.record, "align"), flags, flags["lr"])
 
 
 WARM_UPS = {

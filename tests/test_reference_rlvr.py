@@ -3,6 +3,8 @@ Stage 3 beside the reference: what is sampled and kept, rewards, advantages, the
 policy that sampled, each update's loss and gradient, AdamW, learning rate, log.
 """
 
+from functools import partial
+
 import pytest
 from reference import compare, stage3, watch, world
 
@@ -27,7 +29,9 @@ CASES = {
     ),
     # with images so small prompts have 8 to 24 tokens, one of them 18
     "grpo, split": dict(pack_tokens=50, max_pixels=128, max_prompt=18, seed=6),
-    "grpo, split, 2 minibatches": dict(pack_tokens=50, minibatches=2, steps=1, clip_low=0.05),
+    "grpo, split, 2 minibatches": dict(
+        pack_tokens=50, minibatches=2, steps=1, clip_low=0.05, seed=6
+    ),
     "dapo": DAPO | dict(overlong=8, clip_low=0.02, clip_high=0.03, steps=3, seed=13),
     "dapo, surplus alone": DAPO | dict(overlong=0, prompts_per_draw=8, prompts_per_step=1, steps=4),
     "dapo, too few": DAPO
@@ -78,6 +82,11 @@ def test_distance_to_the_sampler_is_logged(files, tmp_path, monkeypatch):
     (step,) = watch.record("rlvr", flags)
     compare.near(step["metrics"]["logp_diff"], sum(planted) / len(planted), "logp_diff", 1e-4)
     compare.near(step["metrics"]["logp_diff_max"], 0.2, "logp_diff_max", 1e-4)
+
+
+def test_prolonged(files, tmp_path):
+    flags = BASE | dict(policy=files.policy, data=files.rl, out=str(tmp_path), prompts_per_step=1)
+    compare.check_prolonged(partial(watch.record, "rlvr"), flags, flags["lr"])
 
 
 def test_skipped_updates_are_logged(files, tmp_path, monkeypatch):

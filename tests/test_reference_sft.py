@@ -1,5 +1,7 @@
 """Stage 1 beside the reference: trained tokens, loss, gradient, AdamW, learning rate, log."""
 
+from functools import partial
+
 import pytest
 from reference import compare, stage1, watch, world
 
@@ -46,6 +48,11 @@ def test_epochs(files, tmp_path):
     trace = watch.record("sft", flags)
     assert len(trace) == int(11 * 1.7 / 4)
     stage1.check_sft(trace, sft.Args(**flags | dict(steps=len(trace))))
+
+
+def test_prolonged(files, tmp_path):
+    flags = COMMON | dict(policy=files.tied, data=files.messages, out=str(tmp_path), batch=2)
+    compare.check_prolonged(partial(watch.record, "sft"), flags, flags["lr"])
 
 
 def test_skipped_updates_are_logged(files, tmp_path, monkeypatch):

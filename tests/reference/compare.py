@@ -100,6 +100,16 @@ class Player:
         self.weights = update["after"]
 
 
+def check_prolonged(record, flags, peak):
+    """A run of 3 steps and a cosine is resumed to make 5: the learning rate goes on from where it
+    was, down to the new end. record(flags) -> the recorded steps."""
+    flags = flags | dict(schedule="cosine", warmup=1)
+    before = record(flags | dict(steps=3))
+    after = record(flags | dict(steps=5, resume=True))
+    rates = [step["metrics"]["lr"] / peak for step in before + after]
+    near(rates, [1, 1, 0.5, 0.5 * 0.75, 0.5 * 0.25], "learning rates", 1e-6)
+
+
 # ----------------------------------------------------------------------------- rows and rollouts
 def expected_rows(order, count, is_bad):
     """(the next rows that are usable, those that were not)."""
