@@ -153,7 +153,7 @@ def test_run_writes_results_and_rollouts(place, tmp_path, capsys):
     assert "left out 1 rows" in capsys.readouterr().out
 
 
-def test_limits_are_kept(place, monkeypatch):
+def test_limits_are_kept_in_each_file(place, monkeypatch):
     opened = []
 
     def load_and_keep(*more, **options):
@@ -161,13 +161,16 @@ def test_limits_are_kept(place, monkeypatch):
         return opened[0]
 
     monkeypatch.setattr(script, "load", load_and_keep)
+    last = (place / "rows.jsonl").read_text().splitlines()[-1]
+    (place / "last.jsonl").write_text(last)
     limits = ["--max_prompt", 99, "--max_pixels", 512, "--max_side", 24, "--limit", 2]
-    (result,) = script.main(arguments(place, *limits))
+    files = ["--data", place / "rows.jsonl", place / "last.jsonl"]
+    results = script.main(arguments(place, *limits, *files))
     encoder = opened[0].encoder
     assert encoder.max_prompt_tokens == 99
     assert encoder.size["longest_edge"] == 512
     assert encoder.max_side == 24
-    assert result["prompts"] == 2
+    assert [result["prompts"] for result in results] == [2, 1]
 
 
 def test_same_rollouts_on_any_number_of_ranks(place):
