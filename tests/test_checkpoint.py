@@ -318,6 +318,7 @@ def check_collectives(rank):
     assert mine.item() == rank + 1
     assert ranks.all_sum({"b": rank, "a": 1}) == {"a": 2, "b": 1}
     assert ranks.all_sum(0.25) == 0.5
+    assert ranks.all_sum(2**24 + 1) == 2**25 + 2  # beyond what float32 counts
     assert ranks.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert ranks.agree(rank == 1) and not ranks.agree(False)
 

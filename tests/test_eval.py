@@ -10,8 +10,8 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from data import read
-from engine import evaluation
+from data import Example, read
+from engine import evaluation, rollouts
 from engine.arguments import parse
 from engine.sampler import Rollout
 from model import load
@@ -153,6 +153,26 @@ def test_run_writes_results_and_rollouts(place, tmp_path, capsys):
     assert "left out 1 rows" in capsys.readouterr().out
 
 
+def test_limits_are_kept_in_each_file(place, monkeypatch):
+    opened = []
+
+    def load_and_keep(*more, **options):
+        opened.append(load(*more, **options))
+        return opened[0]
+
+    monkeypatch.setattr(script, "load", load_and_keep)
+    last = (place / "rows.jsonl").read_text().splitlines()[-1]
+    (place / "last.jsonl").write_text(last)
+    limits = ["--max_prompt", 99, "--max_pixels", 512, "--max_side", 24, "--limit", 2]
+    files = ["--data", place / "rows.jsonl", place / "last.jsonl"]
+    results = script.main(arguments(place, *limits, *files))
+    encoder = opened[0].encoder
+    assert encoder.max_prompt_tokens == 99
+    assert encoder.size["longest_edge"] == 512
+    assert encoder.max_side == 24
+    assert [result["prompts"] for result in results] == [2, 1]
+
+
 def test_same_rollouts_on_any_number_of_ranks(place):
     args = arguments(place)
     policy = load(place / "model")
@@ -177,6 +197,41 @@ def test_same_rollouts_on_any_number_of_ranks(place):
     assert [bool(bad) for _, bad in parts] == [False, False, True]
     assert left_out == parts[2][1]
     assert texts(7, 8)[0] == {}  # a rank without rows
+
+
+def test_rows_are_dealt_out():
+    data = range(10)
+    shares = [[*evaluation.own_rows(data, 5, SimpleNamespace(rank=r, world=2))] for r in (0, 1)]
+    assert shares == [[0, 2, 4], [1, 3]]
+
+
+@pytest.mark.parametrize("by", ["evaluation", "training"])
+def test_what_the_sampler_is_told(monkeypatch, by):
+    """Ids that end a rollout, ids that are banned, and the names of the prompts."""
+    told = {}
+
+    def generate(hf, prompts, rows, max_tokens, **options):
+        told.update(options, max_tokens=max_tokens)
+        return [Rollout([5], [0.0], "length") for _ in rows]
+
+    encoder = SimpleNamespace(eos_ids=(1, 7), banned=(3, 4), decode=str)
+    args = SimpleNamespace(seed=6, group_size=2, temperature=0.7, max_response=9, slots=3)
+    args.pack_tokens = 50
+    prompts = [SimpleNamespace(example=Example([], [], row=row)) for row in (4, 2)]
+    if by == "evaluation":
+        monkeypatch.setattr(evaluation, "generate", generate)
+        mode = evaluation.Mode("samples", 2, 0.7)
+        evaluation.sample_and_judge(
+            None, encoder, prompts, lambda *_: {"right": 1}, args, mode, slots=3
+        )
+        seeds = [(6, 4), (6, 2)]  # the run's, the row
+    else:
+        monkeypatch.setattr(rollouts, "generate", generate)
+        groups = [rollouts.Group(prompt) for prompt in prompts]
+        rollouts.sample_groups(None, encoder, groups, lambda *_: {"right": 1}, args, (6, 8))
+        seeds = [(6, 8, 0), (6, 8, 1)]
+    limits = dict(max_tokens=9, temperature=0.7, slots=3, pack_tokens=50)
+    assert told == limits | dict(eos=(1, 7), banned=(3, 4), seeds=seeds)
 
 
 def test_a_stage_can_evaluate_with_its_own_arguments(place):

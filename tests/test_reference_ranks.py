@@ -72,7 +72,14 @@ JOBS = {
             warmup=1,
         ),
     ),
+    # The last two: what they change stays changed in their processes.
+    "align, distant": (
+        "align",
+        ROLLOUTS | dict(data="align", disc="dense", warmup_steps=0, prompts_per_step=2, steps=1),
+    ),
+    "rlvr, distant": ("rlvr", ROLLOUTS | dict(data="rl", prompts_per_step=2, steps=1)),
 }
+DISTANCE = 0.5
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
 
 
@@ -119,6 +126,8 @@ def runs(tmp_path_factory):
             if key in flags:
                 flags[key] = getattr(files, flags[key])
         jobs.append({"stage": stage, "flags": flags, "check_every": 2})
+        if "distant" in name:
+            jobs[-1]["distance"] = DISTANCE
     run_on_ranks(2, jobs, folder)
     found = {}
     for name, job in zip(JOBS, jobs, strict=True):
@@ -154,3 +163,10 @@ def test_rlvr(runs):
     args, trace = runs["rlvr"]
     player = stage3.check_rlvr(trace, args)
     compare.check_saved(f"{args.out}/last", player.weights, "hf.")
+
+
+@pytest.mark.parametrize("stage", ["align", "rlvr"])
+def test_distance_to_the_sampler_on_one_rank_is_logged(runs, stage):
+    _, (step,) = runs[f"{stage}, distant"]
+    compare.near(step["metrics"]["logp_diff_max"], DISTANCE, "logp_diff_max", 1e-4)
+    assert 0.1 * DISTANCE < step["metrics"]["logp_diff"] < 0.9 * DISTANCE

@@ -3,6 +3,8 @@ Stage 3 beside the reference: what is sampled and kept, rewards, advantages, the
 policy that sampled, each update's loss and gradient, AdamW, learning rate, log.
 """
 
+from functools import partial
+
 import pytest
 from reference import compare, stage3, watch, world
 
@@ -25,15 +27,18 @@ CASES = {
     "grpo, 3 minibatches": dict(
         minibatches=3, clip_low=0.02, clip_high=0.03, dual_clip=1.05, prompts_per_step=4
     ),
-    "grpo, split": dict(pack_tokens=50, max_pixels=128, seed=4),
-    "grpo, split, 2 minibatches": dict(pack_tokens=50, minibatches=2, steps=1, clip_low=0.05),
+    # with images so small prompts have 8 to 24 tokens, one of them 18
+    "grpo, split": dict(pack_tokens=50, max_pixels=128, max_prompt=18, seed=6),
+    "grpo, split, 2 minibatches": dict(
+        pack_tokens=50, minibatches=2, steps=1, clip_low=0.05, seed=6
+    ),
     "dapo": DAPO | dict(overlong=8, clip_low=0.02, clip_high=0.03, steps=3, seed=13),
     "dapo, surplus alone": DAPO | dict(overlong=0, prompts_per_draw=8, prompts_per_step=1, steps=4),
     "dapo, too few": DAPO
     | dict(
-        overlong=5, max_draws=1, prompts_per_draw=2, minibatches=2, warmup=0.0, steps=3, seed=10
+        overlong=5, max_draws=1, prompts_per_draw=2, minibatches=2, warmup=0.0, steps=3, seed=11
     ),
-    "gspo": dict(algo="gspo", steps=3),
+    "gspo": dict(algo="gspo", steps=3, max_side=16),
     "gspo, 2 minibatches": dict(algo="gspo", minibatches=2, clip_low=0.01, clip_high=0.02),
     "dr_grpo": dict(algo="dr_grpo", temperature=0.8),
     "dr_grpo, 2 minibatches": dict(algo="dr_grpo", minibatches=2, clip_low=0.02, steps=1),
@@ -58,6 +63,39 @@ def test_rlvr(files, tmp_path, case):
         assert any(step["metrics"]["clip_frac"] > 0 for step in trace)
     if args.algo == "dapo":
         assert what_happened(trace, args) >= HAPPENS[case]
+
+
+def test_distance_to_the_sampler_is_logged(files, tmp_path, monkeypatch):
+    """It is 0 but for rounding; so here a distance is planted, of either sign."""
+    planted = []
+
+    def sample_groups(hf, encoder, groups, *more, plain=rlvr.sample_groups):
+        plain(hf, encoder, groups, *more)
+        for group in groups:
+            for k, rollout in enumerate(group.rollouts):
+                rollout.logps = [logp + 0.1 * (k - 1) for logp in rollout.logps]
+                planted.extend([0.1 * abs(k - 1)] * len(rollout.ids))
+
+    monkeypatch.setattr(rlvr, "sample_groups", sample_groups)
+    flags = BASE | dict(steps=1, minibatches=2, pack_tokens=60, lr=1e-2)
+    flags |= dict(policy=files.policy, data=files.rl, out=str(tmp_path))
+    (step,) = watch.record("rlvr", flags)
+    compare.near(step["metrics"]["logp_diff"], sum(planted) / len(planted), "logp_diff", 1e-4)
+    compare.near(step["metrics"]["logp_diff_max"], 0.2, "logp_diff_max", 1e-4)
+
+
+def test_prolonged(files, tmp_path):
+    flags = BASE | dict(policy=files.policy, data=files.rl, out=str(tmp_path), prompts_per_step=1)
+    compare.check_prolonged(partial(watch.record, "rlvr"), flags, flags["lr"])
+
+
+def test_skipped_updates_are_logged(files, tmp_path, monkeypatch):
+    """Of three minibatches the first two are left out."""
+    answers = [(7.0, 1), (8.0, 1), (9.0, 0)]
+    monkeypatch.setattr(rlvr, "step_if_finite", lambda *_: answers.pop(0))
+    flags = BASE | dict(steps=1, minibatches=3, policy=files.policy, data=files.rl)
+    (step,) = watch.record("rlvr", flags | dict(out=str(tmp_path)))
+    assert (step["metrics"]["grad_norm"], step["metrics"]["skipped"]) == (8.0, 2)
 
 
 # What each case of DAPO is there for.

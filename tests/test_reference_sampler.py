@@ -110,7 +110,7 @@ def test_sampler(opened, slots, temperature):
     0 it is the most likely one. Banned ids have probability 0, also where they would be likely."""
     files, ours, theirs, reader = opened
     data = read(files.rl, "rl")
-    numbers = (0, 3, 5)
+    numbers = (1, 4, 5)  # an image of 2 x 2 tokens, two images, none
     prompts = [ours.encoder.prompt(data[row]) for row in numbers]
     banned = reader.banned(theirs.vocabulary)
     assert list(ours.encoder.banned) == banned and list(ours.encoder.eos_ids) == [reader.end]
@@ -144,6 +144,7 @@ def test_sampler(opened, slots, temperature):
             assert i == expected
         found = torch.tensor(rollout.logps)
         compare.near(found, models.chosen(log_probs, rollout.ids), "log-probs", 5e-5)
+        assert reader.end not in rollout.ids[:-1]
         ended = rollout.ids[-1] == reader.end
         assert rollout.stop == ("end" if ended else "length")
         assert ended or len(rollout.ids) == 14

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from engine.packs import Pack
+from engine.rollouts import Group, rollout_metrics
+from engine.sampler import Rollout
 from rlvr import (
     ALGORITHMS,
     group_advantage,
@@ -139,6 +141,11 @@ def test_equal_rewards_have_no_advantage(size):
     for scale in (True, False):
         advantage = group_advantage(rewards, size, scale_by_std=scale)
         assert not advantage[: 2 * size].any() and advantage[2 * size :].all() == (size % 2 == 0)
+    groups = []
+    for reward in rewards.split(size):
+        verdicts = dict.fromkeys(("reward", "accuracy", "format"), reward)
+        groups.append(Group(None, [Rollout([1], [0.0], "end")] * size, verdicts=verdicts))
+    assert rollout_metrics(groups)["informative"] == pytest.approx(1 / 3)
 
 
 def test_bad_groups_are_refused():

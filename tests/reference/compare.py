@@ -74,13 +74,17 @@ class Player:
     def __init__(self, who, decay, clip, weights):
         self.who = who
         self.decay = decay
+        self.clip = clip
         self.adam = method.AdamW(decay, clip)
         self.weights = weights
+        self.updates = 0
 
     def check(self, update, expected_gradient, rate):
         """`update` as recorded; its gradient is compared, then its result."""
-        what = f"{self.who}, update {self.adam.updates}"
-        assert update["who"] == self.who
+        self.updates += 1
+        what = f"{self.who}, update {self.updates}"
+        assert update["who"] == self.who and update["clip"] == self.clip
+        assert update["before"].keys() == self.weights.keys()
         for name, before in update["before"].items():
             assert torch.equal(before, self.weights[name]), f"{what}: {name} changed before it"
         for found in update["rates"]:
@@ -94,6 +98,16 @@ class Player:
         for name, weight in after.items():
             near(update["after"][name], weight, f"{what}: {name} after it", 2e-6 + rate * 1e-3)
         self.weights = update["after"]
+
+
+def check_prolonged(record, flags, peak):
+    """A run of 3 steps and a cosine is resumed to make 5: the learning rate goes on from where it
+    was, down to the new end. record(flags) -> the recorded steps."""
+    flags = flags | dict(schedule="cosine", warmup=1)
+    before = record(flags | dict(steps=3))
+    after = record(flags | dict(steps=5, resume=True))
+    rates = [step["metrics"]["lr"] / peak for step in before + after]
+    near(rates, [1, 1, 0.5, 0.5 * 0.75, 0.5 * 0.25], "learning rates", 1e-6)
 
 
 # ----------------------------------------------------------------------------- rows and rollouts

@@ -197,11 +197,10 @@ class AdamW:
         self.clip = clip
         self.first = {}
         self.second = {}
-        self.updates = 0
+        self.updates = {}  # of each tensor: a step without a gradient is none
 
     def step(self, weights, gradients, rate):
         """{name: tensor} of weights and of unclipped gradients -> the new weights."""
-        self.updates += 1
         norm = total_norm(gradients.values())
         scale = min(1.0, self.clip / norm) if norm else 1.0
         new = {}
@@ -210,11 +209,12 @@ class AdamW:
             if gradients[name] is None:
                 new[name] = weight
                 continue
+            self.updates[name] = self.updates.get(name, 0) + 1
             g = gradients[name].double() * scale
             self.first[name] = 0.9 * self.first.get(name, 0.0) + 0.1 * g
             self.second[name] = 0.999 * self.second.get(name, 0.0) + 0.001 * g**2
-            m = self.first[name] / (1 - 0.9**self.updates)
-            v = self.second[name] / (1 - 0.999**self.updates)
+            m = self.first[name] / (1 - 0.9 ** self.updates[name])
+            v = self.second[name] / (1 - 0.999 ** self.updates[name])
             if weight.ndim > 1:
                 weight = weight - rate * self.decay * weight
             new[name] = weight - rate * m / (v.sqrt() + 1e-8)

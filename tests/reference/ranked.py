@@ -15,6 +15,14 @@ import torch  # noqa: E402
 
 from reference import watch  # noqa: E402
 
+
+def move_from_sampler(module, distance):
+    """On every rank but the first, the stage sees the sampler's log-probs so far from its own."""
+    plain = module.sampler_logps
+    own = distance if int(os.environ["RANK"]) else 0.0
+    module.sampler_logps = lambda pack, groups: plain(pack, groups) + own
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
@@ -22,6 +30,8 @@ if __name__ == "__main__":
         os.environ["MASTER_PORT"] = port
         if "check_every" in job:
             watch.align.WARMUP_CHECK = job["check_every"]
+        if "distance" in job:
+            move_from_sampler(watch.STAGES[job["stage"]], job["distance"])
         trace = watch.record(job["stage"], job["flags"])
         if os.environ["RANK"] == "0":
             torch.save(trace, Path(job["flags"]["out"], "trace.pt"))

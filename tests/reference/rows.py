@@ -19,14 +19,18 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class Reader:
-    """The rows of a file as a checkpoint's model reads them."""
+    """The rows of a file as a checkpoint's model reads them.
 
-    def __init__(self, checkpoint, file, max_pixels=None):
+    limits: holds max_pixels and max_side of an image, None where there is none.
+    """
+
+    def __init__(self, checkpoint, file, limits=None):
         self.file = Path(file)
         self.rows = [json.loads(line) for line in self.file.read_text().splitlines()]
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
-        self.max_pixels = max_pixels
+        self.max_pixels = limits and limits.max_pixels
+        self.max_side = limits and limits.max_side
         self.end = self.tokenizer.eos_token_id
         self.image = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.start = self.tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -44,6 +48,9 @@ class Reader:
     # ------------------------------------------------------------------------ order
     def is_bad(self, row):
         return "missing.png" in self.images_of(row)
+
+    def is_too_long(self, row, max_prompt):
+        return len(self.prompt(row).ids) > max_prompt
 
     def order(self, seed, rows=None):
         """Yield the indices of rows without end, a permutation in each epoch. rows: only so many,
@@ -89,15 +96,18 @@ class Reader:
 
     def read_images(self, row):
         """(pixels, grid) of a row's images; (None, None) where it has none."""
-        pictures = [Image.open(self.file.parent / name) for name in self.images_of(row)]
+        pictures = []
+        for name in self.images_of(row):
+            picture = Image.open(self.file.parent / name).convert("RGB")
+            if self.max_side:
+                picture.thumbnail((self.max_side, self.max_side))
+            pictures.append(picture)
         if not pictures:
             return None, None
         options = {}
         if self.max_pixels:
             options["size"] = {"shortest_edge": 64, "longest_edge": self.max_pixels}
-        made = self.processor(
-            images=[picture.convert("RGB") for picture in pictures], return_tensors="pt", **options
-        )
+        made = self.processor(images=pictures, return_tensors="pt", **options)
         return made["pixel_values"], made["image_grid_thw"]
 
     def ids(self, text):

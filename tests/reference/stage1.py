@@ -8,15 +8,20 @@ from reference.rows import Reader
 
 def check_sft(trace, args):
     """All steps of a run of sft.py with the arguments `args` -> the policy's Player."""
-    reader = Reader(args.policy, args.data, args.max_pixels)
+    reader = Reader(args.policy, args.data, args)
     policy = Policy(args.policy, vision=not args.freeze_vision)
     weights = policy_weights(args.policy, args.freeze_vision)
     player = Player("policy", args.weight_decay, args.grad_clip, weights)
     order = reader.order(args.seed)
+    most = args.max_prompt + args.max_response  # tokens of a conversation
     bad = set()
+
+    def is_bad(row):
+        return reader.is_bad(row) or len(reader.conversation(row).ids) > most
+
     assert [step["step"] for step in trace] == list(range(1, args.steps + 1))
     for number, step in enumerate(trace):
-        rows, left_out = expected_rows(order, args.batch, reader.is_bad)
+        rows, left_out = expected_rows(order, args.batch, is_bad)
         bad |= left_out
         (update,) = step["updates"]
         policy.take(update["before"])

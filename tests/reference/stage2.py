@@ -40,18 +40,19 @@ class Alignment:
         self.source = args.disc_init or args.policy
         experts = (args.experts, args.experts_per_token, len(self.kinds))
         self.disc = Discriminator(self.source, args.disc, *experts, vision)
-        self.reader = Reader(args.policy, args.data, args.max_pixels)
+        self.reader = Reader(args.policy, args.data, args)
         self.banned = self.reader.banned(self.policy.vocabulary)
         self.bad = set()  # rows that were left out
         self.seeds = []  # of all prompts that were sampled
 
     # ------------------------------------------------------------------------ rows
     def take_rows(self, reader, order, count):
-        """The next rows that are usable. They are not, where an image is missing, or a response is
-        longer than a rollout may be; of pairs the spans are counted, each with its end token."""
+        """The next rows that are usable. They are not, where an image is missing, or a prompt too
+        long, or a response longer than a rollout may be; of pairs the spans are counted, each with
+        its end token."""
 
         def is_bad(row):
-            if reader.is_bad(row):
+            if reader.is_bad(row) or reader.is_too_long(row, self.args.max_prompt):
                 return True
             texts = reader.demonstrations(row)
             lengths = [len(reader.ids(text)) + 1 for text in texts]
@@ -67,6 +68,7 @@ class Alignment:
     def sampled(self, found, seed):
         """Recorded groups of one call of the sampler, under the policy's weights as they are now,
         each checked -> with the spans that the reference finds."""
+        assert seed[0] == self.args.seed
         groups = []
         for place, one in enumerate(found):
             self.seeds.append((*seed, place))
@@ -213,12 +215,13 @@ class WarmUp(Alignment):
         self.policy.take(policy_weights(args.policy, args.freeze_vision))
         self.rows = self.reader
         if args.pairs:
-            self.rows = Reader(args.policy, args.pairs, args.max_pixels)
+            self.rows = Reader(args.policy, args.pairs, args)
         held_out = max(1, len(self.rows.rows) // 10)  # the last tenth
         self.training = len(self.rows.rows) - held_out
         self.order = self.rows.order(args.seed, self.training)
         self.held_out = None  # groups
         self.best = 0.0  # held-out accuracy, of the harder kind of span
+        self.stale = 0  # checks in a row without a gain
 
     def groups(self, found, calls):
         if self.args.pairs:
@@ -267,19 +270,24 @@ class WarmUp(Alignment):
             same_scores(one, group)
         measured = steps.discriminator_measures(self.held_out, self.kinds, [], self.args)
         accuracy = {f"{kind}/held_out": measured[f"{kind}/acc"] for kind in self.kinds}
-        self.best = max(self.best, *accuracy.values())
+        harder = min(accuracy.values())
+        self.stale = 0 if harder > self.best + 0.005 else self.stale + 1
+        self.best = max(self.best, harder)
         return {**accuracy, **self.probes(self.held_out)}
 
 
-def check_warm_up(trace, args, weights, length_probe, check_every):
-    """The steps of a warm-up from these weights of the discriminator -> its Player. It may end
-    early, once held-out pairs are told apart."""
+def check_warm_up(trace, args, weights, length_probe, check_every=20, no_gain=5):
+    """The steps of a warm-up from these weights of the discriminator -> its Player. It ends early
+    once held-out pairs of every kind of span are told apart, or after `no_gain` checks in a row
+    without a gain."""
     run = WarmUp(args, weights, length_probe)
+    ended = False
     for number, step in enumerate(trace):
-        assert step["step"] == number + 1 and run.best < args.warmup_until
+        assert step["step"] == number + 1 and not ended
         last = number + 1 == args.warmup_steps
         run.step(number, step, last, (number + 1) % check_every == 0)
-    assert len(trace) == args.warmup_steps or run.best >= args.warmup_until
+        ended = last or run.best >= args.warmup_until or run.stale >= no_gain
+    assert ended
     return run.player
 
 

@@ -26,12 +26,12 @@ class Rlvr:
     """A run with the arguments `args`, and the algorithm's where they are None."""
 
     def __init__(self, args):
-        flags = {"max_pixels": None, **method.ALGORITHMS[args.algo]}
+        flags = {"max_pixels": None, "max_side": None, **method.ALGORITHMS[args.algo]}
         flags.update({name: value for name, value in vars(args).items() if value is not None})
         self.args = SimpleNamespace(**flags)
         self.policy = Policy(args.policy, vision=not args.freeze_vision)
         self.start = Policy(args.policy) if args.kl else None  # the start policy
-        self.reader = Reader(args.policy, args.data, args.max_pixels)
+        self.reader = Reader(args.policy, args.data, self.args)
         self.banned = self.reader.banned(self.policy.vocabulary)
         self.order = self.reader.order(args.seed)
         weights = policy_weights(args.policy, args.freeze_vision)
@@ -61,6 +61,9 @@ class Rlvr:
         group.found = found
         return group
 
+    def is_bad(self, row):
+        return self.reader.is_bad(row) or self.reader.is_too_long(row, self.args.max_prompt)
+
     def collect(self, calls):
         """Check the calls of the sampler, and which groups are kept -> (to train on, the rest, all
         that was sampled)."""
@@ -71,9 +74,9 @@ class Rlvr:
         kept = list(self.surplus)
         for seed, found in calls:
             assert len(kept) < args.prompts_per_step, "drawn although there were groups enough"
-            rows, left_out = expected_rows(self.order, prompts, self.reader.is_bad)
+            rows, left_out = expected_rows(self.order, prompts, self.is_bad)
             self.bad |= left_out
-            assert [one["row"] for one in found] == rows
+            assert [one["row"] for one in found] == rows and seed[0] == args.seed
             for place, one in enumerate(found):
                 self.seeds.append((*seed, place))
                 sampled.append(self.sampled(one, self.seeds[-1]))

@@ -53,7 +53,7 @@ FOLLOWS = {
     "blue": {"square": 12, "dot": 11},
     "square": {"</caption>": 12, "red": 10},
     "dot": {"</caption>": 12, "green": 11},
-    "</caption>": {"<think>": 13, "plus": 10},
+    "</caption>": {"<think>": 13, "plus": 11.5},
     "plus": {"<think>": 12},
     "<think>": {"so": 12, "one": 11},
     "so": {"one": 11, "two": 11},
@@ -272,7 +272,9 @@ def make_world(folder):
             pairs.append(pair)
 
         again = {"role": "user", "content": "again"}
-        turns = [*prompt, {"role": "assistant", "content": response(drawn, answer)}]
+        asked = {"role": "user", "content": question.replace("><", "> or <")}
+        turns = [*prompt[:-1], asked]
+        turns.append({"role": "assistant", "content": response(drawn, answer)})
         if number % 4 == 1:
             turns += [again, {"role": "assistant", "content": f"{answer} . again or so"}]
         messages.append({"messages": turns, "images": images})
