@@ -39,7 +39,7 @@ import re
 from engine import math_worker
 from engine.kinds import OR, key, label, letters, same, same_text, truth
 from engine.quantities import measure
-from engine.spelling import DENIAL, clean, items
+from engine.spelling import DENIAL, clean, has_claim, items
 
 MAX_CHARS = 4000
 
@@ -75,6 +75,8 @@ STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in fr
     r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?|it's)\b:? |[是为有] ?)"
 )
 REASON = re.compile(r"(.{1,60}?),? (?:because|since)\b.*")
+TWICE = re.compile(r"(.+?) ?\((.+)\)")  # `3 (three)`
+SUBJECT = re.compile(r"(?i)(?:it|they|this|he|she) (?=[a-z]+$)")  # `It increases`
 
 
 def wordings(text):
@@ -84,15 +86,22 @@ def wordings(text):
     if conclusion:
         yield clean(text[conclusion.end() :])
     statement = STATEMENT.match(text)
-    if statement and not DENIAL.search(statement[0]):
+    if statement and not DENIAL.search(statement[0]) and not has_claim(text[statement.end() :]):
         yield clean(text[statement.end() :])
+    subject = SUBJECT.match(text)
+    if subject:
+        yield text[subject.end() :]
+    twice = TWICE.fullmatch(text)
+    if twice and measure(twice[1]) and same(twice[1], twice[2]):
+        yield twice[1]
     reason = REASON.fullmatch(text)
     if reason and (label(reason[1]) or measure(reason[1]) or truth(reason[1])):
         yield reason[1]
 
 
 # -------------------------------------------------------------- options
-LABEL_BEFORE = re.compile(r"([A-J]) ?[-(] ?(.+?)\)?")  # `B (the dog)`, `B - the dog`
+LABEL_BEFORE = re.compile(r"(?P<letter>[A-J]) ?[-(] ?(?P<text>.+?)\)?")  # `B (dog)`, `B - dog`
+LABEL_BEHIND = re.compile(r"(?P<text>.+?) ?\((?P<letter>[A-J])\)")  # `the dog (B)`
 
 
 def without_letters(options):
@@ -120,15 +129,15 @@ def option(text, options):
         if lettered is not None and index != lettered and rest and same_text(rest, each):
             return -1
     if lettered is None:
-        return option_before_text(text, options)
+        return option_beside_text(text, options)
     return lettered
 
 
-def option_before_text(text, options):
-    """`B (the dog)`, where that is option B."""
-    found = LABEL_BEFORE.fullmatch(text)
+def option_beside_text(text, options):
+    """`B (the dog)` or `the dog (B)`, where that is option B."""
+    found = LABEL_BEFORE.fullmatch(text) or LABEL_BEHIND.fullmatch(text)
     for index, each in enumerate(options):
-        if found and found[1] == letter_of(index) and same_text(found[2], each):
+        if found and found["letter"] == letter_of(index) and same_text(found["text"], each):
             return index
         if same_text(text, each):
             return index
@@ -148,8 +157,8 @@ def same_option(p, g, options):
         right = alike[0]
     chosen = option(p, options)
     if chosen is not None:
-        return chosen >= 0 and same_text(options[chosen], options[right])
-    others = [text for text in options if not same_text(text, options[right])]
+        return chosen >= 0 and key(options[chosen]) == key(options[right])
+    others = [text for text in options if key(text) != key(options[right])]
     if letters(p) or any(same(p, text) for text in others):
         return False
     return same(p, options[right])

@@ -2,7 +2,8 @@ r"""The kinds of answers: `same(p, g)` asks each in turn whether two cleaned tex
 
 A kind is a function of the two texts. It says True or False where it decides about them, and None
 where it leaves that to the next one; `KINDS`, at the end, has them in their order. What no kind
-decides is unequal. Numbers, measures, ranges, times and ratios are in engine/quantities.py.
+decides is unequal. Numbers, measures, ranges and ratios are in engine/quantities.py, times of day
+and dates in engine/times.py.
 """
 
 import re
@@ -13,15 +14,15 @@ from engine.formula import parse
 from engine.quantities import (
     measure,
     number,
-    reader,
-    same_clock,
+    ratio,
     same_measure,
     same_range,
     same_ratio,
     split_unit,
 )
 from engine.spelling import DENIAL, items
-from engine.units import NONE
+from engine.times import same_clock, same_date, same_opening_hours, same_place_in_order
+from engine.units import NONE, reader
 
 MAX_DEPTH = 20  # of brackets
 MAX_ITEMS = 64  # of both lists together
@@ -73,31 +74,56 @@ def key(text):
 
 
 def same_text(p, g):
-    """`The dog` and `dog`, `H_2O` and `H2O`."""
+    """`The dog` and `dogs`, `H_2O` and `H2O`."""
     p_key = key(p)
     g_key = key(g)
     if p_key == g_key:
         return p_key != ""
-    return p_key.casefold() == g_key.casefold() and not case_counts(p, g)
+    if p_key.casefold() == g_key.casefold():
+        return not case_counts(p, g)
+    return is_plural(p, g) or is_plural(g, p)
 
 
 def case_counts(p, g):
-    """Between symbols, `x` and `X`, and between elements, `CO` and `Co`."""
+    """Between symbols, `x` and `X`, elements, `CO` and `Co`, and units, `2 MeV` and `2 meV`."""
     if ELEMENTS.fullmatch(p) and ELEMENTS.fullmatch(g):
+        return True
+    if measure(p) != measure(g):
         return True
     return not (is_words(p) or LONG_WORD.search(p))
 
 
+NAME_AT_END = re.compile(r".*\b[A-Z]\S*")
+SHORTEST_NOUN = 3  # letters
+
+
+def is_plural(several, one):
+    """`dogs` of `dog`, `boxes`, `berries`; but `Adams` is another name than `Adam`."""
+    if not (is_words(several) and is_words(one)):
+        return False
+    if NAME_AT_END.fullmatch(several) and NAME_AT_END.fullmatch(one):
+        return False
+    stem = key(one).casefold()
+    if len(stem) < SHORTEST_NOUN or stem.endswith("s"):
+        return False
+    plurals = {stem + "s", stem + "es"}
+    if stem.endswith("y"):
+        plurals.add(stem.removesuffix("y") + "ies")
+    return key(several).casefold() in plurals
+
+
 # -------------------------------------------------------------- letters of options
 LABEL_ALONE = re.compile(  # `B`, `(b)`, `Option B.`
-    r"(?:(?i:option|choice|answer|选项?|答案) ?)?[(\[]?([A-Ja-j])[)\]]?[.:]?"
+    r"(?:(?i:option|choice|answer|选项?|答案) ?)?[(\[]?([A-Ja-j])[)\]]?[.:]?(?: ?选?项)?"
 )
-LABELLED = re.compile(r"(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?![( ])(.+)")  # `(B) the dog`
+LABELLED = re.compile(  # `(B) the dog`, `Option B: the dog`, `(B) (0, 1)`; not `(A) (B)`
+    r"(?:(?i:option|choice|answer) )?(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?! |\([A-J]\))(.+)"
+)
 NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`
     r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
 )
-LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`
-    r"[(\[]?[A-H][)\]]?(?:(?:[,;/] ?(?:and )?| and | ?(?=\()| (?=[A-H]))[(\[]?[A-H][)\]]?)+"
+LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`, `options A and C`
+    r"(?:(?i:options|choices|answers) )?[(\[]?[A-H][)\]]?(?:(?:[,;/] ?(?:and )?| and | ?(?=\()| (?=[A-H]))[(\[]?[A-H][)\]]?)+"
 )
 
 
@@ -120,7 +146,7 @@ def letters(text, in_order=True):
             return None
         if in_order and list(text) != sorted(text):
             return None
-    return set(re.findall("[A-H]", text))
+    return set(re.findall(r"(?<![a-z])[A-H](?![a-z])", text))
 
 
 def same_choice(p, g):
@@ -194,18 +220,20 @@ def same_truth(p, g):
 
 
 # -------------------------------------------------------------- numbers with something around them
-NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`
-    r"(?i)(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row"
+NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`, `the year 2014`
+    r"(?i)(?:the )?(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row"
     r"|column|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture"
     r"|image|team|player|age|aged|week|round|lane|floor|bus|route|channel|item|shape)"
-    r"s?(?:\. ?| )(?=\d)|([#№第]) ?(?=\d)|in (?=\d{4}$)"
+    r"s?(?:\. ?| )(?=\d)|([#第]) ?(?=\d)|in (?=\d{4}$)"
 )
+SHORT_NOUNS = {"number": "no", "fig": "figure"}
 
 
 def noun(found):
-    if found[2] or found[1] in ("number", "Number"):
+    if found[2]:
         return "no"
-    return found[1].lower() if found[1] else "year"
+    name = found[1].lower() if found[1] else "year"
+    return SHORT_NOUNS.get(name, name)
 
 
 def same_numbered(p, g):
@@ -223,11 +251,16 @@ def same_numbered(p, g):
     return same(p_rest, g_rest)
 
 
+DECIMAL_COMMA = re.compile(r"(-?\d+(?:\.\d{3})*),(\d+)(\D*)")
+
+
 def same_decimal_comma(p, g):
-    """`1000,99` where the reference is 1000.99."""
-    if "." not in g or not number(g) or not re.fullmatch(r"-?\d+,\d+", p):
+    """`1000,99`, `1.000,99` and `1000,99 €` where the reference is 1000.99."""
+    found = DECIMAL_COMMA.fullmatch(p)
+    if "." not in g or not measure(g) or not found:
         return None
-    return number(p.replace(",", ".")) == number(g)
+    whole = found[1].replace(".", "")
+    return same_measure(f"{whole}.{found[2]}{found[3]}", g)
 
 
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")  # of an angle, whose ° is no unit
@@ -393,10 +426,24 @@ class Collection(NamedTuple):
         return self.brackets not in ("", "{}") or several_names
 
 
+COLUMN = "column"  # the brackets of `[[1],[2]]`, which is also `(1, 2)` and `[1, 2]`
+
+
+def column(brackets, parts):
+    """`1` and `2` of the column `[[1],[2]]`, else None."""
+    rows = [items(part) for part in parts]
+    if brackets == "[]" and all(around == "[]" and len(row) == 1 for around, row in rows):
+        return [row[0] for _, row in rows]
+    return None
+
+
 @reader
 def collection(text):
     r"""`1, 2`, `{1, 2}`, `x = 1 or x = 2`, `n = 1, 2, 3`, `3 \pm 2`; None where it is one thing."""
     brackets, parts = items(text)
+    if column(brackets, parts):
+        parts = column(brackets, parts)
+        brackets = COLUMN
     names = []
     values = []
     for part in parts:
@@ -433,13 +480,28 @@ def same_collection(p, g):
     both = p_list.brackets and g_list.brackets
     if both and "{}" in (p_list.brackets, g_list.brackets) and p_list.brackets != g_list.brackets:
         return False  # a set is no point
-    if both and len(g_list.items) == 2 and p_list.brackets != g_list.brackets:
+    matrix = COLUMN in (p_list.brackets, g_list.brackets)
+    if both and len(g_list.items) == 2 and p_list.brackets != g_list.brackets and not matrix:
         return False  # other ends of an interval
     if p_list.is_ordered or g_list.is_ordered:
         if len(p_list.items) != len(g_list.items) or len(p_list.items) * 2 > MAX_ITEMS:
             return False
         return all(same(a, b) for a, b in zip(p_list.items, g_list.items, strict=True))
     return match(p_list.items, g_list.items)
+
+
+POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
+
+
+def same_point(p, g):
+    """`P(3, 4)` and `(3, 4)`, but not `Q(3, 4)`."""
+    p_point = POINT.fullmatch(p)
+    g_point = POINT.fullmatch(g)
+    if not (p_point or g_point):
+        return None
+    if p_point and g_point and p_point[1] != g_point[1]:
+        return False
+    return same(p_point[2] if p_point else p, g_point[2] if g_point else g)
 
 
 OR = re.compile(r"\bor\b")
@@ -474,6 +536,8 @@ def assignment(text):
         return None
     if LEFT_SIDE.fullmatch(sides[0].strip()):
         return key(sides[0].strip()), sides[-1].strip()
+    if len(sides) == 2 and number(sides[0].strip()) and re.fullmatch(NAME, sides[1].strip()):
+        return key(sides[1].strip()), sides[0].strip()  # `5 = x`
     if not re.search("[A-Za-z]", sides[0]):
         return "", sides[-1].strip()
     return None
@@ -499,6 +563,21 @@ def same_assignment(p, g):
     if p_name != g_name and re.fullmatch("[A-Za-z]+", g_value):
         return None  # `AB = CD` gives no value
     return same(p_value, g_value)
+
+
+def same_quotient_of_formulas(p, g):
+    r"""`1:\sqrt{2}` and `\frac{\sqrt{2}}{2}`; two numbers with a colon are no such thing."""
+    p_terms = p.split(":")
+    g_terms = g.split(":")
+    if max(len(p_terms), len(g_terms)) != 2 or ratio(p) or ratio(g):
+        return None
+    if not all(map(parse, p_terms + g_terms)):
+        return None
+    return same_formula(quotient(p_terms), quotient(g_terms))
+
+
+def quotient(terms):
+    return "/".join(f"({term})" for term in terms)
 
 
 NO_SIGN = re.compile("[A-Za-z ]+")
@@ -527,6 +606,9 @@ KINDS = (
     same_truth,
     same_numbered,
     same_clock,
+    same_opening_hours,
+    same_date,
+    same_place_in_order,
     same_ratio,
     same_range,
     same_bound,
@@ -534,8 +616,10 @@ KINDS = (
     same_decimal_comma,
     same_quantity,
     same_union,
+    same_point,
     same_collection,
     same_interval,
     same_assignment,
+    same_quotient_of_formulas,
     same_formula,
 )
