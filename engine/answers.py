@@ -75,6 +75,7 @@ STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in fr
     r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?|it's)\b:? |[是为有] ?)"
 )
 REASON = re.compile(r"(.{1,60}?),? (?:because|since)\b.*")
+CAPTION = re.compile(r"[A-Za-z][A-Za-z ]{2,30}: (?=\S)")  # `Total: 24`
 TWICE = re.compile(r"(.+?) ?\((.+)\)")  # `3 (three)`
 SUBJECT = re.compile(r"(?i)(?:it|they|this|he|she) (?=[a-z]+$)")  # `It increases`
 
@@ -88,6 +89,9 @@ def wordings(text):
     statement = STATEMENT.match(text)
     if statement and not DENIAL.search(statement[0]) and not has_claim(text[statement.end() :]):
         yield clean(text[statement.end() :])
+    caption = CAPTION.match(text)
+    if caption and not DENIAL.search(caption[0]):
+        yield clean(text[caption.end() :])
     subject = SUBJECT.match(text)
     if subject:
         yield text[subject.end() :]

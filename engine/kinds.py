@@ -54,6 +54,8 @@ ELEMENT = (
 )
 ELEMENTS = re.compile(rf"(?:{ELEMENT}|[\d()\[\]_^{{}}+ -]|\\to)+")  # `CO_2`, `2H_2+O_2\to 2H_2O`
 
+ORBITALS = re.compile(r"(?:\d[spdf](?:\^?\d{1,2}|\^\{\d{1,2}\}) ?){2,}")  # `1s^2 2s^2`
+
 
 def is_words(text):
     return WORDS.fullmatch(text) is not None
@@ -67,6 +69,8 @@ def key(text):
     if is_words(text):
         return "".join(re.findall(LETTER, ARTICLE.sub("", text)))
     text = re.sub(r"^(?:the|an?) (?=[A-Za-z]{2}|\d)", "", text)
+    if ORBITALS.fullmatch(text):
+        text = re.sub(r"[\^{}]", "", text)
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text)
     text = re.sub(r"(?<=[_^])\{(\w+|\d*[+-])\}(?!\d)", r"\1", text)
     text = re.sub(r"(?<=[A-Za-z)\]])_", "", text)
@@ -441,6 +445,8 @@ def column(brackets, parts):
 def collection(text):
     r"""`1, 2`, `{1, 2}`, `x = 1 or x = 2`, `n = 1, 2, 3`, `3 \pm 2`; None where it is one thing."""
     brackets, parts = items(text)
+    if number(text):
+        return None  # `45,000`
     if column(brackets, parts):
         parts = column(brackets, parts)
         brackets = COLUMN
@@ -477,11 +483,14 @@ def same_collection(p, g):
         if p_names != g_names:
             return False
         return match(named(p_list), named(g_list))
+    different = p_list.brackets != g_list.brackets
+    if different and HALF_OPEN & {p_list.brackets, g_list.brackets}:
+        return False
     both = p_list.brackets and g_list.brackets
-    if both and "{}" in (p_list.brackets, g_list.brackets) and p_list.brackets != g_list.brackets:
+    if both and different and "{}" in (p_list.brackets, g_list.brackets):
         return False  # a set is no point
     matrix = COLUMN in (p_list.brackets, g_list.brackets)
-    if both and len(g_list.items) == 2 and p_list.brackets != g_list.brackets and not matrix:
+    if both and different and len(g_list.items) == 2 and not matrix:
         return False  # other ends of an interval
     if p_list.is_ordered or g_list.is_ordered:
         if len(p_list.items) != len(g_list.items) or len(p_list.items) * 2 > MAX_ITEMS:
@@ -490,6 +499,7 @@ def same_collection(p, g):
     return match(p_list.items, g_list.items)
 
 
+HALF_OPEN = {"(]", "[)"}
 POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
 
 
@@ -538,7 +548,7 @@ def assignment(text):
         return key(sides[0].strip()), sides[-1].strip()
     if len(sides) == 2 and number(sides[0].strip()) and re.fullmatch(NAME, sides[1].strip()):
         return key(sides[1].strip()), sides[0].strip()  # `5 = x`
-    if not re.search("[A-Za-z]", sides[0]):
+    if not re.search(r"(?<![\\A-Za-z])[A-Za-z]", sides[0]):
         return "", sides[-1].strip()
     return None
 

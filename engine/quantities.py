@@ -47,7 +47,7 @@ def number(text):
     periodic = PERIODIC.fullmatch(text) or REPEATED.fullmatch(text)
     if periodic:
         return Number(periodic_value(*periodic.groups()))
-    found = NUMBER.fullmatch(FRACTION.sub(r" \1/\2", text).strip(" {}"))
+    found = NUMBER.fullmatch(FRACTION.sub(r" \1/\2 ", text).strip(" {}"))
     if not found:
         return None
     digits = re.sub("[, ]", "", found["digits"])

@@ -148,6 +148,7 @@ CLAIMS = (  # the first one that a text makes counts
     ),
     re.compile(  # `The result is`, `Solution:`, `故选`, `选项`
         rf"(?i)\b(?:result|option|choice|solution)s?{OF_IT}|结果(?:应该|应)?[是为]?[ :]*(?=\S)"
+        r"|\bI (?:choose|pick|select) (?=\S)"
         r"|(?:故|应|因此|所以|正确)?选(?:[项择]|(?![项择]))[ :]*(?=\S)"
     ),
 )
@@ -244,6 +245,7 @@ SPACING = (
     Rewrite("lowered in HTML", r"<sub>([^<>]*)</sub>", r"_{\1}", "H<sub>2</sub>O", "H_{2}O"),
     Rewrite("power in Python", r"(?<=[\dA-Za-z)])\*\*(?=[\d(])", "^", "x**2", "x^2"),
     Rewrite("bold", r"\*\*", "", "**B**", "B"),
+    Rewrite("bold in HTML", r"</?(?:b|i|u|em|strong)>", "", "<b>5</b>", "5"),
     Rewrite("tags", r"^<answer>(.*)</answer>$", r"\1", "<answer>B</answer>", "B"),
 )
 DEGREES = r"\bdeg(?:rees?|\.)?"
@@ -354,14 +356,18 @@ WORDING = (
     Rewrite(
         "minus", rf"(?i)^(?:minus|negative) (?=[\d.\\]|(?:{NUMBER_WORD})\b)", "-", "minus 5", "-5"
     ),
+    Rewrite("plus", r"(?i)^(?:plus|positive) (?=[\d.\\])", "", r"positive \infty", r"\infty"),
     Rewrite("per cent", r"(?i)\bper cent\b", "percent", "5 per cent", "5 percent"),
     Rewrite("out of", r"(?<=\d) (?:out of|in) (?=\d+$)", "/", "4 out of 9", "4/9"),
     Rewrite("sq.", r"(?i)\b(sq|cu)\. ?", r"\1 ", "5 sq. cm", "5 sq cm"),
     Rewrite("feet and inches", r"(?<![\d°])(\d+)' ?(\d+)\"", r"\1 ft \2 in", "5'3\"", "5 ft 3 in"),
     Rewrite("decades", r"(?<=\d0)'s\b", "s", "1990's", "1990s"),
     Rewrite("before Christ", r"(?<=\d) ?B\.? ?C\.?(?: ?E\.?)?$", " BC", "500 B.C.E.", "500 BC"),
-    Rewrite("after Christ", r"(?<=\d) ?(?:A\.? ?D\.?|C\.?E\.?)$", " AD", "500 A.D.", "500 AD"),
-    Rewrite("after Christ", r"^A\.?D\.? (\d+)$", r"\1 AD", "AD 500", "500 AD"),
+    Rewrite("after Christ", r"(?<=\d) ?(?:A\.? ?D\.?|C\.?E\.?)$", "", "500 A.D.", "500"),
+    Rewrite("after Christ", r"^A\.?D\.? (?=\d+$)", "", "AD 500", "500"),
+    Rewrite("on a day", r"(?i)^on (?=\w+day$)", "", "on Tuesday", "Tuesday"),
+    Rewrite("both", r"(?i)^both (?=.+ and )", "", "both B and D", "B and D"),
+    Rewrite("base of a number", r"^\((\d+)\)_", r"\1_", "(204)_5", "204_5"),
     Rewrite("does not exist", r"^DNE$", "does not exist", "DNE", "does not exist"),
     Rewrite("empty set", r"(?i)^(?:the )?empty set$", r"\\emptyset", "the empty set", r"\emptyset"),
     Rewrite(
@@ -386,7 +392,7 @@ WORDING = (
         "AB // CD",
         r"AB\parallel CD",
     ),
-    Rewrite("point", r"(?i)^point (?=[A-Z]$)", "", "point P", "P"),
+    Rewrite("point", r"(?i)^(?:point|line|segment|ray) (?=[A-Z]{1,2}$)", "", "point P", "P"),
     Rewrite(
         "where it is seen",
         r"(?i) (?:shown )?(?:in|on) the (?:picture|image|figure|photo|diagram|chart|graph|scene)$",

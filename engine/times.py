@@ -1,6 +1,7 @@
 """Times of day and dates: readers and `same_...(p, g)`, in the form of engine/quantities.py."""
 
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 from engine.number_words import ordinal, spelled
@@ -10,9 +11,10 @@ from engine.units import reader
 CLOCK = re.compile(  # `3:30`, `03:30:00`, `3:30 p.m`, `3 pm`, `ten o'clock`
     r"(?i)(\d{1,2}|[a-z]+)(?::(\d\d))?(?::(\d\d))?(?: ?([ap])\.? ?m\.?| ?(o'clock))?"
 )
-QUARTERS = re.compile(  # `half past three`, `a quarter to 4`
-    r"(?i)(?:a )?(half|quarter) (past|after|to|before) (\d{1,2}|[a-z]+)"
+SPOKEN = re.compile(  # `half past three`, `a quarter to 4`, `twenty past eleven`
+    r"(?i)(?:a )?(half|quarter|[a-z-]+|\d{1,2})(?: minutes)? (past|after|to|before) (\d{1,2}|[a-z]+)"
 )
+PARTS_OF_AN_HOUR = {"quarter": 15, "half": 30}
 MIDDAY = re.compile(r"(?i)(?:12 )?noon")
 MIDNIGHT = re.compile(r"(?i)(?:12 )?midnight")
 
@@ -39,9 +41,9 @@ def clock(text):
         return Clock(12, (0, 0), "p")
     if MIDNIGHT.fullmatch(text):
         return Clock(12, (0, 0), "a")
-    quarters = QUARTERS.fullmatch(text)
-    if quarters:
-        return clock_of_quarters(*quarters.groups())
+    spoken = SPOKEN.fullmatch(text)
+    if spoken:
+        return clock_as_spoken(*spoken.groups())
     found = CLOCK.fullmatch(text)
     if not found or not (found[2] or found[4] or found[5]):
         return None
@@ -60,11 +62,17 @@ def hour_of(text):
     return int(value) if value in range(1, 13) else None
 
 
-def clock_of_quarters(part, direction, hour):
+def minute_of(text):
+    value = Fraction(text) if text.isdigit() else spelled(text)
+    return int(value) if value in range(1, 60) else None
+
+
+def clock_as_spoken(minutes, direction, hour):
+    """Of "quarter", "past", "three"."""
     hour = hour_of(hour)
-    if hour not in range(1, 13):
+    minutes = PARTS_OF_AN_HOUR.get(minutes.lower()) or minute_of(minutes)
+    if hour not in range(1, 13) or minutes not in range(1, 60):
         return None
-    minutes = 30 if part.lower() == "half" else 15
     if direction.lower() in ("past", "after"):
         return Clock(hour, (minutes, 0), "")
     return Clock(hour - 1 or 12, (60 - minutes, 0), "")

@@ -99,7 +99,7 @@ TABLE = """
 1 turn min^-1: rpm
 1 dB: dB decibel
 1 percent: % percent percentage pct
-1 usd: $ US$ usd dollar 美元
+1 usd: $ US$ usd dollar buck 美元
 0.01 usd: ¢ cent
 1 eur: € eur euro 欧元
 1 gbp: £ gbp 英镑
@@ -110,6 +110,8 @@ TABLE = """
 1 inr: ₹ Rs rupee
 10000 m^2: ha hectare 公顷
 4046.8564224 m^2: acre
+1 beat: beat
+1 beat min^-1: bpm
 1 piece: piece pcs 个 只
 1 unit: unit
 """
@@ -117,6 +119,8 @@ ONE_NAME = (  # of two units: `10 pounds` can be meant by `£10` and by `10 lb`
     ("£", "pound"),
     ("¥", "yuan"),
     ("¥", "yen"),
+    ("F", "°F"),
+    ("C", "°C"),
 )
 PREFIXES = {  # symbol: word and size
     "p": ("pico", "0.000000000001"),
@@ -207,7 +211,8 @@ def known_unit(word):
     name = word[found.end() :] if found else word
     power = POWER_WORDS[found[0].lower()] if found else 1
     lower = name.lower()
-    for spelling in (name, lower, lower.removesuffix("s"), lower.removesuffix("es")):
+    joined = lower.replace("-", "").removesuffix("s")  # `kilo-ohms`
+    for spelling in (name, lower, lower.removesuffix("s"), lower.removesuffix("es"), joined):
         if spelling in NAMES and (len(spelling) > 1 or spelling == name):
             return multiply(NONE, NAMES[spelling], power)
     return None
@@ -219,6 +224,8 @@ def product(text):
     power = 1  # that a word in front asks for
     last = None
     words = SEPARATOR.split(text.strip())
+    if known_unit(text) is None and all(map(known_unit, text.split("-"))):
+        words = text.split("-")  # `kilowatt-hours`
     for word in words:
         term = TERM.fullmatch(word)
         if not term:
@@ -240,7 +247,7 @@ def product(text):
 
 def phrase(words):
     """Up to three unknown words as a unit of their own, without number and case."""
-    if len(words) > 3:
+    if len(words) > 3 or words[-1].lower() in JOINING:
         return None
     names = []
     for word in words:
