@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 from engine import math_worker
-from engine.formula import parse
+from engine.formula import is_relation, parse, symbols
 from engine.quantities import (
     measure,
     number,
@@ -590,7 +590,6 @@ def quotient(terms):
     return "/".join(f"({term})" for term in terms)
 
 
-NO_SIGN = re.compile("[A-Za-z ]+")
 CODE = re.compile(r"\d+(?:([-/])\d+)(?:\1\d+)+")  # `5-4-3-2-1`, `04/02/2005`: nothing to work out
 
 
@@ -598,14 +597,16 @@ def same_formula(p, g):
     """Mathematics on both sides, each read to its end."""
     if CODE.fullmatch(p) or CODE.fullmatch(g):
         return False
-    if NO_SIGN.fullmatch(p) and NO_SIGN.fullmatch(g):
-        return None  # words, though `ab` could be a product
+    if is_words(p) and is_words(g):
+        return None  # though `ab` could be a product
     p_tree = parse(p)
     g_tree = parse(g)
     if p_tree is None or g_tree is None:
         return None
     if p_tree == g_tree:
         return True
+    if symbols(p_tree) != symbols(g_tree) or is_relation(p_tree) != is_relation(g_tree):
+        return False
     tolerance = max(number(text).tolerance if number(text) else 0 for text in (p, g))
     return math_worker.ask(p_tree, g_tree, tolerance)
 
