@@ -13,9 +13,12 @@ Conventions, where graders differ:
 | 10% | 0.1, and 10; 0.1% is not 0.1 | both are how a share is written, but a share of 0.1 is 10% |
 | a unit on one side only | ignored | references are inconsistent about it |
 | two units | converted where they measure the same | 3 h 20 min is 200 minutes; 5 m is not 5 km |
+| a name of two units | either: 10 pounds is £10 and 10 lb, 40 F is 40 °F | who knows which? |
 | an unknown word behind a number | a unit | 5 apples is 5, and is not 5 pears |
 | 5M, 5k, 5B without a blank | million, thousand, billion | charts write so; not 5 |
 | 3:30 and 3:30 PM | equal | a unit on one side only; 15:30 is 3:30 PM, and not 3:30 |
+| 04/02/2005 | 4/2/2005, not 02/04/2005 | which number is the month, nobody knows |
+| 500 BC | not 500, which is 500 AD | as years are written |
 | 4:2 | in lowest terms a ratio (2:1 is 4:2); else a score, as it is; 1:15 a clock time | |
 | 3-5, 3 to 5 | a range or score, never a difference | nobody answers with a sum left undone |
 | 65+, over 65, at least 65 | bounds: equal to the same bound, never to 65 | another claim |
@@ -24,10 +27,15 @@ Conventions, where graders differ:
 | bare lists, {sets} | without order; a number counts as often as it is written | |
 | (tuples), [lists] | in order, also against a bare list | points have one |
 | [1,2), (1,2], (1,2) | different; x < 3 is (-oo, 3) | they are |
+| P(3, 4), x = 7 | (3, 4) and 7, but neither Q(3, 4) nor y = 7 | a name says what it is of |
 | 0.333333 | 1/3, from six significant digits on | 0.33 may be a wrong 1/3 |
 | 1000,99 | 1000.99, where the reference is that decimal | else a list of two |
+| three, third | 3 and 3rd; third is not 3 | a number in words is that number |
 | ACD, A, C and D | the same options in any order | a gold of ascending letters names options |
-| No, it is not | no; but "No, never" is more than "no" | what an echo repeats adds nothing |
+| a letter, where there are options | the option of that letter | whatever its text |
+| No, it is not | no; but "No, never" is another answer | what an echo repeats adds nothing |
+| dogs | dog; but Adams is not Adam | a plural is the same answer, and names have none |
+| ab | a word: not ba; a·b is b·a | letters side by side are rarely a product |
 | case | free in words, not in symbols and formulas of elements (CO, Co) | |
 | log | base 10; ln 2 is another number | |
 | articles, punctuation of words | free | they carry no answer |
@@ -52,9 +60,12 @@ def equivalent(pred, gold, choices=()):
     if not (is_answer(pred) and is_answer(gold)):
         return False
     math_worker.new_answer()
+    p = clean(pred)
     g = clean(gold)
     options = without_letters([clean(str(choice)[:MAX_CHARS]) for choice in choices or ()])
-    return any(is_right(p, g, options) for p in wordings(clean(pred)))
+    if any(is_right(each, g, options) for each in wordings(p)):
+        return True
+    return not options and any(same(p, each) for each in wordings(g))
 
 
 def is_answer(text):
@@ -81,7 +92,10 @@ SUBJECT = re.compile(r"(?i)(?:it|they|this|he|she) (?=[a-z]+$)")  # `It increase
 
 
 def wordings(text):
-    """The answer as it is worded, and in short where it is a sentence."""
+    """The answer as it is worded, and in short where it is a sentence.
+
+    Of two answers one may be taken in short, not both: `Ann is tall` is not `Tom is tall`.
+    """
     yield text
     conclusion = CONCLUSION.match(text)
     if conclusion:

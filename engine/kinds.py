@@ -126,8 +126,10 @@ LABELLED = re.compile(  # `(B) the dog`, `Option B: the dog`, `(B) (0, 1)`; not 
 NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`
     r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
 )
+ONE_LETTER = r"[(\[]?[A-H][)\]]?"
 LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`, `options A and C`
-    r"(?:(?i:options|choices|answers) )?[(\[]?[A-H][)\]]?(?:(?:[,;/] ?(?:and )?| and | ?(?=\()| (?=[A-H]))[(\[]?[A-H][)\]]?)+"
+    rf"(?:(?i:options|choices|answers) )?{ONE_LETTER}"
+    rf"(?:(?:[,;/] ?(?:and )?| and | ?(?=\()| (?=[A-H])){ONE_LETTER})+"
 )
 
 
@@ -225,8 +227,8 @@ def same_truth(p, g):
 
 # -------------------------------------------------------------- numbers with something around them
 NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`, `the year 2014`
-    r"(?i)(?:the )?(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row"
-    r"|column|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture"
+    r"(?i)(?:the )?(no|number|figure|fig|step|page|question|problem|group|case|table|chapter"
+    r"|section|row|column|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture"
     r"|image|team|player|age|aged|week|round|lane|floor|bus|route|channel|item|shape)"
     r"s?(?:\. ?| )(?=\d)|([#第]) ?(?=\d)|in (?=\d{4}$)"
 )

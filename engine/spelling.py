@@ -144,7 +144,8 @@ def introduced(text):
 OF_IT = r"(?: (?:to|of|for) (?:the|this) \w+)?(?: is\b| are\b| ?[:=])[ :=]*(?=\S)"
 CLAIMS = (  # the first one that a text makes counts
     re.compile(  # `The answer is`, `Answer:`, `Answer 7`, `答案是`
-        rf"(?i)^answer (?=[\d\\(]|[A-J]\b)|\banswers?{OF_IT}|答案(?:应该|应)?[是为选]?[ :]*(?=\S)|^答 ?:"
+        rf"(?i)^answer (?=[\d\\(]|[A-J]\b)|\banswers?{OF_IT}"
+        r"|答案(?:应该|应)?[是为选]?[ :]*(?=\S)|^答 ?:"
     ),
     re.compile(  # `The result is`, `Solution:`, `故选`, `选项`
         rf"(?i)\b(?:result|option|choice|solution)s?{OF_IT}|结果(?:应该|应)?[是为]?[ :]*(?=\S)"

@@ -12,7 +12,7 @@ CLOCK = re.compile(  # `3:30`, `03:30:00`, `3:30 p.m`, `3 pm`, `ten o'clock`
     r"(?i)(\d{1,2}|[a-z]+)(?::(\d\d))?(?::(\d\d))?(?: ?([ap])\.? ?m\.?| ?(o'clock))?"
 )
 SPOKEN = re.compile(  # `half past three`, `a quarter to 4`, `twenty past eleven`
-    r"(?i)(?:a )?(half|quarter|[a-z-]+|\d{1,2})(?: minutes)? (past|after|to|before) (\d{1,2}|[a-z]+)"
+    r"(?i)(?:a )?([a-z-]+|\d{1,2})(?: minutes)? (past|after|to|before) (\d{1,2}|[a-z]+)"
 )
 PARTS_OF_AN_HOUR = {"quarter": 15, "half": 30}
 MIDDAY = re.compile(r"(?i)(?:12 )?noon")

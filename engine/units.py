@@ -136,14 +136,11 @@ PREFIXES = {  # symbol: word and size
     "T": ("tera", "1000000000000"),
 }
 # What cannot be a unit: the number before it is compared, denied, doubted, or one of several.
-NO_UNIT = (
-    set(
-        """or and but not no never nor is are was to than as by if so because since maybe perhaps more
+NO_UNIT = NUMBER_WORDS | set(
+    """or and but not no never nor is are was to than as by if so because since maybe perhaps more
     less fewer greater least most up down over under above below beyond between plus minus max
     maximum minimum wrong incorrect false about am pm bc ad th st nd rd north south east west
     northeast northwest southeast southwest left right clockwise counterclockwise""".split()
-    )
-    | NUMBER_WORDS
 )
 JOINING = {"of", "the", "in", "on", "for", "at", "a", "an"}  # short words in `kinds of fruit`
 
