@@ -83,7 +83,7 @@ CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
 )
 STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in front of the verb
     r"(?i)\D*"
-    r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?|it's)\b:? |[是为有] ?)"
+    r"(?:\b(?:is|are|was|were|equals|count(?:ed)?|see|get|got|find|found|has|have|shows?|it's)\b:? |[是为有] ?)"
 )
 REASON = re.compile(r"(.{1,60}?),? (?:because|since)\b.*")
 CAPTION = re.compile(r"[A-Za-z][A-Za-z ]{2,30}: (?=\S)")  # `Total: 24`
@@ -97,11 +97,13 @@ def wordings(text):
     Of two answers one may be taken in short, not both: `Ann is tall` is not `Tom is tall`.
     """
     yield text
+    if has_claim(text):
+        return  # two, which differ
     conclusion = CONCLUSION.match(text)
     if conclusion:
         yield clean(text[conclusion.end() :])
     statement = STATEMENT.match(text)
-    if statement and not DENIAL.search(statement[0]) and not has_claim(text[statement.end() :]):
+    if statement and not DENIAL.search(statement[0]):
         yield clean(text[statement.end() :])
     caption = CAPTION.match(text)
     if caption and not DENIAL.search(caption[0]):

@@ -269,6 +269,16 @@ def same_decimal_comma(p, g):
     return same_measure(f"{whole}.{found[2]}{found[3]}", g)
 
 
+def same_angle(p, g):
+    r"""`60°` and `\frac{\pi}{3}`."""
+    degrees = [text for text in (p, g) if "°" in text]
+    radians = [text for text in (p, g) if r"\pi" in text]
+    if len(degrees) != 1 or len(radians) != 1 or degrees == radians:
+        return None
+    angle = re.sub(r" ?(?:rad|radians?)$", "", radians[0])
+    return same_formula(degrees[0], angle)
+
+
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")  # of an angle, whose ° is no unit
 
 
@@ -449,6 +459,9 @@ def collection(text):
     brackets, parts = items(text)
     if number(text):
         return None  # `45,000`
+    if brackets == "()" and len(both_signs(text)) > 1:
+        brackets = ""
+        parts = both_signs(text)  # `(\pm 1, 0)`: two points
     if column(brackets, parts):
         parts = column(brackets, parts)
         brackets = COLUMN
@@ -627,6 +640,7 @@ KINDS = (
     same_bound,
     same_measure,
     same_decimal_comma,
+    same_angle,
     same_quantity,
     same_union,
     same_point,

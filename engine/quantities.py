@@ -125,8 +125,9 @@ def measure(text):
     alone = number(text)
     if alone:
         return Measure(alone)
-    if PARTS.fullmatch(text):
-        return sum_of_parts(re.findall(PART, text))
+    total = sum_of_parts(re.findall(PART, text)) if PARTS.fullmatch(text) else None
+    if total:
+        return total
     core, found = split_unit(text)
     value = number(core)
     return Measure(value, found) if value and found != NONE else None
@@ -259,5 +260,5 @@ def same_quotient(text, terms, other):
     if len(terms) != 2 or not value or not terms[1]:
         return None
     if clock(text):
-        return other == text.replace(":", "/")
+        return FRACTION.sub(r"\1/\2", other).strip() == text.replace(":", "/")
     return terms[0] / terms[1] == value.value

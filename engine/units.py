@@ -70,7 +70,7 @@ TABLE = """
 0.001 m: 毫米
 1000 m: 千米 公里
 0.0000000001 m: Å angstrom
-1 kg: 千克 公斤
+1 kg: kilo 千克 公斤
 0.001 g: 毫克
 0.45359237 kg: lb pound
 0.028349523125 kg: oz ounce
