@@ -19,12 +19,13 @@ Conventions, where graders differ:
 | 3:30 and 3:30 PM | equal | a unit on one side only; 15:30 is 3:30 PM, and not 3:30 |
 | 04/02/2005 | 4/2/2005, not 02/04/2005 | which number is the month, nobody knows |
 | 500 BC | not 500, which is 500 AD | as years are written |
-| 4:2 | in lowest terms a ratio (2:1 is 4:2); else a score, as it is; 1:15 a clock time | |
+| 4:2 | a score, 2:1 a ratio (which 4:2 is) | whoever means the ratio gives it in lowest terms |
+| 1:15 | a time, so not 2:30; and the fraction 1/15 | nobody answers a time with a fraction |
 | 3-5, 3 to 5 | a range or score, never a difference | nobody answers with a sum left undone |
 | 65+, over 65, at least 65 | bounds: equal to the same bound, never to 65 | another claim |
 | about 5, ~5, 5? | 5 | one value, and committed to |
 | 3 or 4, 3 (or 4) | a list: not 3 | two values are no answer to a question for one |
-| bare lists, {sets} | without order; a number counts as often as it is written | |
+| bare lists, {sets} | without order; 1, 2, 2 is not 1, 2 | who lists a number twice has counted |
 | (tuples), [lists] | in order, also against a bare list | points have one |
 | [1,2), (1,2], (1,2) | different; x < 3 is (-oo, 3) | they are |
 | P(3, 4), x = 7 | (3, 4) and 7, but neither Q(3, 4) nor y = 7 | a name says what it is of |
@@ -36,8 +37,9 @@ Conventions, where graders differ:
 | No, it is not | no; but "No, never" is another answer | what an echo repeats adds nothing |
 | dogs | dog; but Adams is not Adam | a plural is the same answer, and names have none |
 | ab | a word: not ba; a·b is b·a | letters side by side are rarely a product |
-| case | free in words, not in symbols and formulas of elements (CO, Co) | |
-| log | base 10; ln 2 is another number | |
+| case | free in words, not in symbols and elements (CO, Co) | X is another unknown than x |
+| log | base 10; ln 2 is another number | so in schools |
+| There are 3 dogs | 3; but "Ann is tall" is not "Tom is tall" | the rest repeats the question |
 | articles, punctuation of words | free | they carry no answer |
 | more than MAX_CHARS | wrong | no answer is so long |
 """
@@ -83,7 +85,8 @@ CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
 )
 STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in front of the verb
     r"(?i)\D*"
-    r"(?:\b(?:is|are|was|were|equals|count(?:ed)?|see|get|got|find|found|has|have|shows?|it's)\b:? |[是为有] ?)"
+    r"(?:\b(?:is|are|was|were|equals|count(?:ed)?|see|get|got|find|found|has|have|shows?|it's)\b:? "
+    r"|[是为有] ?)"
 )
 REASON = re.compile(r"(.{1,60}?),? (?:because|since)\b.*")
 CAPTION = re.compile(r"[A-Za-z][A-Za-z ]{2,30}: (?=\S)")  # `Total: 24`
