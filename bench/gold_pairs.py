@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from engine.answers import equivalent  # noqa: E402
 from engine.rows import Rows  # noqa: E402
 
+LONGEST = 60  # characters of a text that are printed
 ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 
 
@@ -50,6 +51,16 @@ def equal_pairs(texts, choices=()):
     return [(pred, gold) for pred, gold in pairs if equivalent(pred, gold, choices)]
 
 
+def written(pred, gold):
+    """The pair as one short line."""
+    return f"{shortened(pred)} = {shortened(gold)}"
+
+
+def shortened(text):
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+
+
 def compare(path):
     """(equal pairs of references, equal pairs of options, the summary) of a file."""
     rows = Rows(path)
@@ -61,7 +72,7 @@ def compare(path):
     for options in sorted(option_sets):
         among_options += equal_pairs(options, options)
     summary = {
-        "file": path,
+        "file": str(path),
         "golds": len(golds),
         "pairs": len(golds) * (len(golds) - 1),
         "equal": len(among_golds),
@@ -79,7 +90,7 @@ def main():
     for path in parser.parse_args().files:
         among_golds, among_options, summary = compare(path)
         for pred, gold in among_golds + among_options:
-            print(f"{pred} = {gold}")
+            print(written(pred, gold))
         print(json.dumps(summary))
 
 
