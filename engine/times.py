@@ -30,7 +30,7 @@ class Clock(NamedTuple):
             return {self.hour % 12}
         if self.half == "p":
             return {self.hour % 12 + 12}
-        if self.hour > 12:
+        if self.hour > 12 or self.hour == 0:
             return {self.hour}
         return {self.hour % 12, self.hour % 12 + 12}
 
