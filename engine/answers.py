@@ -22,6 +22,7 @@ Conventions, where graders differ:
 | 4:2 | a score, 2:1 a ratio (which 4:2 is) | whoever means the ratio gives it in lowest terms |
 | 1:15 | a time, so not 2:30; and the fraction 1/15 | nobody answers a time with a fraction |
 | 3-5, 3 to 5 | a range or score, never a difference | nobody answers with a sum left undone |
+| 3 × 4 | a size, not 12; 3 × 4 = 12 is 12 | nobody answers with a product left undone |
 | 65+, over 65, at least 65 | bounds: equal to the same bound, never to 65 | another claim |
 | about 5, ~5, 5? | 5 | one value, and committed to |
 | 3 or 4, 3 (or 4) | a list: not 3 | two values are no answer to a question for one |

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from engine import math_worker
 from engine.formula import is_relation, parse, symbols
+from engine.number_words import WORDS as NUMBER_WORDS
 from engine.quantities import (
     measure,
     number,
@@ -99,6 +100,7 @@ def case_counts(p, g):
 
 NAME_AT_END = re.compile(r".*\b[A-Z]\S*")
 SHORTEST_NOUN = 3  # letters
+NO_NOUNS = {"new", "mean", "good"} | NUMBER_WORDS  # `news`, `hundreds` are something else
 
 
 def is_plural(several, one):
@@ -108,9 +110,11 @@ def is_plural(several, one):
     if NAME_AT_END.fullmatch(several) and NAME_AT_END.fullmatch(one):
         return False
     stem = key(one).casefold()
-    if len(stem) < SHORTEST_NOUN or stem.endswith("s"):
+    if len(stem) < SHORTEST_NOUN or stem in NO_NOUNS:
         return False
-    plurals = {stem + "s", stem + "es"}
+    plurals = {stem + "es"}
+    if not stem.endswith("s"):
+        plurals.add(stem + "s")
     if stem.endswith("y"):
         plurals.add(stem.removesuffix("y") + "ies")
     return key(several).casefold() in plurals
@@ -317,8 +321,11 @@ def bound(text):
     """(name or "", operator, value): `x < 5`, `less than 5`, `65+`, `10 or more`."""
     for pattern, operator in COMPILED_BOUNDS:
         found = pattern.fullmatch(text)
-        if found and not INEQUALITY.search(found[2]) and (measure(found[2]) or parse(found[2])):
-            return found[1] or "", operator, found[2]
+        value = found[2] if found else ""
+        if not found or INEQUALITY.search(value) or (found[1] and re.fullmatch(NAME, value)):
+            continue  # `a < b` bounds nothing
+        if measure(value) or parse(value):
+            return found[1] or "", operator, value
     return None
 
 
@@ -391,6 +398,26 @@ def same_interval(p, g):
     closed = closed and p_interval.closed_above == g_interval.closed_above
     ends = same(p_interval.low, g_interval.low) and same(p_interval.high, g_interval.high)
     return closed and ends
+
+
+@reader
+def chain(text):
+    """The sides and signs of `a < b < c`, the least first."""
+    sides = [side.strip() for side in INEQUALITY.split(text)]
+    if ">" in sides or r"\ge" in sides:
+        sides = [TURNED.get(side, side) for side in reversed(sides)]
+    return sides if len(sides) > 3 else None
+
+
+def same_chain(p, g):
+    """`a < b < c` and `c > b > a`."""
+    p_chain = chain(p)
+    g_chain = chain(g)
+    if not (p_chain and g_chain):
+        return None
+    if len(p_chain) != len(g_chain):
+        return False
+    return all(same(a, b) for a, b in zip(p_chain, g_chain, strict=True))
 
 
 def union(text):
@@ -605,7 +632,9 @@ def quotient(terms):
     return "/".join(f"({term})" for term in terms)
 
 
-CODE = re.compile(r"\d+(?:([-/])\d+)(?:\1\d+)+")  # `5-4-3-2-1`, `04/02/2005`: nothing to work out
+CODE = re.compile(  # `5-4-3-2-1`, `04/02/2005`, the size `3 \\times 4`: nothing to work out
+    r"\d+(?:([-/])\d+)(?:\1\d+)+|\d+(?: ?\\times ?\d+)+"
+)
 
 
 def same_formula(p, g):
@@ -646,6 +675,7 @@ KINDS = (
     same_point,
     same_collection,
     same_interval,
+    same_chain,
     same_assignment,
     same_quotient_of_formulas,
     same_formula,

@@ -284,6 +284,7 @@ COMMANDS = (
     Rewrite("arrows", r"\\(?:long)?rightarrow(?![a-zA-Z])|-+>", r"\\to ", "A -> B", r"A \to  B"),
     Rewrite("ellipsis", r"\\[lc]?dots(?![a-zA-Z])", "...", r"\ldots", "..."),
     Rewrite("ampersand", r" ?& ?", " and ", "1 & 3", "1 and 3"),
+    Rewrite("times", r"(?<=\d) ?x ?(?=\d)", r" \\times ", "3x4", r"3 \times 4"),
     Rewrite("pi", r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", "5pi", r"5\pi "),
     Rewrite(
         "infinity", r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty ", "inf", r"\infty "
@@ -372,6 +373,7 @@ WORDING = (
     Rewrite("tick", r" ?[✓✔✅]$", "", "15 ✓", "15"),
     Rewrite("emphasis", r"^_([^_]+)_$", r"\1", "_15_", "15"),
     Rewrite("一共", r"^[一总]?共有? ?(?=\d)", "", "共15个", "15个"),
+    Rewrite("half", r"(?i)^half an? (?=[a-z])", "1/2 ", "half an hour", "1/2 hour"),
     Rewrite("both", r"(?i)^both (?=.+ and )", "", "both B and D", "B and D"),
     Rewrite("base of a number", r"^\((\d+)\)_", r"\1_", "(204)_5", "204_5"),
     Rewrite("does not exist", r"^DNE$", "does not exist", "DNE", "does not exist"),

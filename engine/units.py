@@ -142,6 +142,7 @@ NO_UNIT = NUMBER_WORDS | set(
     maximum minimum wrong incorrect false about am pm bc ad th st nd rd north south east west
     northeast northwest southeast southwest left right clockwise counterclockwise""".split()
 )
+MIXED_CASE = re.compile(".+[A-Z].*[a-z].*")  # `MBps`, which is no `Mbps`
 JOINING = {"of", "the", "in", "on", "for", "at", "a", "an"}  # short words in `kinds of fruit`
 
 LETTER = "A-Za-zμΩÅ°%$€£¥₹¢\u4e00-\u9fff"
@@ -248,9 +249,13 @@ def phrase(words):
         return None
     names = []
     for word in words:
-        name = word.lower()
+        name = word if MIXED_CASE.fullmatch(word) else word.lower()
         short = len(name) < 3 and name.isascii() and not known_unit(word)
-        if name in NO_UNIT or not re.fullmatch(WORD, word) or (short and name not in JOINING):
+        if (
+            name.lower() in NO_UNIT
+            or not re.fullmatch(WORD, word)
+            or (short and name not in JOINING)
+        ):
             return None
         names.append(name.removesuffix("s"))
     return Unit(Fraction(1), ((" ".join(names), 1),), known=False)
