@@ -353,6 +353,7 @@ COMMANDS = (
     Rewrite("runs of blanks", " +", " ", "a  b", "a b"),
 )
 NUMBER_WORD = "|".join(sorted(NUMBER_WORDS))
+COLORS = "red|orange|yellow|green|blue|purple|violet|pink|brown|black|white|gr[ae]y"
 MONEY = "US\\$|USD|EUR|GBP|RMB|CNY|Rs\\.?|[$€£¥₹]"
 WORDING = (
     Rewrite(
@@ -369,7 +370,7 @@ WORDING = (
     Rewrite("after Christ", r"^A\.?D\.? (?=\d+$)", "", "AD 500", "500"),
     Rewrite("on a day", r"(?i)^on (?=\w+day$)", "", "on Tuesday", "Tuesday"),
     Rewrite("age", r"(?i)\b(years?|months?|weeks?|days?) old$", r"\1", "3 years old", "3 years"),
-    Rewrite("color", r"(?i)(?<=[a-z]) (?:in )?colou?r$", "", "blue in color", "blue"),
+    Rewrite("color", rf"(?i)\b({COLORS}) (?:in )?colou?r$", r"\1", "blue in color", "blue"),
     Rewrite("tick", r" ?[✓✔✅]$", "", "15 ✓", "15"),
     Rewrite("emphasis", r"^_([^_]+)_$", r"\1", "_15_", "15"),
     Rewrite("一共", r"^[一总]?共有? ?(?=\d)", "", "共15个", "15个"),
@@ -425,7 +426,7 @@ WORDING = (
     ),
     Rewrite("per", " per | ?/ ?", "/", "km per h", "km/h"),
     Rewrite("per several", r"/\((\w+)(?: |\*| ?\\cdot )(\w+)\)", r"/\1/\2", "J/(mol K)", "J/mol/K"),
-    Rewrite("和", r"(?<=[\dA-Z)}]) ?[和与及] ?(?=[\d(A-Z\\])", " and ", "A和C", "A and C"),
+    Rewrite("和", r"(?<=[\dA-Z)}甲乙丙丁]) ?[和与及] ?(?=[\d(A-Z\\甲乙丙丁])", " and ", "A和C", "A and C"),
     Rewrite("或", r"(?<=[\dA-Z)}]) ?或 ?(?=[\d(A-Z\\])", " or ", "1或2", "1 or 2"),
     Rewrite("what approximates it", r"(?<=[\d})]) ?\\approx.*", "", r"1/3 \approx 0.3", "1/3"),
     Rewrite(

@@ -11,8 +11,9 @@ from engine.units import reader
 CLOCK = re.compile(  # `3:30`, `03:30:00`, `3:30 p.m`, `3 pm`, `ten o'clock`
     r"(?i)(\d{1,2}|[a-z]+)(?::(\d\d))?(?::(\d\d))?(?: ?([ap])\.? ?m\.?| ?(o'clock))?"
 )
-SPOKEN = re.compile(  # `half past three`, `a quarter to 4`, `twenty past eleven`
-    r"(?i)(?:a )?([a-z-]+|\d{1,2})(?: minutes)? (past|after|to|before) (\d{1,2}|[a-z]+)"
+SPOKEN = re.compile(  # `half past three`, `a quarter to 4`, `10 past 11`; `5 to 6` is a range
+    r"(?i)(?:a )?([a-z-]+|\d{1,2}(?= (?:minutes|past)))(?: minutes)? (past|after|to|before)"
+    r" (\d{1,2}|[a-z]+)"
 )
 PARTS_OF_AN_HOUR = {"quarter": 15, "half": 30}
 MIDDAY = re.compile(r"(?i)(?:12 )?noon")
