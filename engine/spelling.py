@@ -426,7 +426,13 @@ WORDING = (
     ),
     Rewrite("per", " per | ?/ ?", "/", "km per h", "km/h"),
     Rewrite("per several", r"/\((\w+)(?: |\*| ?\\cdot )(\w+)\)", r"/\1/\2", "J/(mol K)", "J/mol/K"),
-    Rewrite("和", r"(?<=[\dA-Z)}甲乙丙丁]) ?[和与及] ?(?=[\d(A-Z\\甲乙丙丁])", " and ", "A和C", "A and C"),
+    Rewrite(
+        "和",
+        r"(?<=[\dA-Z)}甲乙丙丁]) ?[和与及] ?(?=[\d(A-Z\\甲乙丙丁])",
+        " and ",
+        "A和C",
+        "A and C",
+    ),
     Rewrite("或", r"(?<=[\dA-Z)}]) ?或 ?(?=[\d(A-Z\\])", " or ", "1或2", "1 or 2"),
     Rewrite("what approximates it", r"(?<=[\d})]) ?\\approx.*", "", r"1/3 \approx 0.3", "1/3"),
     Rewrite(
