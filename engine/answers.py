@@ -13,23 +13,34 @@ Conventions, where graders differ:
 | 10% | 0.1, and 10; 0.1% is not 0.1 | both are how a share is written, but a share of 0.1 is 10% |
 | a unit on one side only | ignored | references are inconsistent about it |
 | two units | converted where they measure the same | 3 h 20 min is 200 minutes; 5 m is not 5 km |
+| a name of two units | either: 10 pounds is £10 and 10 lb, 40 F is 40 °F | who knows which? |
 | an unknown word behind a number | a unit | 5 apples is 5, and is not 5 pears |
 | 5M, 5k, 5B without a blank | million, thousand, billion | charts write so; not 5 |
 | 3:30 and 3:30 PM | equal | a unit on one side only; 15:30 is 3:30 PM, and not 3:30 |
-| 4:2 | in lowest terms a ratio (2:1 is 4:2); else a score, as it is; 1:15 a clock time | |
+| 04/02/2005 | 4/2/2005, not 02/04/2005 | which number is the month, nobody knows |
+| 500 BC | not 500, which is 500 AD | as years are written |
+| 4:2 | a score, 2:1 a ratio (which 4:2 is) | whoever means the ratio gives it in lowest terms |
+| 1:15 | a time, so not 2:30; and the fraction 1/15 | nobody answers a time with a fraction |
 | 3-5, 3 to 5 | a range or score, never a difference | nobody answers with a sum left undone |
+| 3 × 4 | a size, not 12; 3 × 4 = 12 is 12 | nobody answers with a product left undone |
 | 65+, over 65, at least 65 | bounds: equal to the same bound, never to 65 | another claim |
 | about 5, ~5, 5? | 5 | one value, and committed to |
 | 3 or 4, 3 (or 4) | a list: not 3 | two values are no answer to a question for one |
-| bare lists, {sets} | without order; a number counts as often as it is written | |
+| bare lists, {sets} | without order; 1, 2, 2 is not 1, 2 | who lists a number twice has counted |
 | (tuples), [lists] | in order, also against a bare list | points have one |
 | [1,2), (1,2], (1,2) | different; x < 3 is (-oo, 3) | they are |
+| P(3, 4), x = 7 | (3, 4) and 7, but neither Q(3, 4) nor y = 7 | a name says what it is of |
 | 0.333333 | 1/3, from six significant digits on | 0.33 may be a wrong 1/3 |
 | 1000,99 | 1000.99, where the reference is that decimal | else a list of two |
+| three, third | 3 and 3rd; third is not 3 | a number in words is that number |
 | ACD, A, C and D | the same options in any order | a gold of ascending letters names options |
-| No, it is not | no; but "No, never" is more than "no" | what an echo repeats adds nothing |
-| case | free in words, not in symbols and formulas of elements (CO, Co) | |
-| log | base 10; ln 2 is another number | |
+| a letter, where there are options | the option of that letter | whatever its text |
+| No, it is not | no; but "No, never" is another answer | what an echo repeats adds nothing |
+| dogs | dog; but Adams is not Adam | a plural is the same answer, and names have none |
+| ab | a word: not ba; a·b is b·a | letters side by side are rarely a product |
+| case | free in words, not in symbols and elements (CO, Co) | X is another unknown than x |
+| log | base 10; ln 2 is another number | so in schools |
+| There are 3 dogs | 3; but "Ann is tall" is not "Tom is tall" | the rest repeats the question |
 | articles, punctuation of words | free | they carry no answer |
 | more than MAX_CHARS | wrong | no answer is so long |
 """
@@ -39,7 +50,7 @@ import re
 from engine import math_worker
 from engine.kinds import OR, key, label, letters, same, same_text, truth
 from engine.quantities import measure
-from engine.spelling import DENIAL, clean, items
+from engine.spelling import DENIAL, clean, has_claim, items
 
 MAX_CHARS = 4000
 
@@ -52,9 +63,12 @@ def equivalent(pred, gold, choices=()):
     if not (is_answer(pred) and is_answer(gold)):
         return False
     math_worker.new_answer()
+    p = clean(pred)
     g = clean(gold)
     options = without_letters([clean(str(choice)[:MAX_CHARS]) for choice in choices or ()])
-    return any(is_right(p, g, options) for p in wordings(clean(pred)))
+    if any(is_right(each, g, options) for each in wordings(p)):
+        return True
+    return not options and any(same(p, each) for each in wordings(g))
 
 
 def is_answer(text):
@@ -72,27 +86,46 @@ CONCLUSION = re.compile(  # `I count 40 and 2 more, so 42`
 )
 STATEMENT = re.compile(  # `There are 3 dogs`, `The area is 25`: no number in front of the verb
     r"(?i)\D*"
-    r"(?:\b(?:is|are|was|were|equals|count|see|get|find|has|have|shows?|it's)\b:? |[是为有] ?)"
+    r"(?:\b(?:is|are|was|were|equals|count(?:ed)?|see|get|got|find|found|has|have|shows?|it's)\b:? "
+    r"|[是为有] ?)"
 )
 REASON = re.compile(r"(.{1,60}?),? (?:because|since)\b.*")
+CAPTION = re.compile(r"[A-Za-z][A-Za-z ]{2,30}: (?=\S)")  # `Total: 24`
+TWICE = re.compile(r"(.+?) ?\((.+)\)")  # `3 (three)`
+SUBJECT = re.compile(r"(?i)(?:it|they|this|he|she) (?=[a-z]+$)")  # `It increases`
 
 
 def wordings(text):
-    """The answer as it is worded, and in short where it is a sentence."""
+    """The answer as it is worded, and in short where it is a sentence.
+
+    Of two answers one may be taken in short, not both: `Ann is tall` is not `Tom is tall`.
+    """
     yield text
+    if has_claim(text):
+        return  # two, which differ
     conclusion = CONCLUSION.match(text)
     if conclusion:
         yield clean(text[conclusion.end() :])
     statement = STATEMENT.match(text)
     if statement and not DENIAL.search(statement[0]):
         yield clean(text[statement.end() :])
+    caption = CAPTION.match(text)
+    if caption and not DENIAL.search(caption[0]):
+        yield clean(text[caption.end() :])
+    subject = SUBJECT.match(text)
+    if subject:
+        yield text[subject.end() :]
+    twice = TWICE.fullmatch(text)
+    if twice and measure(twice[1]) and same(twice[1], twice[2]):
+        yield twice[1]
     reason = REASON.fullmatch(text)
     if reason and (label(reason[1]) or measure(reason[1]) or truth(reason[1])):
         yield reason[1]
 
 
 # -------------------------------------------------------------- options
-LABEL_BEFORE = re.compile(r"([A-J]) ?[-(] ?(.+?)\)?")  # `B (the dog)`, `B - the dog`
+LABEL_BEFORE = re.compile(r"(?P<letter>[A-J]) ?[-(] ?(?P<text>.+?)\)?")  # `B (dog)`, `B - dog`
+LABEL_BEHIND = re.compile(r"(?P<text>.+?) ?\((?P<letter>[A-J])\)")  # `the dog (B)`
 
 
 def without_letters(options):
@@ -120,15 +153,15 @@ def option(text, options):
         if lettered is not None and index != lettered and rest and same_text(rest, each):
             return -1
     if lettered is None:
-        return option_before_text(text, options)
+        return option_beside_text(text, options)
     return lettered
 
 
-def option_before_text(text, options):
-    """`B (the dog)`, where that is option B."""
-    found = LABEL_BEFORE.fullmatch(text)
+def option_beside_text(text, options):
+    """`B (the dog)` or `the dog (B)`, where that is option B."""
+    found = LABEL_BEFORE.fullmatch(text) or LABEL_BEHIND.fullmatch(text)
     for index, each in enumerate(options):
-        if found and found[1] == letter_of(index) and same_text(found[2], each):
+        if found and found["letter"] == letter_of(index) and same_text(found["text"], each):
             return index
         if same_text(text, each):
             return index
@@ -148,8 +181,8 @@ def same_option(p, g, options):
         right = alike[0]
     chosen = option(p, options)
     if chosen is not None:
-        return chosen >= 0 and same_text(options[chosen], options[right])
-    others = [text for text in options if not same_text(text, options[right])]
+        return chosen >= 0 and key(options[chosen]) == key(options[right])
+    others = [text for text in options if key(text) != key(options[right])]
     if letters(p) or any(same(p, text) for text in others):
         return False
     return same(p, options[right])

@@ -38,6 +38,24 @@ UNKNOWN_FUNCTIONS = set("fgh")
 WORDS = set("an and are as at be by do for if in is it no not of on or so the to up was we".split())
 
 
+def symbols(tree):
+    """The names of unknowns and functions in a tree."""
+    if isinstance(tree, str):
+        return set()
+    operator, *operands = tree
+    if operator == "symbol":
+        return {operands[0]}
+    if operator == "constant":
+        return set()
+    if operator == "call":
+        return {operands[0]} | symbols(operands[1])
+    return set().union(*map(symbols, operands))
+
+
+def is_relation(tree):
+    return tree[0] in RELATIONS.values()
+
+
 class Unreadable(ValueError):
     """The text is no formula."""
 

@@ -2,26 +2,28 @@ r"""The kinds of answers: `same(p, g)` asks each in turn whether two cleaned tex
 
 A kind is a function of the two texts. It says True or False where it decides about them, and None
 where it leaves that to the next one; `KINDS`, at the end, has them in their order. What no kind
-decides is unequal. Numbers, measures, ranges, times and ratios are in engine/quantities.py.
+decides is unequal. Numbers, measures, ranges and ratios are in engine/quantities.py, times of day
+and dates in engine/times.py.
 """
 
 import re
 from typing import NamedTuple
 
 from engine import math_worker
-from engine.formula import parse
+from engine.formula import is_relation, parse, symbols
+from engine.number_words import WORDS as NUMBER_WORDS
 from engine.quantities import (
     measure,
     number,
-    reader,
-    same_clock,
+    ratio,
     same_measure,
     same_range,
     same_ratio,
     split_unit,
 )
 from engine.spelling import DENIAL, items
-from engine.units import NONE
+from engine.times import same_clock, same_date, same_opening_hours, same_place_in_order
+from engine.units import NONE, reader
 
 MAX_DEPTH = 20  # of brackets
 MAX_ITEMS = 64  # of both lists together
@@ -53,6 +55,8 @@ ELEMENT = (
 )
 ELEMENTS = re.compile(rf"(?:{ELEMENT}|[\d()\[\]_^{{}}+ -]|\\to)+")  # `CO_2`, `2H_2+O_2\to 2H_2O`
 
+ORBITALS = re.compile(r"(?:\d[spdf](?:\^?\d{1,2}|\^\{\d{1,2}\}) ?){2,}")  # `1s^2 2s^2`
+
 
 def is_words(text):
     return WORDS.fullmatch(text) is not None
@@ -66,6 +70,8 @@ def key(text):
     if is_words(text):
         return "".join(re.findall(LETTER, ARTICLE.sub("", text)))
     text = re.sub(r"^(?:the|an?) (?=[A-Za-z]{2}|\d)", "", text)
+    if ORBITALS.fullmatch(text):
+        text = re.sub(r"[\^{}]", "", text)
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text)
     text = re.sub(r"(?<=[_^])\{(\w+|\d*[+-])\}(?!\d)", r"\1", text)
     text = re.sub(r"(?<=[A-Za-z)\]])_", "", text)
@@ -73,31 +79,61 @@ def key(text):
 
 
 def same_text(p, g):
-    """`The dog` and `dog`, `H_2O` and `H2O`."""
+    """`The dog` and `dogs`, `H_2O` and `H2O`."""
     p_key = key(p)
     g_key = key(g)
     if p_key == g_key:
         return p_key != ""
-    return p_key.casefold() == g_key.casefold() and not case_counts(p, g)
+    if p_key.casefold() == g_key.casefold():
+        return not case_counts(p, g)
+    return is_plural(p, g) or is_plural(g, p)
 
 
 def case_counts(p, g):
-    """Between symbols, `x` and `X`, and between elements, `CO` and `Co`."""
+    """Between symbols, `x` and `X`, elements, `CO` and `Co`, and units, `2 MeV` and `2 meV`."""
     if ELEMENTS.fullmatch(p) and ELEMENTS.fullmatch(g):
+        return True
+    if measure(p) != measure(g):
         return True
     return not (is_words(p) or LONG_WORD.search(p))
 
 
+NAME_AT_END = re.compile(r".*\b[A-Z]\S*")
+SHORTEST_NOUN = 3  # letters
+NO_NOUNS = {"new", "mean", "good"} | NUMBER_WORDS  # `news`, `hundreds` are something else
+
+
+def is_plural(several, one):
+    """`dogs` of `dog`, `boxes`, `berries`; but `Adams` is another name than `Adam`."""
+    if not (is_words(several) and is_words(one)):
+        return False
+    if NAME_AT_END.fullmatch(several) and NAME_AT_END.fullmatch(one):
+        return False
+    stem = key(one).casefold()
+    if len(stem) < SHORTEST_NOUN or stem in NO_NOUNS:
+        return False
+    plurals = {stem + "es"}
+    if not stem.endswith("s"):
+        plurals.add(stem + "s")
+    if stem.endswith("y"):
+        plurals.add(stem.removesuffix("y") + "ies")
+    return key(several).casefold() in plurals
+
+
 # -------------------------------------------------------------- letters of options
 LABEL_ALONE = re.compile(  # `B`, `(b)`, `Option B.`
-    r"(?:(?i:option|choice|answer|选项?|答案) ?)?[(\[]?([A-Ja-j])[)\]]?[.:]?"
+    r"(?:(?i:option|choice|answer|选项?|答案) ?)?[(\[]?([A-Ja-j])[)\]]?[.:]?(?: ?选?项)?"
 )
-LABELLED = re.compile(r"(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?![( ])(.+)")  # `(B) the dog`
+LABELLED = re.compile(  # `(B) the dog`, `Option B: the dog`, `(B) (0, 1)`; not `(A) (B)`
+    r"(?:(?i:option|choice|answer) )?(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?! |\([A-J]\))(.+)"
+)
 NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`
     r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
 )
-LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`
-    r"[(\[]?[A-H][)\]]?(?:(?:[,;/] ?(?:and )?| and | ?(?=\()| (?=[A-H]))[(\[]?[A-H][)\]]?)+"
+ONE_LETTER = r"[(\[]?[A-H][)\]]?"
+LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`, `options A and C`
+    rf"(?:(?i:options|choices|answers) )?{ONE_LETTER}"
+    rf"(?:(?:[,;/] ?(?:and )?| and | ?(?=\()| (?=[A-H])){ONE_LETTER})+"
 )
 
 
@@ -120,7 +156,7 @@ def letters(text, in_order=True):
             return None
         if in_order and list(text) != sorted(text):
             return None
-    return set(re.findall("[A-H]", text))
+    return set(re.findall(r"(?<![a-z])[A-H](?![a-z])", text))
 
 
 def same_choice(p, g):
@@ -194,18 +230,20 @@ def same_truth(p, g):
 
 
 # -------------------------------------------------------------- numbers with something around them
-NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`
-    r"(?i)(no|number|figure|fig|step|page|question|problem|group|case|table|chapter|section|row"
-    r"|column|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture"
+NUMBERED = re.compile(  # `No. 7`, `pieces 1 and 3`, `Ages 18-29`, `in 2014`, `the year 2014`
+    r"(?i)(?:the )?(no|number|figure|fig|step|page|question|problem|group|case|table|chapter"
+    r"|section|row|column|piece|day|year|grade|level|class|room|line|box|stage|type|desk|point|option|picture"
     r"|image|team|player|age|aged|week|round|lane|floor|bus|route|channel|item|shape)"
-    r"s?(?:\. ?| )(?=\d)|([#№第]) ?(?=\d)|in (?=\d{4}$)"
+    r"s?(?:\. ?| )(?=\d)|([#第]) ?(?=\d)|in (?=\d{4}$)"
 )
+SHORT_NOUNS = {"number": "no", "fig": "figure"}
 
 
 def noun(found):
-    if found[2] or found[1] in ("number", "Number"):
+    if found[2]:
         return "no"
-    return found[1].lower() if found[1] else "year"
+    name = found[1].lower() if found[1] else "year"
+    return SHORT_NOUNS.get(name, name)
 
 
 def same_numbered(p, g):
@@ -223,11 +261,26 @@ def same_numbered(p, g):
     return same(p_rest, g_rest)
 
 
+DECIMAL_COMMA = re.compile(r"(-?\d+(?:\.\d{3})*),(\d+)(\D*)")
+
+
 def same_decimal_comma(p, g):
-    """`1000,99` where the reference is 1000.99."""
-    if "." not in g or not number(g) or not re.fullmatch(r"-?\d+,\d+", p):
+    """`1000,99`, `1.000,99` and `1000,99 €` where the reference is 1000.99."""
+    found = DECIMAL_COMMA.fullmatch(p)
+    if "." not in g or not measure(g) or not found:
         return None
-    return number(p.replace(",", ".")) == number(g)
+    whole = found[1].replace(".", "")
+    return same_measure(f"{whole}.{found[2]}{found[3]}", g)
+
+
+def same_angle(p, g):
+    r"""`60°` and `\frac{\pi}{3}`."""
+    degrees = [text for text in (p, g) if "°" in text]
+    radians = [text for text in (p, g) if r"\pi" in text]
+    if len(degrees) != 1 or len(radians) != 1 or degrees == radians:
+        return None
+    angle = re.sub(r" ?(?:rad|radians?)$", "", radians[0])
+    return same_formula(degrees[0], angle)
 
 
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")  # of an angle, whose ° is no unit
@@ -268,8 +321,11 @@ def bound(text):
     """(name or "", operator, value): `x < 5`, `less than 5`, `65+`, `10 or more`."""
     for pattern, operator in COMPILED_BOUNDS:
         found = pattern.fullmatch(text)
-        if found and not INEQUALITY.search(found[2]) and (measure(found[2]) or parse(found[2])):
-            return found[1] or "", operator, found[2]
+        value = found[2] if found else ""
+        if not found or INEQUALITY.search(value) or (found[1] and re.fullmatch(NAME, value)):
+            continue  # `a < b` bounds nothing
+        if measure(value) or parse(value):
+            return found[1] or "", operator, value
     return None
 
 
@@ -344,6 +400,26 @@ def same_interval(p, g):
     return closed and ends
 
 
+@reader
+def chain(text):
+    """The sides and signs of `a < b < c`, the least first."""
+    sides = [side.strip() for side in INEQUALITY.split(text)]
+    if ">" in sides or r"\ge" in sides:
+        sides = [TURNED.get(side, side) for side in reversed(sides)]
+    return sides if len(sides) > 3 else None
+
+
+def same_chain(p, g):
+    """`a < b < c` and `c > b > a`."""
+    p_chain = chain(p)
+    g_chain = chain(g)
+    if not (p_chain and g_chain):
+        return None
+    if len(p_chain) != len(g_chain):
+        return False
+    return all(same(a, b) for a, b in zip(p_chain, g_chain, strict=True))
+
+
 def union(text):
     r"""The parts of `(1,2) \cup (3,4)` or of `x < 1 or x > 3`."""
     member = ELEMENT_OF.match(text)
@@ -393,10 +469,29 @@ class Collection(NamedTuple):
         return self.brackets not in ("", "{}") or several_names
 
 
+COLUMN = "column"  # the brackets of `[[1],[2]]`, which is also `(1, 2)` and `[1, 2]`
+
+
+def column(brackets, parts):
+    """`1` and `2` of the column `[[1],[2]]`, else None."""
+    rows = [items(part) for part in parts]
+    if brackets == "[]" and all(around == "[]" and len(row) == 1 for around, row in rows):
+        return [row[0] for _, row in rows]
+    return None
+
+
 @reader
 def collection(text):
     r"""`1, 2`, `{1, 2}`, `x = 1 or x = 2`, `n = 1, 2, 3`, `3 \pm 2`; None where it is one thing."""
     brackets, parts = items(text)
+    if number(text):
+        return None  # `45,000`
+    if brackets == "()" and len(both_signs(text)) > 1:
+        brackets = ""
+        parts = both_signs(text)  # `(\pm 1, 0)`: two points
+    if column(brackets, parts):
+        parts = column(brackets, parts)
+        brackets = COLUMN
     names = []
     values = []
     for part in parts:
@@ -430,16 +525,35 @@ def same_collection(p, g):
         if p_names != g_names:
             return False
         return match(named(p_list), named(g_list))
+    different = p_list.brackets != g_list.brackets
+    if different and HALF_OPEN & {p_list.brackets, g_list.brackets}:
+        return False
     both = p_list.brackets and g_list.brackets
-    if both and "{}" in (p_list.brackets, g_list.brackets) and p_list.brackets != g_list.brackets:
+    if both and different and "{}" in (p_list.brackets, g_list.brackets):
         return False  # a set is no point
-    if both and len(g_list.items) == 2 and p_list.brackets != g_list.brackets:
+    matrix = COLUMN in (p_list.brackets, g_list.brackets)
+    if both and different and len(g_list.items) == 2 and not matrix:
         return False  # other ends of an interval
     if p_list.is_ordered or g_list.is_ordered:
         if len(p_list.items) != len(g_list.items) or len(p_list.items) * 2 > MAX_ITEMS:
             return False
         return all(same(a, b) for a, b in zip(p_list.items, g_list.items, strict=True))
     return match(p_list.items, g_list.items)
+
+
+HALF_OPEN = {"(]", "[)"}
+POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
+
+
+def same_point(p, g):
+    """`P(3, 4)` and `(3, 4)`, but not `Q(3, 4)`."""
+    p_point = POINT.fullmatch(p)
+    g_point = POINT.fullmatch(g)
+    if not (p_point or g_point):
+        return None
+    if p_point and g_point and p_point[1] != g_point[1]:
+        return False
+    return same(p_point[2] if p_point else p, g_point[2] if g_point else g)
 
 
 OR = re.compile(r"\bor\b")
@@ -474,7 +588,9 @@ def assignment(text):
         return None
     if LEFT_SIDE.fullmatch(sides[0].strip()):
         return key(sides[0].strip()), sides[-1].strip()
-    if not re.search("[A-Za-z]", sides[0]):
+    if len(sides) == 2 and number(sides[0].strip()) and re.fullmatch(NAME, sides[1].strip()):
+        return key(sides[1].strip()), sides[0].strip()  # `5 = x`
+    if not re.search(r"(?<![\\A-Za-z])[A-Za-z]", sides[0]):
         return "", sides[-1].strip()
     return None
 
@@ -501,22 +617,40 @@ def same_assignment(p, g):
     return same(p_value, g_value)
 
 
-NO_SIGN = re.compile("[A-Za-z ]+")
-CODE = re.compile(r"\d+(?:([-/])\d+)(?:\1\d+)+")  # `5-4-3-2-1`, `04/02/2005`: nothing to work out
+def same_quotient_of_formulas(p, g):
+    r"""`1:\sqrt{2}` and `\frac{\sqrt{2}}{2}`; two numbers with a colon are no such thing."""
+    p_terms = p.split(":")
+    g_terms = g.split(":")
+    if max(len(p_terms), len(g_terms)) != 2 or ratio(p) or ratio(g):
+        return None
+    if not all(map(parse, p_terms + g_terms)):
+        return None
+    return same_formula(quotient(p_terms), quotient(g_terms))
+
+
+def quotient(terms):
+    return "/".join(f"({term})" for term in terms)
+
+
+CODE = re.compile(  # `5-4-3-2-1`, `04/02/2005`, the size `3 \\times 4`: nothing to work out
+    r"\d+(?:([-/])\d+)(?:\1\d+)+|\d+(?: ?\\times ?\d+)+"
+)
 
 
 def same_formula(p, g):
     """Mathematics on both sides, each read to its end."""
     if CODE.fullmatch(p) or CODE.fullmatch(g):
         return False
-    if NO_SIGN.fullmatch(p) and NO_SIGN.fullmatch(g):
-        return None  # words, though `ab` could be a product
+    if is_words(p) and is_words(g):
+        return None  # though `ab` could be a product
     p_tree = parse(p)
     g_tree = parse(g)
     if p_tree is None or g_tree is None:
         return None
     if p_tree == g_tree:
         return True
+    if symbols(p_tree) != symbols(g_tree) or is_relation(p_tree) != is_relation(g_tree):
+        return False
     tolerance = max(number(text).tolerance if number(text) else 0 for text in (p, g))
     return math_worker.ask(p_tree, g_tree, tolerance)
 
@@ -527,15 +661,22 @@ KINDS = (
     same_truth,
     same_numbered,
     same_clock,
+    same_opening_hours,
+    same_date,
+    same_place_in_order,
     same_ratio,
     same_range,
     same_bound,
     same_measure,
     same_decimal_comma,
+    same_angle,
     same_quantity,
     same_union,
+    same_point,
     same_collection,
     same_interval,
+    same_chain,
     same_assignment,
+    same_quotient_of_formulas,
     same_formula,
 )

@@ -1,4 +1,4 @@
-r"""Answers with a value: numbers, measures, ranges, times of day, ratios.
+r"""Answers with a value: numbers, measures, ranges, ratios.
 
 Each kind has a reader, which gives None for another kind of text, and a function `same_...(p, g)`:
 True or False where it decides about two texts, None where it does not.
@@ -7,15 +7,14 @@ True or False where it decides about two texts, None where it does not.
 import math
 import re
 from fractions import Fraction
-from functools import lru_cache
 from typing import NamedTuple
 
-from engine.units import LETTER, NONE, WORD, Unit, unit
+from engine.number_words import spelled
+from engine.times import clock
+from engine.units import LETTER, NONE, ONE_NAME, WORD, Unit, reader, unit
 
 SIGNIFICANT = 6  # digits from which on a decimal may be a rounded value
 DIGITS_OF_A_FLOAT = 15  # what a program prints beyond them is noise
-
-reader = lru_cache(maxsize=1 << 12)  # several kinds read the same text
 
 
 # -------------------------------------------------------------- numbers
@@ -36,21 +35,19 @@ NUMBER = re.compile(
 SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 FRACTION = re.compile(r" ?\\frac ?\{([^{}]+)\} ?\{([^{}]+)\}")
 PERIODIC = re.compile(r"(\d+\.\d*)\\(?:overline|bar|dot) ?\{?(\d{1,9})\}?")
-NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
-    " sixteen seventeen eighteen nineteen twenty"
-).split()
+REPEATED = re.compile(r"(\d+\.\d*?)(\d{1,9}?)\2{2,}\.\.\.")  # `0.333...`
 
 
 @reader
 def number(text):
-    r"""`-1,234.5`, `1/2`, `2 1/2`, `1e5`, `10^5`, `5M`, `0.\overline{3}`, `three`."""
-    if text.lower() in NUMBER_WORDS:
-        return Number(Fraction(NUMBER_WORDS.index(text.lower())))
-    periodic = PERIODIC.fullmatch(text)
+    r"""`-1,234.5`, `1/2`, `2 1/2`, `1e5`, `10^5`, `5M`, `0.\overline{3}`, `forty-two`."""
+    in_words = spelled(text.removeprefix("-"))
+    if in_words is not None:
+        return Number(-in_words if text.startswith("-") else in_words)
+    periodic = PERIODIC.fullmatch(text) or REPEATED.fullmatch(text)
     if periodic:
         return Number(periodic_value(*periodic.groups()))
-    found = NUMBER.fullmatch(FRACTION.sub(r" \1/\2", text).strip(" {}"))
+    found = NUMBER.fullmatch(FRACTION.sub(r" \1/\2 ", text).strip(" {}"))
     if not found:
         return None
     digits = re.sub("[, ]", "", found["digits"])
@@ -104,6 +101,7 @@ DECADE = re.compile(r"\d{3}0s")  # `1990s`, which are no seconds
 PERCENT = unit("%")
 HOUR = unit("h")
 MINUTE = unit("min")
+HOMONYMS = [{unit(first), unit(second)} for first, second in ONE_NAME]
 PART = rf"(\d+(?:\.\d+)?) ?({WORD})(?:,? and |,? ?)"
 PARTS = re.compile(rf"(?:{PART}){{2,4}}")  # `3 h 20 min`, `5 feet and 3 inches`
 
@@ -127,8 +125,9 @@ def measure(text):
     alone = number(text)
     if alone:
         return Measure(alone)
-    if PARTS.fullmatch(text):
-        return sum_of_parts(re.findall(PART, text))
+    total = sum_of_parts(re.findall(PART, text)) if PARTS.fullmatch(text) else None
+    if total:
+        return total
     core, found = split_unit(text)
     value = number(core)
     return Measure(value, found) if value and found != NONE else None
@@ -167,12 +166,14 @@ def measures_agree(a, b):
         return same_share(b.number.value, a.number.value)
     if NONE in (a.unit, b.unit):
         return close(a.number, b.number)
-    return a.unit.bases == b.unit.bases and close(a.in_base_units(), b.in_base_units())
+    if a.unit.bases == b.unit.bases:
+        return close(a.in_base_units(), b.in_base_units())
+    return {a.unit, b.unit} in HOMONYMS and close(a.number, b.number)
 
 
 def same_share(percentage, plain):
     """10% is 0.1 and, where it cannot be meant as a proportion, 10."""
-    return percentage == plain * 100 or percentage == plain >= 1
+    return percentage == plain * 100 or (percentage == plain and abs(plain) >= 1)
 
 
 # -------------------------------------------------------------- ranges
@@ -181,7 +182,7 @@ RANGE = re.compile(  # `3-5`, `from 3 to 5`, `100 - 500 euros`, `42.2%-62.6%`
     r"(?P<high>-?\.?\d.*)"
 )
 BETWEEN = re.compile(r"between (?P<low>-?\.?\d[\d.,]*+[^\d-]*?) and (?P<high>-?\.?\d.*)")
-SEASON = re.compile(r"(\d\d)(\d\d) ?- ?(\d\d)")  # `2007-08`
+SEASON = re.compile(r"([12]\d)(\d\d)(?: ?- ?|/)(\d\d)")  # `2007-08`, `2007/08`
 
 
 @reader
@@ -209,61 +210,6 @@ def same_range(p, g):
     if not (p_range and g_range):
         return False
     return all(measures_agree(a, b) for a, b in zip(p_range, g_range, strict=True))
-
-
-# -------------------------------------------------------------- times of day
-CLOCK = re.compile(  # `3:30`, `03:30:00`, `3:30 p.m`, `3 pm`, `3 o'clock`
-    r"(?i)(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?: ?([ap])\.? ?m\.?| ?(o'clock))?"
-)
-
-
-class Clock(NamedTuple):
-    hour: int
-    minutes: tuple  # and seconds
-    half: str  # of the day: "a", "p" or ""
-
-    def hours(self):
-        """The hours of the day that it can be."""
-        if self.half == "a":
-            return {self.hour % 12}
-        if self.half == "p":
-            return {self.hour % 12 + 12}
-        if self.hour > 12:
-            return {self.hour}
-        return {self.hour % 12, self.hour % 12 + 12}
-
-
-@reader
-def clock(text):
-    found = CLOCK.fullmatch(text)
-    if not found or not (found[2] or found[4] or found[5]):
-        return None
-    hour = int(found[1])
-    minutes = (int(found[2] or 0), int(found[3] or 0))
-    half = (found[4] or "").lower()
-    if max(minutes) > 59 or hour > (12 if half else 24):
-        return None
-    return Clock(hour, minutes, half)
-
-
-def same_clock(p, g):
-    """`3:45 PM` is `15:45`, and `3:45`, which leaves the half of the day open."""
-    p_clock = clock(p) or hour_alone(p, clock(g))
-    g_clock = clock(g) or hour_alone(g, clock(p))
-    if not (p_clock and g_clock):
-        return None
-    if p_clock.minutes != g_clock.minutes:
-        return False
-    if not (p_clock.half or g_clock.half):
-        return p_clock.hour == g_clock.hour
-    return bool(p_clock.hours() & g_clock.hours())
-
-
-def hour_alone(text, other):
-    """`3`, beside `3 pm`."""
-    if other and other.half and re.fullmatch(r"\d\d?", text):
-        return Clock(int(text), (0, 0), "")
-    return None
 
 
 # -------------------------------------------------------------- ratios
@@ -314,5 +260,5 @@ def same_quotient(text, terms, other):
     if len(terms) != 2 or not value or not terms[1]:
         return None
     if clock(text):
-        return other == text.replace(":", "/")
+        return FRACTION.sub(r"\1/\2", other).strip() == text.replace(":", "/")
     return terms[0] / terms[1] == value.value

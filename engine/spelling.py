@@ -11,11 +11,16 @@ import unicodedata
 from functools import lru_cache
 from typing import NamedTuple
 
+from engine.number_words import WORDS as NUMBER_WORDS
+
 # -------------------------------------------------------------- characters
 ONE_FOR_MANY = {
     "-": "−–—‐‑‒﹣",
-    "'": "’‘`´",
-    '"': "“”「」",
+    "'": "’‘`´′",
+    '"': "“”「」″",
+    "[": "【",
+    "]": "】",
+    "No. ": "№",
     ". ": "。",
     ", ": "、，",
     "; ": "；",
@@ -44,6 +49,9 @@ ONE_FOR_MANY = {
     r"\parallel ": "∥",
     r"\to ": "→⟶",
     r"\emptyset ": "∅",
+    r"\mathbb{R} ": "ℝ",
+    "(": "⟨〈",
+    ")": "⟩〉",
     r"\alpha ": "α",
     r"\beta ": "β",
     r"\gamma ": "γ",
@@ -63,7 +71,8 @@ LOWERED_RUN = re.compile(f"[{LOWERED}]+")
 ON_THE_LINE = str.maketrans(RAISED + LOWERED, "0123456789+-" * 2)
 VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
 CIRCLED = re.compile("[①-⑳]")
-ROOT_SIGN = re.compile(r"√ ?(\d+(?:\.\d+)?|[A-Za-zπ])")
+ROOT_SIGN = re.compile(r"([√∛]) ?(\d+(?:\.\d+)?|[A-Za-zπ])")
+ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]"}
 
 
 def plain_characters(text):
@@ -72,7 +81,8 @@ def plain_characters(text):
     text = LOWERED_RUN.sub(lambda run: f"_{{{run[0].translate(ON_THE_LINE)}}}", text)
     text = VULGAR_FRACTION.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]), text)
     text = CIRCLED.sub(spell_circled, text)
-    text = ROOT_SIGN.sub(r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
+    text = ROOT_SIGN.sub(lambda root: f"{ROOTS[root[1]]}{{{root[2]}}}", text)
+    text = text.replace("√", r"\sqrt ").replace("∛", r"\sqrt[3]")
     text = text.translate(SYMBOLS)  # before NFKC, which would take `´` for a blank
     text = unicodedata.normalize("NFKC", text)  # full width, ligatures, accents, `℃`
     text = text.translate(SYMBOLS)
@@ -108,10 +118,8 @@ MATRIX = re.compile(
 
 
 def list_rows(found):
-    r"""`\begin{pmatrix}1&2\\3&4\end{pmatrix}` -> `[[1,2],[3,4]]`; a column is a plain list."""
+    r"""`\begin{pmatrix}1&2\\3&4\end{pmatrix}` -> `[[1,2],[3,4]]`."""
     rows = [row.split("&") for row in re.split(r"\\{2,}", found[1]) if row.strip()]
-    if all(len(row) == 1 for row in rows):
-        return "[" + ",".join(row[0] for row in rows) + "]"
     return "[" + ",".join("[" + ",".join(row) + "]" for row in rows) + "]"
 
 
@@ -136,11 +144,13 @@ def introduced(text):
 OF_IT = r"(?: (?:to|of|for) (?:the|this) \w+)?(?: is\b| are\b| ?[:=])[ :=]*(?=\S)"
 CLAIMS = (  # the first one that a text makes counts
     re.compile(  # `The answer is`, `Answer:`, `Answer 7`, `答案是`
-        rf"(?i)^answer (?=[\d\\(]|[A-J]\b)|\banswers?{OF_IT}|答案(?:应该|应)?[是为选]?[ :]*(?=\S)"
+        rf"(?i)^answer (?=[\d\\(]|[A-J]\b)|\banswers?{OF_IT}"
+        r"|答案(?:应该|应)?[是为选]?[ :]*(?=\S)|^答 ?:"
     ),
     re.compile(  # `The result is`, `Solution:`, `故选`, `选项`
         rf"(?i)\b(?:result|option|choice|solution)s?{OF_IT}|结果(?:应该|应)?[是为]?[ :]*(?=\S)"
-        r"|(?:故|应|因此|所以|正确)?选[项择]?[ :]*(?=\S)"
+        r"|\bI (?:choose|pick|select) (?=\S)"
+        r"|(?:故|应|因此|所以|正确)?选(?:[项择]|(?![项择]))[ :]*(?=\S)"
     ),
 )
 SENTENCE_END = re.compile(r"[.;!?\n](?= |\n|$)")
@@ -169,6 +179,11 @@ def claimed(text):
     return answer
 
 
+def has_claim(text):
+    """Does it say somewhere what the answer is?"""
+    return any(pattern.search(text) for pattern in CLAIMS)
+
+
 def items(text):
     """(the brackets around all of it or "", its parts between top-level commas or semicolons)."""
     depth = 0
@@ -195,9 +210,9 @@ MARKS = re.compile(r"[(\[{]|[)\]}]|;|,(?: ?and\b| ?or\b)?|(?<![A-Za-z\\])(?:and|
 
 
 def unwrap(text):
-    """`((x + 1))` -> `x + 1`: no brackets around one thing."""
+    r"""`((x + 1))` -> `x + 1`: no brackets around one thing, but `{\emptyset}` is a set of one."""
     brackets, parts = items(text)
-    while brackets in ("()", "{}") and len(parts) == 1:
+    while brackets in ("()", "{}") and len(parts) == 1 and parts[0] != r"\emptyset":
         text = parts[0]
         brackets, parts = items(text)
     return text
@@ -216,7 +231,8 @@ SPACING = (
     Rewrite("a backslash escaped", r"\\\\(?=[a-zA-Z])", r"\\", r"\\frac", r"\frac"),
     Rewrite("a backslash lost", r"\x0c(?=rac)", r"\\f", "\x0crac{1}{2}", r"\frac{1}{2}"),
     Rewrite("a backslash lost", r"\t(?=imes|ext|heta|an\b)", r"\\t", "2\times 3", r"2\times 3"),
-    Rewrite("dollars", r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 ", "$x$", " x "),
+    Rewrite("empty set", r"\\\{ ?\\\}", r"\\emptyset ", r"\{\}", r"\emptyset "),
+    Rewrite("dollars", r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?(?!\d)", r" \1 ", "$x$", " x "),
     Rewrite("comma of thousands", r" ?\{, ?\}(?:\\!)?|,\\!\s*", ",", "1{,}234", "1,234"),
     Rewrite(
         "size", r"\\(?:left|right|displaystyle|rm|bf)(?![a-zA-Z])|\\!|\{\}", "", r"\left(", "("
@@ -230,11 +246,32 @@ SPACING = (
     Rewrite("lowered in HTML", r"<sub>([^<>]*)</sub>", r"_{\1}", "H<sub>2</sub>O", "H_{2}O"),
     Rewrite("power in Python", r"(?<=[\dA-Za-z)])\*\*(?=[\d(])", "^", "x**2", "x^2"),
     Rewrite("bold", r"\*\*", "", "**B**", "B"),
+    Rewrite("bold in HTML", r"</?(?:b|i|u|em|strong)>", "", "<b>5</b>", "5"),
     Rewrite("tags", r"^<answer>(.*)</answer>$", r"\1", "<answer>B</answer>", "B"),
 )
+DEGREES = r"\bdeg(?:rees?|\.)?"
 FONT = r"text\w*|math(?:rm|bf|it|sf|bb)|mbox|operatorname|ce"
 FUNCTION = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp"
 COMMANDS = (
+    Rewrite(
+        "all reals",
+        r"\\mathbb ?\{?R\}?",
+        r"(-\\infty, \\infty)",
+        r"\mathbb{R}",
+        r"(-\infty, \infty)",
+    ),
+    Rewrite(
+        "empty set", r"\\varnothing(?![a-zA-Z])", r"\\emptyset ", r"\varnothing", r"\emptyset "
+    ),
+    Rewrite("vector brackets", r"\\langle(?![a-zA-Z])", "(", r"\langle 1", "( 1"),
+    Rewrite("vector brackets", r"\\rangle(?![a-zA-Z])", ")", r"1 \rangle", "1 )"),
+    Rewrite(
+        "arrow of a vector",
+        r"\\overrightarrow(?![a-zA-Z])",
+        r"\\vec",
+        r"\overrightarrow{AB}",
+        r"\vec{AB}",
+    ),
     Rewrite(
         "fonts", rf"\\(?:{FONT}) ?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r" \1 ", r"\text{m}", " m "
     ),
@@ -247,6 +284,7 @@ COMMANDS = (
     Rewrite("arrows", r"\\(?:long)?rightarrow(?![a-zA-Z])|-+>", r"\\to ", "A -> B", r"A \to  B"),
     Rewrite("ellipsis", r"\\[lc]?dots(?![a-zA-Z])", "...", r"\ldots", "..."),
     Rewrite("ampersand", r" ?& ?", " and ", "1 & 3", "1 and 3"),
+    Rewrite("times", r"(?<=\d) ?x ?(?=\d)", r" \\times ", "3x4", r"3 \times 4"),
     Rewrite("pi", r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", "5pi", r"5\pi "),
     Rewrite(
         "infinity", r"(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty ", "inf", r"\infty "
@@ -266,7 +304,7 @@ COMMANDS = (
     Rewrite("root", r"\\sqrt ?(\w)", r"\\sqrt{\1}", r"\sqrt2", r"\sqrt{2}"),
     Rewrite(
         "functions in words",
-        rf"(?<![A-Za-z\\])({FUNCTION})(?= ?(?:[\d({{\\^_]|[a-z](?![a-z])))",
+        rf"(?<![A-Za-z\\])({FUNCTION})(?= ?[\d({{\\^_]| [a-z](?![a-z])|[xz](?![a-z]))",
         r"\\\1",
         "sin(x)",
         r"\sin(x)",
@@ -278,8 +316,12 @@ COMMANDS = (
         r"9^\circ",
         "9°",
     ),
-    Rewrite("Celsius", r"(?i)(?:° ?|\bdegrees? )(?:celsius|c\b)", "°C", "25 degrees C", "25 °C"),
-    Rewrite("Fahrenheit", r"(?i)(?:° ?|\bdegrees? )(?:fahrenheit|f\b)", "°F", "77° F", "77°F"),
+    Rewrite("Celsius", rf"(?i)(?:° ?|{DEGREES} )(?:celsius|c\b)", "°C", "25 degrees C", "25 °C"),
+    Rewrite("Fahrenheit", rf"(?i)(?:° ?|{DEGREES} )(?:fahrenheit|f\b)", "°F", "77° F", "77°F"),
+    Rewrite("north", rf"(?i)(?:° ?| {DEGREES} )n(?:orth)?\b", "°N", "30 degrees north", "30°N"),
+    Rewrite("south", rf"(?i)(?:° ?| {DEGREES} )s(?:outh)?\b", "°S", "30 degrees south", "30°S"),
+    Rewrite("east", rf"(?i)(?:° ?| {DEGREES} )e(?:ast)?\b", "°E", "30° east", "30°E"),
+    Rewrite("west", rf"(?i)(?:° ?| {DEGREES} )w(?:est)?\b", "°W", "30° west", "30°W"),
     Rewrite("ohm", r"\\Omega(?![a-zA-Z])", "Ω", r"6 k\Omega", "6 kΩ"),
     Rewrite("micro", r"\\mu ?(?=[ACFHJNTVWgmsΩ]\b)", "μ", r"5 \mu F", "5 μF"),
     Rewrite(
@@ -289,7 +331,9 @@ COMMANDS = (
         "triangle ABC",
         r"\triangle ABC",
     ),
-    Rewrite("angle", r"(?<!\\)\bangle (?=[A-Z]{1,3}\b)", r"\\angle ", "angle ABC", r"\angle ABC"),
+    Rewrite(
+        "angle", r"(?<!\\)\bangle (?=[A-Z]{1,3}\b|\d\b)", r"\\angle ", "angle ABC", r"\angle ABC"
+    ),
     Rewrite("blanks in braces", r"(?<=\{) +| +(?=\})", "", r"\frac{ 5 }{3}", r"\frac{5}{3}"),
     Rewrite("blanks at braces", r"(?<=[a-z}]) +(?=\{)", "", r"\frac {5} {3}", r"\frac{5}{3}"),
     Rewrite("short fraction", r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", r"\frac12", r"\frac{1}{2}"),
@@ -308,8 +352,63 @@ COMMANDS = (
     Rewrite("indices", r" ?_ ?", "_", "CO _2", "CO_2"),
     Rewrite("runs of blanks", " +", " ", "a  b", "a b"),
 )
+NUMBER_WORD = "|".join(sorted(NUMBER_WORDS))
+COLORS = "red|orange|yellow|green|blue|purple|violet|pink|brown|black|white|gr[ae]y"
 MONEY = "US\\$|USD|EUR|GBP|RMB|CNY|Rs\\.?|[$€£¥₹]"
 WORDING = (
+    Rewrite(
+        "minus", rf"(?i)^(?:minus|negative) (?=[\d.\\]|(?:{NUMBER_WORD})\b)", "-", "minus 5", "-5"
+    ),
+    Rewrite("plus", r"(?i)^(?:plus|positive) (?=[\d.\\])", "", r"positive \infty", r"\infty"),
+    Rewrite("per cent", r"(?i)\bper cent\b", "percent", "5 per cent", "5 percent"),
+    Rewrite("out of", r"(?<=\d) (?:out of|in) (?=\d+$)", "/", "4 out of 9", "4/9"),
+    Rewrite("sq.", r"(?i)\b(sq|cu)\. ?", r"\1 ", "5 sq. cm", "5 sq cm"),
+    Rewrite("feet and inches", r"(?<![\d°])(\d+)' ?(\d+)\"", r"\1 ft \2 in", "5'3\"", "5 ft 3 in"),
+    Rewrite("decades", r"(?<=\d0)'s\b", "s", "1990's", "1990s"),
+    Rewrite("before Christ", r"(?<=\d) ?B\.? ?C\.?(?: ?E\.?)?$", " BC", "500 B.C.E.", "500 BC"),
+    Rewrite("after Christ", r"(?<=\d) ?(?:A\.? ?D\.?|C\.?E\.?)$", "", "500 A.D.", "500"),
+    Rewrite("after Christ", r"^A\.?D\.? (?=\d+$)", "", "AD 500", "500"),
+    Rewrite("on a day", r"(?i)^on (?=\w+day$)", "", "on Tuesday", "Tuesday"),
+    Rewrite("age", r"(?i)\b(years?|months?|weeks?|days?) old$", r"\1", "3 years old", "3 years"),
+    Rewrite("color", rf"(?i)\b({COLORS}) (?:in )?colou?r$", r"\1", "blue in color", "blue"),
+    Rewrite("tick", r" ?[✓✔✅]$", "", "15 ✓", "15"),
+    Rewrite("emphasis", r"^_([^_]+)_$", r"\1", "_15_", "15"),
+    Rewrite("一共", r"^[一总]?共有? ?(?=\d)", "", "共15个", "15个"),
+    Rewrite("half", r"(?i)^half an? (?=[a-z])", "1/2 ", "half an hour", "1/2 hour"),
+    Rewrite("both", r"(?i)^both (?=.+ and )", "", "both B and D", "B and D"),
+    Rewrite("base of a number", r"^\((\d+)\)_", r"\1_", "(204)_5", "204_5"),
+    Rewrite("does not exist", r"^DNE$", "does not exist", "DNE", "does not exist"),
+    Rewrite("empty set", r"(?i)^(?:the )?empty set$", r"\\emptyset", "the empty set", r"\emptyset"),
+    Rewrite(
+        "all reals",
+        r"(?i)^all real(?:s| numbers)(?: x)?$",
+        r"(-\\infty, \\infty)",
+        "all real numbers",
+        r"(-\infty, \infty)",
+    ),
+    Rewrite(
+        "set of those that",
+        r"^\{ ?([A-Za-z])(?: ?\\in ?[^|{}:]*)? ?(?:\\mid|\||:) ?([^{}]*)\}$",
+        r"\2",
+        r"{x \mid x > 3}",
+        "x > 3",
+    ),
+    Rewrite("union", r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup ", "(0,1) U (2,3)", r"(0,1)\cup (2,3)"),
+    Rewrite(
+        "parallel",
+        r"(?<=[A-Za-z]) ?(?://|\|\|) ?(?=[A-Za-z])",
+        r"\\parallel ",
+        "AB // CD",
+        r"AB\parallel CD",
+    ),
+    Rewrite("point", r"(?i)^(?:point|line|segment|ray) (?=[A-Z]{1,2}$)", "", "point P", "P"),
+    Rewrite(
+        "where it is seen",
+        r"(?i) (?:shown )?(?:in|on) the (?:picture|image|figure|photo|diagram|chart|graph|scene)$",
+        "",
+        "3 dogs in the picture",
+        "3 dogs",
+    ),
     Rewrite("hundred", r"(?i)(?<=\d) hundred\b", "*10^2", "5 hundred", "5*10^2"),
     Rewrite("thousand", r"(?i)(?<=\d) thousand\b", "*10^3", "5 thousand", "5*10^3"),
     Rewrite("million", r"(?i)(?<=\d) ?(?:million|mn)\b", "*10^6", "5 million", "5*10^6"),
@@ -320,14 +419,20 @@ WORDING = (
     Rewrite("亿", r"(?<=\d) ?亿", "*10^8", "5亿", "5*10^8"),
     Rewrite(
         "currency in front",
-        rf"({MONEY}) ?(\d[\d.,]*(?:\*10\^\d|[KMBk]\b)?)",
+        rf"({MONEY}) ?(-?\.?\d[\d.,]*(?:\*10\^\d|[KMBk]\b)?)",
         r"\2 \1",
         "$10",
         "10 $",
     ),
     Rewrite("per", " per | ?/ ?", "/", "km per h", "km/h"),
     Rewrite("per several", r"/\((\w+)(?: |\*| ?\\cdot )(\w+)\)", r"/\1/\2", "J/(mol K)", "J/mol/K"),
-    Rewrite("和", r"(?<=[\dA-Z)}]) ?[和与及] ?(?=[\d(A-Z\\])", " and ", "A和C", "A and C"),
+    Rewrite(
+        "和",
+        r"(?<=[\dA-Z)}甲乙丙丁]) ?[和与及] ?(?=[\d(A-Z\\甲乙丙丁])",
+        " and ",
+        "A和C",
+        "A and C",
+    ),
     Rewrite("或", r"(?<=[\dA-Z)}]) ?或 ?(?=[\d(A-Z\\])", " or ", "1或2", "1 or 2"),
     Rewrite("what approximates it", r"(?<=[\d})]) ?\\approx.*", "", r"1/3 \approx 0.3", "1/3"),
     Rewrite(
@@ -347,7 +452,13 @@ WORDING = (
     ),
     Rewrite("is about", r"\\approx", "=", r"x \approx 3", "x = 3"),
     Rewrite("equals sign in front", "^= ?", "", "= 5", "5"),
-    Rewrite("quotes and stops", r"^[*\" ]+|(?<![*\" .,;:?])[*\" .,;:?]+$", "", '"B".', "B"),
+    Rewrite(
+        "quotes and stops",
+        r"^[*\" ]+|(?<![*\" .,;:?])(?!(?<=\d)[,:]? ?\.\.\.)[*\" .,;:?]+$",
+        "",
+        '"B".',
+        "B",
+    ),
     Rewrite("quotes", "^'(.*)'$", r"\1", "'B'", "B"),
 )
 

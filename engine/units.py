@@ -11,6 +11,10 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from engine.number_words import WORDS as NUMBER_WORDS
+
+reader = lru_cache(maxsize=1 << 12)  # several kinds of answers read the same text
+
 
 class Unit(NamedTuple):
     size: Fraction  # in its base units
@@ -37,8 +41,11 @@ TABLE = """
 + 1 s^-1: Hz | hertz 赫兹
 + 1 A s: C | coulomb 库仑
 + 1 kg m^2 s^-3 A^-1: V | volt 伏特 伏
-+ 1 kg m^2 s^-3 A^-2: Ω | ohm 欧姆 欧
-1000 Ω: | kilohm
++ 1 kg m^2 s^-3 A^-2: Ω ohm | ohm 欧姆 欧
+1000 Ω: kilohm
+1 N m: Nm
+3600 J: Wh
+3600000 J: kWh
 + 1 kg^-1 m^-2 s^4 A^2: F | farad 法拉
 + 1 kg s^-2 A^-1: T | tesla
 + 1 kg m^2 s^-2 A^-1: Wb | weber
@@ -63,7 +70,7 @@ TABLE = """
 0.001 m: 毫米
 1000 m: 千米 公里
 0.0000000001 m: Å angstrom
-1 kg: 千克 公斤
+1 kg: kilo 千克 公斤
 0.001 g: 毫克
 0.45359237 kg: lb pound
 0.028349523125 kg: oz ounce
@@ -72,31 +79,49 @@ TABLE = """
 86400 s: day 天
 604800 s: week wk 周
 1 month: month 个月 月
-1 year: year yr 年
+12 month: year yr 年
+1000 m h^-1: kph kmph kmh
+1609.344 m h^-1: mph
+1852 m h^-1: knot
 0.001 L: cc 毫升
 3.785411784 L: gal gallon
+0.946352946 L: quart
+0.473176473 L: pint
 101325 Pa: atm atmosphere
 100000 Pa: bar
 1 torr: torr mmHg
-1 celsius: °C 摄氏度
-1 fahrenheit: °F
+6894.757293 Pa: psi
+1 celsius: °C 摄氏度 celsius
+1 fahrenheit: °F 华氏度 fahrenheit
 1 degree: ° deg degree 度
 1 rad: rad radian
 1 turn: rev revolution 转
+1 turn min^-1: rpm
 1 dB: dB decibel
 1 percent: % percent percentage pct
-1 usd: $ US$ usd dollar 美元
+1 usd: $ US$ usd dollar buck 美元
 0.01 usd: ¢ cent
 1 eur: € eur euro 欧元
 1 gbp: £ gbp 英镑
 0.01 gbp: pence penny
 1 jpy: 日元 円 yen jpy
-1 cny: ¥ 元 块 yuan rmb cny 人民币
+1 cny: 元 块 yuan rmb cny 人民币
+1 yen-or-yuan: ¥
 1 inr: ₹ Rs rupee
 10000 m^2: ha hectare 公顷
-1 acre: acre
+4046.8564224 m^2: acre
+1 beat: beat
+1 beat min^-1: bpm
 1 piece: piece pcs 个 只
+1 unit: unit
 """
+ONE_NAME = (  # of two units: `10 pounds` can be meant by `£10` and by `10 lb`
+    ("£", "pound"),
+    ("¥", "yuan"),
+    ("¥", "yen"),
+    ("F", "°F"),
+    ("C", "°C"),
+)
 PREFIXES = {  # symbol: word and size
     "p": ("pico", "0.000000000001"),
     "n": ("nano", "0.000000001"),
@@ -111,18 +136,30 @@ PREFIXES = {  # symbol: word and size
     "T": ("tera", "1000000000000"),
 }
 # What cannot be a unit: the number before it is compared, denied, doubted, or one of several.
-NO_UNIT = set(
+NO_UNIT = NUMBER_WORDS | set(
     """or and but not no never nor is are was to than as by if so because since maybe perhaps more
     less fewer greater least most up down over under above below beyond between plus minus max
     maximum minimum wrong incorrect false about am pm bc ad th st nd rd north south east west
     northeast northwest southeast southwest left right clockwise counterclockwise""".split()
 )
+MIXED_CASE = re.compile(".+[A-Z].*[a-z].*")  # `MBps`, which is no `Mbps`
 JOINING = {"of", "the", "in", "on", "for", "at", "a", "an"}  # short words in `kinds of fruit`
 
 LETTER = "A-Za-zμΩÅ°%$€£¥₹¢\u4e00-\u9fff"
 WORD = f"[{LETTER}](?:[{LETTER}]|['-](?=[{LETTER}]))*+"
-TERM = re.compile(rf"({WORD})(?:\^?\{{?(-?\d)\}}?)?")  # `m`, `m^2`, `cm2`, `mol^{-1}`
-POWER_WORDS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "立方": 3, "squared": 2, "cubed": 3}
+TERM = re.compile(  # `m`, `m^2`, `cm2`, `mol^{-1}`; `%` has no power
+    rf"({WORD})(?:(?<![%°$€£¥₹¢])\^?\{{?(-?\d)\}}?)?"
+)
+POWER_WORDS = {
+    "square": 2,
+    "sq": 2,
+    "平方": 2,
+    "cubic": 3,
+    "cu": 3,
+    "立方": 3,
+    "squared": 2,
+    "cubed": 3,
+}
 POWER_PREFIX = re.compile("(?i)(?:square|cubic|平方|立方)(?=.)")  # `squareinches`, `平方米`
 SEPARATOR = re.compile(r" ?(?:\\cdot|\*|\.) ?| ")
 
@@ -172,7 +209,8 @@ def known_unit(word):
     name = word[found.end() :] if found else word
     power = POWER_WORDS[found[0].lower()] if found else 1
     lower = name.lower()
-    for spelling in (name, lower, lower.removesuffix("s"), lower.removesuffix("es")):
+    joined = lower.replace("-", "").removesuffix("s")  # `kilo-ohms`
+    for spelling in (name, lower, lower.removesuffix("s"), lower.removesuffix("es"), joined):
         if spelling in NAMES and (len(spelling) > 1 or spelling == name):
             return multiply(NONE, NAMES[spelling], power)
     return None
@@ -184,6 +222,8 @@ def product(text):
     power = 1  # that a word in front asks for
     last = None
     words = SEPARATOR.split(text.strip())
+    if known_unit(text) is None and all(map(known_unit, text.split("-"))):
+        words = text.split("-")  # `kilowatt-hours`
     for word in words:
         term = TERM.fullmatch(word)
         if not term:
@@ -205,19 +245,23 @@ def product(text):
 
 def phrase(words):
     """Up to three unknown words as a unit of their own, without number and case."""
-    if len(words) > 3:
+    if len(words) > 3 or words[-1].lower() in JOINING:
         return None
     names = []
     for word in words:
-        name = word.lower()
+        name = word if MIXED_CASE.fullmatch(word) else word.lower()
         short = len(name) < 3 and name.isascii() and not known_unit(word)
-        if name in NO_UNIT or not re.fullmatch(WORD, word) or (short and name not in JOINING):
+        if (
+            name.lower() in NO_UNIT
+            or not re.fullmatch(WORD, word)
+            or (short and name not in JOINING)
+        ):
             return None
         names.append(name.removesuffix("s"))
     return Unit(Fraction(1), ((" ".join(names), 1),), known=False)
 
 
-@lru_cache(maxsize=1 << 12)
+@reader
 def unit(text):
     """The unit that a text is, or None."""
     numerator, *denominators = text.split("/")

@@ -88,9 +88,9 @@ def test_format_takes_linear_time():
         "<caption>" + " " * 1_000_000,
         "<" * 1_000_000,
     ):
-        begin = time.perf_counter()
+        begin = time.process_time()
         assert parts(text) is None
-        assert time.perf_counter() - begin < 1
+        assert time.process_time() - begin < 1
 
 
 # (reference, equal ones, others)
@@ -252,7 +252,9 @@ def test_no_text_is_never_right(pred, gold):
 
 
 def test_rules_take_bounded_time(monkeypatch):
-    """Without the worker: 4000 characters of anything, whatever the reference, and no exception."""
+    """Without the worker: 4000 characters of anything, whatever the reference, and no exception.
+
+    Time of this process, so that other work on the machine changes nothing."""
     monkeypatch.setattr(math_worker, "ask", lambda *question: False)
     pieces = [
         "1,",
@@ -284,15 +286,33 @@ def test_rules_take_bounded_time(monkeypatch):
         "{{1},",
         "10^",
         "\n",
+        "one hundred and ",
+        "half past ",
+        "January 1, ",
+        "3:",
+        "√",
+        "°N ",
+        "\\pm ",
+        "P(1,",
+        "\\{",
+        "1' 2\" ",
+        "I choose ",
+        "Total: ",
+        "1 to ",
+        "[[1],",
+        "选",
+        "①",
+        "1s2 ",
+        "|",
     ]
     draw = random.Random(0)
     texts = [(piece * 4000)[:3999] + end for piece in pieces for end in ("", "!")]
     texts += ["".join(draw.choices(pieces, k=500))[:4000] for _ in range(60)]
     for text in texts:
         for gold in ("7", "(1, x)", text[::-1]):
-            begin = time.perf_counter()
+            begin = time.process_time()
             assert not equivalent(text, gold) or gold == text[::-1]
-            assert time.perf_counter() - begin < 1
+            assert time.process_time() - begin < 1
 
 
 # ----------------------------------------------------------------------------- Math-Verify's worker
