@@ -199,7 +199,7 @@ def to_example(row, where="", index=-1, kind=None, root=".", links=True):
         written = parts(example.response)
         if written is None or not all(written.values()):
             mend = f"Write {FORM}, each once, in this order, none empty, nothing outside."
-            raise BadRow(where, f"the reference is not {FORM}", mend)
+            raise BadRow(where, f"the reference is not {FORM}", mend, _flaw(example.response))
     if kind in ("rl", "eval"):
         _check_answer(example)
     return pair or example
@@ -268,14 +268,26 @@ def from_pairs(row, where) -> PairExample:
     """A row of any of the formats above that has two responses, for the discriminator's warm-up:
     teacher_response and student_response, or of either side its _caption and _cot."""
     example = _reader_of(row)(row, where)
-    reference = split_spans(example.response)
-    policy = split_spans(_written(row, "student", where))
-    if reference is None or policy is None:
-        side = "teacher_*" if reference is None else "student_*"
-        mend = "Leave malformed responses out."
-        raise BadRow(where, f"a side of the pair is not {FORM}", mend, side)
-    texts = zip(reference, policy, strict=True)
+    sides = {"teacher": example.response, "student": _written(row, "student", where)}
+    spans = []
+    for side, response in sides.items():
+        spans.append(split_spans(response))
+        if spans[-1] is None:
+            detail = f"{side}_*: {_flaw(response)}"
+            mend = "Leave malformed responses out."
+            raise BadRow(where, f"a side of the pair is not {FORM}", mend, detail)
+    texts = zip(*spans, strict=True)  # of each span the reference's and the policy's
     return PairExample(example, dict(zip(SPANS, texts, strict=True)))
+
+
+def _flaw(response):
+    """In words, what keeps a response from being well-formed."""
+    if response is None:
+        return "there is none"
+    for tag in TAGS:
+        if response.count(tag) != 1:
+            return f"{tag} stands {response.count(tag)} times"
+    return "an empty part, text outside, or another order"
 
 
 # What all formats share

@@ -179,7 +179,7 @@ class Inspection:
 
     def count_tokens(self, look):
         """The limits are those of the stages: SFT's is on the whole conversation, alignment's on
-        the spans of a response together, each with its end token."""
+        prompt and response apart."""
         args = self.args
         example = example_of(look.row)
         look.prompt, look.image, trained = self.encoder.lengths(example, look.shrunk)
@@ -200,12 +200,10 @@ class Inspection:
         return self.args.kind not in ("rl", "eval") and any(look.responses for look in looks)
 
     def sides(self, row):
-        """The texts of the reference's spans; of pairs, those of either side."""
+        """The texts that make up the response; of pairs, the spans of either side."""
         if hasattr(row, "pairs"):
             return zip(*row.pairs.values(), strict=True)
-        if row.response is None:
-            return []
-        return [self.split_spans(row.response) or (row.response,)]
+        return [] if row.response is None else [(row.response,)]
 
     # --------------------------------------------------------------------------- in words
     def lines(self):
