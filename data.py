@@ -889,24 +889,24 @@ class Check:
 def main(argv=None):
     """Check files; exit status 1 where one has no usable row, 2 where one cannot be opened."""
     files, args = parse_check(argv)
-    usable = []
+    encoder = None
     try:
-        encoder = None
         if args.policy:
             limits = {"max_pixels": args.max_pixels, "max_side": args.max_side}
             encoder = open_encoder(args.policy, max_prompt_tokens=math.inf, **limits)
+        opened = [read(path, args.kind, args.image_root) for path in files]
         held_out = [read(path, None, args.image_root) for path in args.against]
-        for path in files:
-            data = read(path, args.kind, args.image_root)
-            found = Inspection(data, args, split_spans, encoder)
-            for look in found.looks[: args.show]:
-                print(shown(data[look.index], encoder))
-            print("\n".join(found.lines()))
-            for other in held_out:
-                print("\n".join(found.compare(other).lines()))
-            usable.append(bool(found.looks))
     except (OSError, ImportError, ValueError) as error:
         end(f"data.py: {error}")
+    usable = []
+    for data in opened:
+        found = Inspection(data, args, split_spans, encoder)
+        for look in found.looks[: args.show]:
+            print(shown(data[look.index], encoder))
+        print("\n".join(found.lines()))
+        for other in held_out:
+            print("\n".join(found.compare(other).lines()))
+        usable.append(bool(found.looks))
     sys.exit(0 if all(usable) else 1)
 
 
@@ -932,7 +932,7 @@ def shown(row, encoder):
     example = row.example if isinstance(row, PairExample) else row
     lines = []
     if encoder is None:
-        lines.append(f"{example.where}, as it is read; {len(example.images)} images")
+        lines.append(f"{example.where}, as it is read, with {len(example.images)} image(s)")
         for turn in example.messages:
             lines.append(f"[{turn['role']}]\n{turn['content']}")
     else:

@@ -22,14 +22,17 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tqdm import tqdm
 
+from engine.answers import MAX_CHARS
 from engine.arguments import Common
 from engine.benchmarks import is_among
 from engine.formula import parse
 from engine.kinds import (
     CODE,
+    MAX_DEPTH,
     NO_SIGN,
     NUMBERED,
     assignment,
@@ -132,12 +135,13 @@ class Inspection:
         self.repeats.sort()
 
     def repeats_among(self, rows):
-        first = {}  # digests of a row's images -> the first example that has them
+        first = {}  # digests of a row's images -> (the first row that has them, its answer's words)
         for i in rows:
             example = example_of(self.data[i])
-            earlier = first.setdefault(image_digests(example), example)
-            if earlier is not example:
-                yield i, earlier.row, answer_text(earlier) != answer_text(example)
+            answer = words_of(example.answer or "")
+            earlier, its_answer = first.setdefault(image_digests(example), (i, answer))
+            if earlier != i:
+                yield i, earlier, answer != its_answer
 
     # --------------------------------------------------------------------- images and tokens
     def look_at_rows(self):
@@ -269,16 +273,25 @@ class Inspection:
                 yield f"  {n:,} by {limit}"
         else:
             yield "no tokens are counted without a tokenizer: --policy CHECKPOINT"
+        yield from self.lines_of_scaling()
+
+    def lines_of_scaling(self):
         images = sum(len(look.sizes) for look in self.looks)
         smallest, largest = self.pixel_limits()
-        if images and largest < math.inf:
-            down = 0
-            up = 0
-            for look in self.looks:
-                for (width, height), shrunk in zip(look.sizes, look.shrunk, strict=True):
-                    down += width * height > largest or shrunk != (width, height)
-                    up += width * height < smallest
-            yield f"scaled down to {largest:,} pixels: {share_of(down, images)} images"
+        limits = []
+        if largest < math.inf:
+            limits.append(f"{largest:,} pixels")
+        if self.args.max_side:
+            limits.append(f"a side of {self.args.max_side:,}")
+        down = 0
+        up = 0
+        for look in self.looks:
+            for (width, height), shrunk in zip(look.sizes, look.shrunk, strict=True):
+                down += width * height > largest or shrunk != (width, height)
+                up += width * height < smallest
+        if images and limits:
+            yield f"scaled down to {' and '.join(limits)}: {share_of(down, images)} images"
+        if images and smallest:
             yield f"scaled up to {smallest:,} pixels: {share_of(up, images)} images"
 
     def pixel_limits(self):
@@ -309,7 +322,8 @@ class Inspection:
         if self.repeats:
             row, earlier, _ = self.repeats[0]
             differ = sum(1 for *_, answers_differ in self.repeats if answers_differ)
-            yield f"  such as row {row + 1}, as row {earlier + 1}; {differ:,} have another answer"
+            yield f"  such as row {row + 1}, like row {earlier + 1}"
+            yield f"  {differ:,} of them have another answer"
         if len(self.read) < len(self.data):
             yield f"  sought among {good:,} rows alone: most repeats in the file are not found"
         yield f"  ({HOW_COMPARED})"
@@ -323,8 +337,8 @@ class Inspection:
         for i in sample(range(len(held_out)), self.args.texts, self.args.seed):
             try:
                 example = example_of(held_out[i])
-            except BadRow:
-                overlap.bad += 1
+            except BadRow as error:
+                overlap.bad.add(error)
                 continue
             tests[i] = (question_digest(example), image_digests(example))
             test_files.update(file_size(image) for image in example.images)
@@ -360,7 +374,7 @@ class Overlap:
         self.inspection = inspection
         self.held_out = held_out
         self.tests = 0  # rows of it that were read
-        self.bad = 0
+        self.bad = BadRows()  # of the others
         self.same = {}  # the same question about the same images
         self.same_image = {}  # an image, whatever the question
         self.same_question = {}  # the question, whatever the images
@@ -373,8 +387,9 @@ class Overlap:
         yield from self.line("the same question about the same images", self.same)
         yield from self.line("an image, whatever is asked", self.same_image)
         yield from self.line("a question, whatever the images", self.same_question)
-        if self.bad:
-            yield f"  {self.bad:,} other rows there are unusable"
+        if self.bad.total():
+            yield f"  {self.bad.total():,} other rows there are unusable:"
+            yield from self.bad.lines()
         if len(inspection.read) < len(inspection.data):
             rows = f"{len(inspection.good):,} rows here, of {len(inspection.data):,}"
             yield f"  sought among {rows}: most of what they share is not found"
@@ -416,9 +431,13 @@ def kind_of_answer(answer, choices=()):
     """What the verifier (engine/answers.py) takes a reference for, asked in its order."""
     if answer is None:
         return NO_ANSWER
+    if len(answer) > MAX_CHARS:
+        return TEXT
     gold = clean(answer)
     if choices and is_among(answer, choices):
         return "option's letter" if label(gold) or letters(gold) else "option's text"
+    if "()" in gold or max(map(gold.count, "([{")) > MAX_DEPTH:
+        return TEXT
     for kind, is_one in ANSWERS:
         if is_one(gold):
             return kind
@@ -484,19 +503,16 @@ def image_digests(example, sizes=None):
         if sizes is not None and file_size(image) not in sizes:
             digests.append(None)
             continue
-        if isinstance(image, str):
-            with open(image, "rb") as file:
-                image = file.read()
-        digests.append(hashlib.blake2b(image, digest_size=12).digest())
+        try:
+            content = Path(image).read_bytes() if isinstance(image, str) else image
+            digests.append(hashlib.blake2b(content, digest_size=12).digest())
+        except OSError:
+            digests.append(image)  # no reader may see it: like no other file
     return tuple(digests)
 
 
 def file_size(image):
     return os.path.getsize(image) if isinstance(image, str) else len(image)
-
-
-def answer_text(example):
-    return words_of(example.answer or "")
 
 
 # -------------------------------------------------------------------------------------- the rest
@@ -517,7 +533,8 @@ QUANTILES = {"least": 0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, 
 
 def quantile(values, q):
     """The smallest value that a share q of the values does not exceed."""
-    return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
+    place = math.ceil(round(q * len(values), 6))
+    return sorted(values)[max(0, place - 1)]
 
 
 def share_of(n, of):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -244,6 +245,8 @@ def test_images_that_are_scaled(images, checkpoint):  # noqa: F811
     out = text_of(inspect(path, "rl", max_pixels=2000))
     assert "scaled down to 2,000 pixels: 1 of 5 (20.0 %) images" in out
     assert "scaled up" not in out and "scaled down" not in text_of(inspect(path, "rl"))
+    out = text_of(inspect(path, "rl", max_side=100))
+    assert "scaled down to a side of 100: 1 of 5 (20.0 %) images" in out
     assert "no tokens are counted" in out
     line = next(line for line in out.splitlines() if line.startswith("image, pixels"))
     assert line.split()[2:] == ["576", "576", "1,860", "18,000", "18,000", "18,000"]
@@ -310,12 +313,19 @@ def test_answers_are_counted(folder):  # noqa: F811
     assert "1 of these have more than 5 words" in out
 
 
-def test_every_gold_of_the_verifiers_cases_has_a_kind(shared):
-    """Whatever is written as an answer, the check goes on; what it calls text, no kind reads."""
-    path = shared / "data/verifier/cases.jsonl"
-    for line in path.read_text().splitlines()[::7]:
+def test_whatever_is_written_has_a_kind(shared):
+    """No answer ends the check, or holds it up."""
+    cases = (shared / "data/verifier/cases.jsonl").read_text().splitlines()[::7]
+    for line in cases:
+        assert isinstance(kind_of_answer(str(json.loads(line)["gold"])), str)
+    begin = time.monotonic()
+    for line in (shared / "data/verifier/hostile.jsonl").read_text().splitlines():
         case = json.loads(line)
-        assert isinstance(kind_of_answer(case["gold"]), str)
+        for side in ("gold", "pred"):
+            made = case.get(f"{side}_gen")
+            text = "".join(one * n for one, n in made) if made else case[side] or ""
+            assert isinstance(kind_of_answer(str(text)[: 1 << 20]), str)
+    assert time.monotonic() - begin < 20
 
 
 # ----------------------------------------------------------------------------- repeats, overlap
@@ -336,7 +346,7 @@ def test_repeats(images):  # noqa: F811
     assert found.repeats == [(1, 0, False), (4, 0, True), (6, 5, False)]
     out = text_of(found)
     assert "rows that ask what an earlier one asks: 3 of 9 (33.3 %)" in out
-    assert "such as row 2, as row 1; 1 have another answer" in out
+    assert "such as row 2, like row 1\n  1 of them have another answer" in out
     assert "up to case, spaces and punctuation; images byte by byte" in out
 
 
@@ -362,7 +372,7 @@ def test_what_train_and_test_files_share(images, capsys):  # noqa: F811
     out = end_of(capsys, "check", train, "--against", tests)[1]
     assert f"WARNING: shared with {tests}\n  2 of its 5 rows: the same question about" in out
     assert "2 of its 5 rows: an image, whatever is asked (row 2 there, row 2 here)" in out
-    assert "1 other rows there are unusable" in out
+    assert f"1 other rows there are unusable:\n  1 not valid JSON\n    {tests}:6: " in out
     apart = write(images, ask | {"image": "images/1.png"}, name="apart.jsonl")
     out = end_of(capsys, "check", train, "--against", apart)[1]
     assert f"\nshared with {apart}\n  0 of its 1 rows" in out and "WARNING" not in out
