@@ -42,6 +42,7 @@ from engine.benchmarks import (
     refuse_flags,
     refuse_in_turn,
     refuse_marks,
+    says,
     standard,
     unlettered,
     unwrap,
@@ -178,6 +179,8 @@ def to_example(row, where="", index=-1, kind=None, root=".", links=True):
     """A row of any format as an Example, of kind "pairs" as a PairExample. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow(where, "the row is not an object", "Each row is {...} with named fields.")
+    # A table has every column in every row: what a row lacks says nothing.
+    row = {name: value for name, value in row.items() if says(value)}
     kind = kind or _kind_of(row)
     pair = None
     if kind == "pairs":

@@ -368,7 +368,7 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         r"too many tokens \(.*4500 of images",
     ),
     # ---- images
-    "images as an empty text": ("rl", verl(images=""), "neither path nor bytes"),
+    "images as an empty text": ("rl", verl(images=""), r"1 <image>, 0 images"),
     "images as lists": ("rl", verl(images=[["images/0.png"]]), "neither path nor bytes"),
     "image as base64": (
         "rl",

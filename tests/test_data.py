@@ -461,6 +461,27 @@ def test_flags_that_ask_for_the_usual_are_followed():
     ]
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan"), "", [], {}], ids=str)
+def test_fields_that_say_nothing_do_no_harm(nothing):
+    """A table of several sources has every column in every row."""
+    columns = (
+        *("messages", "conversations", "prompt", "question", "system", "images", "image"),
+        *("teacher_response", "teacher_caption", "teacher_cot", "student_response"),
+        *("reward_model", "extra_info", "equivalent_answers", "choices", "answer", "video"),
+    )
+    answer = {"reward_model": {"ground_truth": "1"}}
+    rows = {
+        "sft": turns(USER, ASSISTANT, images=[A]),
+        "align": verl(images=[A], teacher_response=RESPONSE),
+        "rl": {"question": "How?", "image": A} | answer,
+        "pairs": {"question": "How?", "teacher_response": RESPONSE, "student_response": RESPONSE},
+    }
+    for kind, row in rows.items():
+        for asked in (kind, None):
+            found = said(dict.fromkeys(columns, nothing) | row, asked)
+            assert found == said(row, asked)
+
+
 def test_other_fields_do_no_harm():
     row = {"id": "a.png", "boxes": [[1, 2]], "video_id": 7, "image_width": 24, "split": "test"}
     row |= {"objects": [{"colour": "red"}], "metadata": {"source": "x", "score": float("nan")}}
@@ -620,7 +641,7 @@ BAD = [
     ("sft", '"text"', "not an object"),
     ("sft", ONE | {"messages": "hello"}, "`messages` is not a list"),
     ("sft", ONE | {"messages": ["hello"]}, "`messages` is not a list"),
-    ("sft", turns(), "do not alternate"),
+    ("sft", turns(), "`question` is missing, empty or no valid text.*`messages`"),
     ("sft", turns(USER, USER, ASSISTANT), "do not alternate"),
     ("sft", turns(ASSISTANT, USER), "do not alternate"),
     ("sft", turns({"role": "tool", "content": "x"}, USER, ASSISTANT), "do not alternate"),

@@ -161,6 +161,8 @@ def rows_of(kind):
         row = {"question": "How?", "teacher_response": RESPONSE, "student_response": LONG}
         return [row, row | {"student_response": RESPONSE, "image": look[2]}]
     rows = [verl(), verl(prompt=[two], images=look[1:]), verl(prompt=[two], images=look[:2])]
+    if kind == "rl":
+        rows[0]["teacher_response"] = LONG  # which RLVR does not read
     if kind == "align":
         rows = [row | {"teacher_response": RESPONSE} for row in rows]
         rows[1]["teacher_response"] = LONG
@@ -242,6 +244,10 @@ def test_images_that_are_scaled(images, checkpoint):  # noqa: F811
     out = text_of(inspect(path, "rl", encoder, max_pixels=1000))
     assert "scaled down to 1,000 pixels: 3 of 5 (60.0 %) images" in out
     assert "scaled up to 64 pixels: 0 of 5 images" in out
+    picture(7, 9).save(images / "images/1.png")
+    out = text_of(inspect(path, "rl", encoder))
+    assert "scaled up to 64 pixels: 2 of 5 (40.0 %) images" in out
+    picture(24, 24).save(images / "images/1.png")
     out = text_of(inspect(path, "rl", max_pixels=2000))
     assert "scaled down to 2,000 pixels: 1 of 5 (20.0 %) images" in out
     assert "scaled up" not in out and "scaled down" not in text_of(inspect(path, "rl"))
@@ -279,6 +285,7 @@ def test_quantiles():
         ("at least 10", "bound", "10+"),
         ("1, 2", "list or interval", "2, 1"),
         ("(1,2]", "list or interval", r"(1, 2]"),
+        ("1 < x < 3", "list or interval", "x \\in (1, 3)"),
         ("x = 7", "formula", "7"),
         (r"\sqrt{3}+x", "formula", r"x+\sqrt{3}"),
         ("purple", "text", None),
