@@ -24,6 +24,7 @@ from PIL import Image
 
 from data import SYSTEM_PROMPT, read
 from engine.arguments import parse
+from eval import write_rows
 from tools import curate
 
 KEY = "sk-very-secret-0123456789"
@@ -215,6 +216,16 @@ def test_columns_keep_their_types(server, problems, tmp_path, flags):
                 assert types.setdefault(path, kind) == kind, f"{name}: {path}"
         pyarrow_json = pytest.importorskip("pyarrow.json", reason="the extra `parquet` is missing")
         assert len(pyarrow_json.read_json(tmp_path / f"out/{name}.jsonl")) == len(rows)
+
+
+def test_what_eval_filters_keeps_its_types(problems, tmp_path):
+    rows = [{"image": "0.png", "question": "How?", "answer": "1", "x": 1.0, "of": [1, 2]}]
+    rows = [row | {"n": i} for i in range(3) for row in rows]
+    out = tmp_path / "in/kept.jsonl"
+    write_rows(save(tmp_path / "in/p.jsonl", rows), [0, 2], out)
+    found = lines(out)
+    assert found == [rows[0], rows[2]]
+    assert [list(types_in(row)) for row in found] == [list(types_in(row)) for row in rows[::2]]
 
 
 def types_in(value, path=""):
