@@ -21,9 +21,9 @@ weighed (--normalize sum: in its order).
     python align.py --policy ckpt/sft                                 # the embedded world, on a CPU
     torchrun --nproc_per_node=8 align.py --policy ckpt/sft --data align.parquet --out ckpt/align
 
-    N rollouts of a prompt   S spans   P pairs of a rollout's and a reference's span
-    T tokens and K spans of a pack   G trees of a pack   D hidden   I intermediate   E experts
-    L layers
+    N rollouts of a prompt   P pairs of a rollout's and a reference's span
+    of a pack: T tokens   K children (spans; for the policy, rollouts)   S scored tokens   G trees
+    D hidden   I intermediate   E experts   L layers
 """
 
 from __future__ import annotations
@@ -129,6 +129,13 @@ class Args(Common):
             raise ValueError("--normalize sum adds several spans: --spans whole has one")
         if self.experts_per_token > self.experts:
             raise ValueError("--experts_per_token is at most --experts")
+        names = [*span_table(self)]
+        weighed = [*span_weights(self.spans, self.alpha)]
+        if names != weighed:
+            raise ValueError(
+                f"data.SPANS has {names}, and align.span_weights {weighed}: each span needs a "
+                "weight, in the same order"
+            )
 
 
 def span_table(args):
@@ -136,20 +143,21 @@ def span_table(args):
     return WHOLE if args.spans == "whole" else SPANS
 
 
-def span_weights(args):
-    """{name of a span: its weight in the advantage}."""
-    if args.spans == "whole":
+def span_weights(spans, alpha):
+    """{name of a span: its weight in the advantage}. spans: as --spans."""
+    if spans == "whole":
         return {"whole": 1.0}
-    return {"perception": args.alpha, "reasoning": 1 - args.alpha}
+    return {"perception": alpha, "reasoning": 1 - alpha}
 
 
 # ----------------------------------------------------------------------------- the algorithm
 def bradley_terry(reference_score, policy_score, denominator=None):
-    """Mean of -log sigmoid(reference - policy) over pairs: raw scores (P,) each -> scalar (section
-    3.2.4).
+    """-log sigmoid(reference - policy), summed over pairs and divided by `denominator`: raw scores
+    (P,) each -> scalar (section 3.2.4).
 
-    denominator: the number of pairs over all packs and ranks; None: of this call. Without pairs the
-    loss is 0, with a gradient.
+    denominator: None, the number of pairs: their mean. The game divides by the well-formed rollouts
+    of the whole step, of which each has a pair of every span: the spans' means add up. Without
+    pairs the loss is 0, with a gradient.
     """
     if denominator is None:
         denominator = max(1, len(policy_score))
@@ -188,8 +196,8 @@ def span_advantage(
     std_floor=0.0,
     malformed="floor",
 ):
-    """The advantage (N,) of one group from the scores (S, N) of its spans, weighed by `weights`, S
-    numbers: sum of weight * GN(score), - malformed_penalty * [malformed].
+    """The advantage (N,) of one group from the scores (spans, N), weighed by `weights`, a number
+    for each span: sum of weight * GN(score), - malformed_penalty * [malformed].
 
     well_formed (N,) bool; scores of malformed rollouts are not read. With malformed="drop" they get
     advantage 0 and do not count. normalize="sum": GN of the weighted sum (the paper's order).
@@ -247,7 +255,7 @@ def load_balance(dispatched, probability):
 
 
 # ----------------------------------------------------------------------------- the discriminator
-class Experts(nn.Module):
+class MixtureOfExperts(nn.Module):
     """E SwiGLU experts in the place of a dense MLP, each a copy of it plus noise. Parameters stand
     in the layout of transformers 4.57.
 
@@ -329,11 +337,12 @@ class Discriminator(nn.Module):
             experts = heads = spans
         if form != "dense":
             for layer in base.language_model.layers:
-                layer.mlp = Experts(layer.mlp, experts, top_k, noise, routed=form == "moe")
+                layer.mlp = MixtureOfExperts(layer.mlp, experts, top_k, noise, routed=form == "moe")
                 self.mlps.append(layer.mlp)
         head = nn.Linear(base.language_model.config.hidden_size, heads, bias=False)
         nn.init.normal_(head.weight, std=0.02)
-        self.v_head = nn.Sequential(nn.Identity(), head)  # v_head.1.weight in the released one
+        # files know it as v_head.1.weight: in the released one a dropout comes first
+        self.v_head = nn.Sequential(nn.Identity(), head)
         adopt(base)
 
     def forward(self, pack):
@@ -499,8 +508,8 @@ class Pairs:
     span: list[int]
 
     def names(self):
-        """(group, span, rollout) of each pair."""
-        return zip(self.group, self.span, self.rollout, strict=True)
+        """(group, rollout, span) of each pair."""
+        return zip(self.group, self.rollout, self.span, strict=True)
 
 
 def pairs_in(pack, groups) -> Pairs:
@@ -519,6 +528,31 @@ def pairs_in(pack, groups) -> Pairs:
     return pairs
 
 
+def pair_loss(ours, theirs, rollouts, args):
+    """The part of the discriminator's loss that is made of pairs, from raw scores of rollouts'
+    and references' spans, (P,) each: Bradley-Terry, and an L2 that holds the scores' level.
+
+    rollouts: well-formed ones of the whole step. Each has a pair of every span.
+    """
+    spans = len(span_table(args))
+    squares = (theirs.square() + ours.square()) / 2  # raw: what is saturated is pulled back
+    l2 = squares.sum() / (rollouts * spans)
+    return bradley_terry(theirs, ours, rollouts) + args.score_l2 * l2
+
+
+def balance_loss(pack, probability, routed, routed_whole, share):
+    """Load balance of a pack's trees, averaged over the step's rollouts.
+
+    probability, routed: (L, T, E), of Discriminator.forward. routed_whole: of
+    `routing_of_split_trees`. share: for each tree of the step its part of the well-formed rollouts.
+    """
+    dispatched = pack.mean_over_trees(routed)  # (L, G, E)
+    if routed_whole is not None:
+        dispatched = routed_whole[:, pack.trees]
+    balance = load_balance(dispatched, pack.mean_over_trees(probability))  # (G,)
+    return (balance * balance.new_tensor([share[g] for g in pack.trees])).sum()
+
+
 def discriminator_pass(disc, groups, args, device, train=True):
     """Score the spans of `groups` in one forward, into group.score and group.reference_score, and
     with `train` accumulate the gradients of
@@ -526,41 +560,38 @@ def discriminator_pass(disc, groups, args, device, train=True):
         sum over spans of mean_i -log sigmoid(D(x, y*) - D(x, y_i))
         + score_l2 * mean square of the raw scores + balance * load balance,
 
-    means over all well-formed rollouts of the step -> (loss; load (S, L, E), tokens of each span
-    that each expert got). All ranks call it with the same groups, and all get the same.
+    means over all well-formed rollouts of the step -> (loss; load (spans, L, E), tokens of each
+    span that each expert got). The loss is NaN where a score is not finite. All ranks call it with
+    the same groups, and all get the same.
     """
     groups = [group for group in groups if group.well_formed.any()]
     trees = [spans_tree(group) for group in groups]
-    rollouts = sum(int(group.well_formed.sum()) for group in groups)  # pairs of each span
+    well_formed = [int(group.well_formed.sum()) for group in groups]
+    rollouts = sum(well_formed)  # pairs of each span
+    share = [number / rollouts for number in well_formed]
     spans = len(span_table(args))
     routed_whole = routing_of_split_trees(disc, trees, args, device)
     total = 0.0
     loads = []
-    found = []  # (group, span, rollout, score, reference's score) of each pair
+    found = []  # (group, rollout, span, score, reference's score) of each pair
     for pack in packs_of(trees, args.pack_tokens, device):
         with torch.set_grad_enabled(train):
             raw, probability, routed = disc(pack)  # (K,), (L, T, E), (L, T, E)
             pairs = pairs_in(pack, groups)
             ours = raw[pairs.row]  # (P,)
             theirs = raw[pairs.reference_row]  # (P,)
-            loss = bradley_terry(theirs, ours, rollouts)
-            squares = (theirs.square() + ours.square()) / 2  # raw: what is saturated is pulled back
-            loss = loss + args.score_l2 * squares.sum() / (rollouts * spans)
-
-            routed_here = pack.mean_over_trees(routed)  # (L, G, E)
-            routed_there = routed_here if routed_whole is None else routed_whole[:, pack.trees]
-            balance = load_balance(routed_there, pack.mean_over_trees(probability))  # (G,)
-            share = [int(groups[g].well_formed.sum()) / rollouts for g in pack.trees]
-            loss = loss + args.balance * (torch.tensor(share, device=device) * balance).sum()
+            loss = pair_loss(ours, theirs, rollouts, args)
+            balance = balance_loss(pack, probability, routed, routed_whole, share)
+            loss = loss + args.balance * balance
         if train:
             (loss * world()).backward()  # FSDP averages over ranks; the divisors are global already
-        total += float(loss.detach())
+        total += float(loss.detach()) if raw.isfinite().all() else torch.nan
         loads.append(load_of_spans(routed, pack, spans))
         scores = zip(ours.tolist(), theirs.tolist(), strict=True)
-        for (g, s, k), (our, their) in zip(pairs.names(), scores, strict=True):
-            found.append((g, s, k, our, their))
+        for (g, k, s), (our, their) in zip(pairs.names(), scores, strict=True):
+            found.append((g, k, s, our, their))
     for part in gather(found):
-        for g, s, k, our, their in part:
+        for g, k, s, our, their in part:
             groups[g].score[s, k] = our
             groups[g].reference_score[s] = their
     for group in groups:
@@ -598,14 +629,18 @@ def routing_of_split_trees(disc, trees, args, device):
 
 
 def load_of_spans(routed, pack, spans):
-    """(S, L, E): tokens of each span of a pack that each expert gets, of their shares (L, T, E)."""
+    """(spans, L, E): how many tokens of each span of a pack each expert gets, from the share of
+    each token that it gets, (L, T, E)."""
     routed = routed.detach() / pack.copies.unsqueeze(1)
     return torch.stack([routed[:, pack.kind == s].sum(1) for s in range(spans)]).cpu()
 
 
 # ----------------------------------------------------------------------------- the policy's update
-def update_policy(policy, opt, groups, args, device):
+def update_policy(policy, opt, groups, args, device, skip=False):
     """One on-policy update of the policy on group.advantage -> metrics. All ranks call it.
+
+    skip: all but the update, since the discriminator's scores are not to be trusted; it counts as
+    one whose loss is not finite.
 
     The rollouts are of this very policy, and it is updated once. So every ratio of GRPO's loss is 1
     and no clip acts: its gradient is that of - sum of A * log pi / tokens, whose coefficient is
@@ -617,7 +652,7 @@ def update_policy(policy, opt, groups, args, device):
     logp_diff_max = torch.tensor(0.0)
     for pack in packs_of(trees, args.pack_tokens, device):
         advantage = [float(groups[g].advantage[k]) for g, k in pack.children]
-        advantage = torch.tensor(advantage, device=device)  # (K,)
+        advantage = torch.tensor(advantage, device=device)  # (K,) of each rollout
         coefficient = (-advantage / tokens)[pack.sequence]  # (S,) d loss / d logp
         banned = policy.encoder.banned
         logp, entropy = policy(
@@ -631,6 +666,8 @@ def update_policy(policy, opt, groups, args, device):
         sums["logp_diff"] += float(difference.sum())
         if len(difference):  # torch's maximum keeps a NaN, Python's max may lose it
             logp_diff_max = torch.maximum(logp_diff_max, difference.max().cpu())
+    if skip:
+        sums["loss"] = torch.nan
     norm, skipped = step_if_finite(opt, sums["loss"], args.grad_clip, "policy")
     sums = all_sum(sums)
     return {
@@ -679,10 +716,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         rate.resume(state["rate"], start)
         best = state["best"]
         stale = state["stale"]
-    shown = [
-        f"{name}/{key} {key}_{name[0]}" for name in names for key in ("acc", "margin", "held_out")
-    ]
-    shown = ("loss", *shown, "grad_norm")
+    shown = ("loss", *columns(names, ("acc", "margin", "held_out")), "grad_norm")
     log = Log(f"{args.out}/warmup", args, shown, start, args.warmup_steps)
     test = data.fetch(range(first_held_out, len(data)), build)
     if not from_pairs:
@@ -694,11 +728,12 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         if not from_pairs:
             roll(groups, hf, encoder, args, (args.seed, 1, step + 1))
         # 2) update
-        loss, load = discriminator_pass(disc, groups, args, ranks.device)
+        loss, expert_load = discriminator_pass(disc, groups, args, ranks.device)
         set_lr(opt, args.warmup_lr * rate.factor(step))
         norm, skipped = step_if_finite(opt, loss, args.grad_clip, "discriminator")
         # 3) log
-        metrics = health.game_metrics(health.pairs_of(groups, names), load, args.score_clip)
+        pairs = health.scored_pairs(groups, names)
+        metrics = health.game_metrics(pairs, expert_load, args.score_clip)
         metrics["loss"] = loss if any(group.well_formed.any() for group in groups) else torch.nan
         metrics["grad_norm"] = norm
         metrics["skipped"] = skipped
@@ -735,10 +770,15 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
 def held_out_metrics(disc, test, args, device):
     """Pair accuracy on groups that are never trained on, and what gives their sides away."""
     names = list(span_table(args))
-    _, load = discriminator_pass(disc, test, args, device, train=False)
-    found = health.game_metrics(health.pairs_of(test, names), load, args.score_clip)
+    _, expert_load = discriminator_pass(disc, test, args, device, train=False)
+    found = health.game_metrics(health.scored_pairs(test, names), expert_load, args.score_clip)
     metrics = {f"{name}/held_out": found[f"{name}/acc"] for name in names}
     return metrics | health.probe_metrics(health.probes_of(test, names))
+
+
+def columns(names, keys):
+    """What the printed line has of each span: "perception/acc acc_perc" and so on."""
+    return [f"{name}/{key} {key}_{name[:4]}" for name in names for key in keys]
 
 
 def save_players(policy, disc, folder):
@@ -787,8 +827,8 @@ def main(args):
         warm_up(disc, sampler.refresh(), encoder, disc_encoder, policy.source, args, ranks)
     if args.warmup_only:
         return ranks.close()
-    shown = [f"{name}/{key} {key}_{name[0]}" for name in names for key in ("acc", "margin")]
-    shown = ("loss", "disc_loss disc", *shown, "format", "accuracy", "length", "entropy")
+    of_spans = columns(names, ("acc", "margin"))
+    shown = ("loss", "disc_loss disc", *of_spans, "format", "accuracy", "length", "entropy")
     log = Log(args.out, args, shown, start)
     save_all = partial(save_players, policy, disc)
     checkpoints = Checkpoints(args, args.steps, players, save_all, start)
@@ -807,13 +847,12 @@ def main(args):
             disc_opt, disc_loss, args.grad_clip, "discriminator"
         )
         # 4) advantage
+        weights = span_weights(args.spans, args.alpha)
         for group in groups:
-            reward = group.score.clamp(-args.score_clip, args.score_clip)  # (S, N)
-            if disc_skipped or group.score.isinf().any():
-                reward = torch.full_like(reward, torch.nan)  # skips the policy's update too
+            reward = group.score.clamp(-args.score_clip, args.score_clip)  # (spans, N)
             group.advantage = span_advantage(
                 reward,
-                list(span_weights(args).values()),
+                [*weights.values()],
                 group.well_formed,
                 malformed_penalty=args.malformed_penalty,
                 normalize=args.normalize,
@@ -822,9 +861,10 @@ def main(args):
             )
         # 5) update the policy
         set_lr(opt, args.lr * rate.factor(step))
-        metrics = update_policy(policy, opt, groups, args, ranks.device)
+        metrics = update_policy(policy, opt, groups, args, ranks.device, skip=disc_skipped)
         # 6) log
-        metrics |= health.game_metrics(health.pairs_of(groups, names), expert_load, args.score_clip)
+        pairs = health.scored_pairs(groups, names)
+        metrics |= health.game_metrics(pairs, expert_load, args.score_clip)
         if args.probe_every and step % args.probe_every == 0:
             metrics |= health.probe_metrics(health.probes_of(groups, names))
         metrics |= rollout_metrics(groups)  # the canary among them

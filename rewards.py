@@ -21,17 +21,20 @@ def verify(response, example):
 def score(response, gold, choices=(), equivalent_answers=()):
     """The verdict on a response: floats accuracy, format and reward, all 0 where it is malformed.
 
-    gold: the reference answer. choices: the texts of the options, in order. equivalent_answers:
+    Every name of the verdict is logged, as a mean over the step's rollouts. gold: the reference
+    answer. choices: the texts of the options, in order. equivalent_answers:
     other references, each as good as `gold`. A list may be None, as files have it.
     """
+    verdict = {"accuracy": 0.0, "format": 0.0, "reward": 0.0}
     found = parts(response)
     if found is None:
-        return {"accuracy": 0.0, "format": 0.0, "reward": 0.0}
+        return verdict
     golds = [gold, *(equivalent_answers or ())]
-    right = any(equivalent(found["answer"], each, choices) for each in golds)
-    accuracy = 1.0 if right else 0.0
-    reward = ACCURACY_WEIGHT * accuracy + FORMAT_WEIGHT
-    return {"accuracy": accuracy, "format": 1.0, "reward": reward}
+    verdict["format"] = 1.0
+    if any(equivalent(found["answer"], each, choices) for each in golds):
+        verdict["accuracy"] = 1.0
+    verdict["reward"] = ACCURACY_WEIGHT * verdict["accuracy"] + FORMAT_WEIGHT
+    return verdict
 
 
 def judge(example, rollout, text):

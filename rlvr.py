@@ -16,7 +16,7 @@ policy that sampled them. With one minibatch per step every ratio is 1 and clipp
     python rlvr.py --policy ckpt/align                                # the embedded world, on a CPU
     torchrun --nproc_per_node=8 rlvr.py --policy ckpt/align --data rl.parquet --out ckpt/rlvr
 
-    B sequences   N rollouts of a prompt   T tokens   S scored tokens of a pack
+    B sequences   N rollouts of a prompt   T tokens   S scored tokens and K rollouts of a pack
     `logp` log-probs of the sampled tokens   `mask` (B, T) 1 on trained tokens
 """
 
@@ -139,8 +139,10 @@ class Args(Common):
         super().__post_init__()
         overlong = chosen_algorithm(self).overlong
         if overlong >= self.max_response:
+            preset = f", as --algo {self.algo} has it," if self.overlong is None else ""
             raise ValueError(
-                f"--overlong {overlong} must be below --max_response {self.max_response}"
+                f"--overlong {overlong}{preset} must be below --max_response {self.max_response}: "
+                "give --overlong, 0 for no penalty"
             )
         if self.minibatches > self.prompts_per_step:
             raise ValueError("--minibatches is at most --prompts_per_step")
@@ -243,13 +245,33 @@ def policy_loss(
     return total / denominator, metrics
 
 
-def on_policy_coefficient(advantage, lengths, aggregation, denominator):
-    """d policy_loss / d logp of each token of a sequence, (B,), where every ratio is 1: no clip
-    acts then, and it is known before any log-prob is. advantage, lengths (B,); the rest as there.
+def pack_loss(pack, logp, old_logp, advantage, algorithm, denominator):
+    """`policy_loss` of the scored tokens (S,) of a pack, with the settings of an `Algorithm`.
+    advantage: (K,), of each of the pack's rollouts."""
+    return policy_loss(
+        pack.rows(logp),
+        pack.rows(old_logp),
+        advantage,
+        pack.rows(torch.ones_like(old_logp)),
+        ratio=algorithm.ratio,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        aggregation=algorithm.aggregation,
+        denominator=denominator,
+    )
+
+
+def on_policy_coefficient(pack, advantage, algorithm, denominator):
+    """d pack_loss / d logp of each scored token, (S,), where the policy is the one that sampled.
+
+    It is known before any log-prob is: a policy-gradient loss has its gradient from the ratios, and
+    on policy they are all 1. So zeros stand for both log-probs here. Where a loss has another
+    gradient at the real ones, token_logps raises ValueError in the backward pass.
     """
-    coefficient = -advantage / denominator
-    if aggregation == "seq-mean-token-mean":
-        coefficient = coefficient / lengths.clamp(min=1)
+    logp = torch.zeros(len(pack.target), device=pack.ids.device, requires_grad=True)
+    loss, _ = pack_loss(pack, logp, logp.detach(), advantage, algorithm, denominator)
+    (coefficient,) = torch.autograd.grad(loss, logp)
     return coefficient
 
 
@@ -350,86 +372,30 @@ def update_policy(policy, opt, groups, args, device, reference=None):
 
     reference: the start policy, for the KL term.
     """
-    algorithm = chosen_algorithm(args)
-    off_policy = args.minibatches > 1 or any(group.old_logp is not None for group in groups)
-    if off_policy:  # else every ratio is 1 by construction
+    on_policy = args.minibatches == 1 and all(group.old_logp is None for group in groups)
+    if not on_policy:  # else each log-prob is its own old one, and every ratio is 1
         fresh = [group for group in groups if group.old_logp is None]
         remember_logps(policy, fresh, args, device)
-    ref_logp = None
     if reference is not None:
-        ref_logp = trainer_logps(reference, groups, args, device)
-    known = not off_policy and ref_logp is None  # the loss's gradient, before any log-prob is
-
-    names = ("loss", "clipped", "entropy", "logp_diff", "kl")
-    sums = dict.fromkeys(names, 0.0)
-    ratio_max = torch.tensor(1.0)
-    logp_diff_max = torch.tensor(0.0)
+        for group, logps in zip(
+            groups, trainer_logps(reference, groups, args, device), strict=True
+        ):
+            group.ref_logp = logps
+    sums = dict.fromkeys(("loss", "clipped", "entropy", "logp_diff", "kl"), 0.0)
+    most = {"ratio_max": torch.tensor(1.0), "logp_diff_max": torch.tensor(0.0)}
     norms = []
     skipped = 0
     for part in range(args.minibatches):
-        chosen = [g for g in range(len(groups)) if g * args.minibatches // len(groups) == part]
+        chosen = [
+            group for g, group in enumerate(groups) if g * args.minibatches // len(groups) == part
+        ]
         if not chosen:  # fewer groups than minibatches
             continue
-        mine = [groups[g] for g in chosen]
-        denominator = loss_denominator(mine, algorithm.aggregation, args.max_response)
-        tokens = max(1, sum(group.tokens() for group in mine))
-        part_loss = 0.0
-        for pack in packs_of([group.tree() for group in mine], args.pack_tokens, device):
-            advantage = [float(mine[g].advantage[k]) for g, k in pack.children]
-            advantage = torch.tensor(advantage, device=device)  # (B,)
-            coefficient = None
-            if known:
-                lengths = pack.sequence.bincount()  # (B,)
-                coefficient = on_policy_coefficient(
-                    advantage, lengths, algorithm.aggregation, denominator
-                )
-                coefficient = coefficient[pack.sequence]  # (S,)
-            banned = policy.encoder.banned
-            logp, entropy = policy(
-                pack, args.temperature, banned, entropy=True, coefficient=coefficient
-            )
-            old_logp = logp.detach()
-            if off_policy:
-                old_logp = [mine[g].old_logp[k] for g, k in pack.children]
-                old_logp = torch.cat([*old_logp, torch.zeros(0)]).to(device)  # (S,)
-            if known:
-                loss = (coefficient * logp).sum()
-                part_loss += float(coefficient.sum())  # policy_loss, where every ratio is 1
-            else:
-                loss, found = policy_loss(
-                    pack.rows(logp),
-                    pack.rows(old_logp),
-                    advantage,
-                    pack.rows(torch.ones_like(old_logp)),
-                    ratio=algorithm.ratio,
-                    clip_low=algorithm.clip_low,
-                    clip_high=algorithm.clip_high,
-                    dual_clip=algorithm.dual_clip,
-                    aggregation=algorithm.aggregation,
-                    denominator=denominator,
-                )
-                if ref_logp is not None:
-                    ref = [ref_logp[chosen[g]][k] for g, k in pack.children]
-                    kl = k3(logp, torch.cat([*ref, torch.zeros(0)]).to(device))  # (S,)
-                    loss = loss + args.kl * kl.sum() / tokens
-                    sums["kl"] += float(kl.detach().sum())
-                part_loss += float(loss.detach())
-                if found["tokens"]:
-                    sums["clipped"] += found["clip_frac"] * found["tokens"]
-                    # torch's maximum keeps a NaN, Python's max may lose it
-                    ratio_max = torch.maximum(ratio_max, torch.tensor(found["ratio_max"]))
-            (
-                loss * world()
-            ).backward()  # FSDP averages over ranks; the denominator is global already
-            difference = (old_logp - sampler_logps(pack, mine)).abs()  # under the one that sampled
-            sums["entropy"] += float(entropy.sum())
-            sums["logp_diff"] += float(difference.sum())
-            if len(difference):
-                logp_diff_max = torch.maximum(logp_diff_max, difference.max().cpu())
-        norm, bad = step_if_finite(opt, part_loss, args.grad_clip, "policy")
+        loss = accumulate_gradient(policy, chosen, on_policy, args, device, sums, most)
+        norm, bad = step_if_finite(opt, loss, args.grad_clip, "policy")
         norms.append(norm)
         skipped += bad
-        sums["loss"] += part_loss
+        sums["loss"] += loss
     sums = all_sum(sums)
     tokens = sum(group.tokens() for group in groups) or torch.nan
     return {
@@ -437,13 +403,60 @@ def update_policy(policy, opt, groups, args, device, reference=None):
         "grad_norm": sum(norms) / len(norms),
         "skipped": skipped,
         "clip_frac": sums["clipped"] / tokens,
-        "ratio_max": all_max(ratio_max).item(),
+        "ratio_max": all_max(most["ratio_max"]).item(),
         "entropy": sums["entropy"] / tokens,
         "kl": sums["kl"] / tokens if reference is not None else torch.nan,
         "tokens": tokens,
         "logp_diff": sums["logp_diff"] / tokens,
-        "logp_diff_max": all_max(logp_diff_max).item(),
+        "logp_diff_max": all_max(most["logp_diff_max"]).item(),
     }
+
+
+def accumulate_gradient(policy, groups, on_policy, args, device, sums, most):
+    """The gradient of the loss of a minibatch of `groups` -> this rank's part of that loss. All
+    ranks call it with the same groups. Adds to `sums`, and raises `most`, of update_policy."""
+    algorithm = chosen_algorithm(args)
+    with_kl = groups[0].ref_logp is not None
+    denominator = loss_denominator(groups, algorithm.aggregation, args.max_response)
+    tokens = max(1, sum(group.tokens() for group in groups))
+    loss_sum = 0.0
+    for pack in packs_of([group.tree() for group in groups], args.pack_tokens, device):
+        advantage = [float(groups[g].advantage[k]) for g, k in pack.children]
+        advantage = torch.tensor(advantage, device=device)  # (K,)
+        coefficient = None  # (S,) d loss / d logp
+        if on_policy and not with_kl:
+            coefficient = on_policy_coefficient(pack, advantage, algorithm, denominator)
+        banned = policy.encoder.banned
+        logp, entropy = policy(
+            pack, args.temperature, banned, entropy=True, coefficient=coefficient
+        )
+        old_logp = logp.detach()
+        if not on_policy:
+            old_logp = kept_logps(pack, [group.old_logp for group in groups])  # (S,)
+        loss, found = pack_loss(pack, logp, old_logp, advantage, algorithm, denominator)
+        if with_kl:
+            kl = k3(logp, kept_logps(pack, [group.ref_logp for group in groups]))  # (S,)
+            loss = loss + args.kl * kl.sum() / tokens
+            sums["kl"] += float(kl.detach().sum())
+        (loss * world()).backward()  # FSDP averages over ranks; the denominator is global already
+        loss_sum += float(loss.detach())
+        difference = (old_logp - sampler_logps(pack, groups)).abs()  # under the one that sampled
+        sums["entropy"] += float(entropy.sum())
+        sums["logp_diff"] += float(difference.sum())
+        if found["tokens"]:
+            sums["clipped"] += found["clip_frac"] * found["tokens"]
+            # torch's maximum keeps a NaN, Python's max may lose it
+            ratio_max = torch.tensor(found["ratio_max"])
+            most["ratio_max"] = torch.maximum(most["ratio_max"], ratio_max)
+            logp_diff_max = difference.max().cpu()
+            most["logp_diff_max"] = torch.maximum(most["logp_diff_max"], logp_diff_max)
+    return loss_sum
+
+
+def kept_logps(pack, logps):
+    """The scored tokens' (S,) of log-probs that were kept: of each group N of (T,)."""
+    of_pack = [logps[g][k] for g, k in pack.children]
+    return torch.cat([*of_pack, torch.zeros(0)]).to(pack.ids.device)
 
 
 # ----------------------------------------------------------------------------- the loop

@@ -24,6 +24,10 @@ POLICY = "ckpt/sft"
 DISCRIMINATOR = "out/tiny-0/align/warmup/last"  # after its warm-up, before the game
 DATA = "data/tiny/align.jsonl"
 
+for needed in (POLICY, DISCRIMINATOR, DATA):
+    if not Path(needed).exists():
+        sys.exit(f"{needed} is not there: `bash runs/tiny.sh` makes it")
+
 torch.set_printoptions(precision=3, linewidth=96, threshold=60)
 
 
@@ -44,8 +48,10 @@ def show(name, value, meaning):
 
 
 print("# One step of the game, tensor by tensor\n")
-print("The output of [one_step.py](one_step.py), which has the code. T tokens of a pack, K spans,")
-print("P pairs, S scored tokens, E experts, N rollouts of a prompt, G prompts.\n")
+print(
+    "The output of [one_step.py](one_step.py), which has the code. N rollouts of a prompt, P pairs;"
+)
+print("of a pack T tokens, K children, S scored tokens, G trees; L layers, E experts.\n")
 
 # %%
 heading(
@@ -165,7 +171,7 @@ for name, score in zip(SPANS, group.score, strict=True):
     everybody = torch.ones_like(group.well_formed)
     normalized = align.group_normalize(floored, everybody)
     show(f"GN({name})", normalized, "(N,) mean 0, standard deviation 1")
-weights = list(align.span_weights(args).values())
+weights = list(align.span_weights(args.spans, args.alpha).values())
 for each in groups:
     reward = each.score.clamp(-args.score_clip, args.score_clip)
     each.advantage = align.span_advantage(reward, weights, each.well_formed)

@@ -159,19 +159,21 @@ def stage_file(Args):
     return Path(inspect.getfile(Args))
 
 
-def parse(Args, argv=None):
+def parse(Args, argv=None, with_paths=True):
     """Read the command line (`argv`, or the process's own) as an `Args`.
 
     A wrong flag, value or combination of values (ValueError of `Args`) ends the process with one
     message, see `end`. Without --data and --config a stage takes the embedded world's arguments,
-    runs/tiny-<stage>.json beside it.
+    runs/tiny-<stage>.json beside it. with_paths: whether a stage's files are looked for; where
+    only its settings matter they need not be there.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(Args)
     refuse_unknown_flags(parser, argv)
     config, embedded = find_config(Args, argv)
     if config:
-        parser.source = f" --config {config}"
+        if not embedded:
+            parser.source = f" --config {config}"
         argv = [*flags_in(config, Args, parser), *argv]  # of two flags the last one counts
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -181,7 +183,7 @@ def parse(Args, argv=None):
         given["config"] = config
     try:
         args = Args(**given)
-        if isinstance(args, Common):
+        if isinstance(args, Common) and with_paths:
             look_at_paths(args, embedded)
     except ValueError as error:
         parser.error(str(error))
@@ -324,25 +326,25 @@ def flags_of(name, value):
 
 # --------------------------------------------------------------------------------------- paths
 def look_at_paths(args, embedded):
-    """ValueError where a stage lacks its --data, or the images' folder is not there, which would
-    look like row after row that is broken. Under torchrun also for what the stage would find out
-    by itself, in each of its processes: here they can still end with one message.
-    """
+    """ValueError for what a stage would only find out once its model is loaded, or after its
+    warm-up: a file or a folder that is not there, an --out that holds a run already."""
     if not args.data:
         raise ValueError("--data is missing: the rows to train on")
     if embedded and not Path(args.data).exists():
         raise ValueError(f"{args.data} is not there: `bash runs/tiny.sh` makes it; or give --data")
     if args.image_root is not None and not Path(args.image_root).is_dir():
         raise ValueError(f"--image_root {args.image_root}: no such folder")
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    if not Path(args.policy).exists() and not may_be_on_the_hub(args.policy):
-        raise ValueError(f"--policy {args.policy}: no such folder (and no model on the hub)")
-    for name, path in (("data", args.data), ("eval_data", args.eval_data)):
+    for name in ("policy", "disc_init", "disc_path"):
+        path = getattr(args, name, "")  # the last two are align.py's
+        if path and not Path(path).exists() and not may_be_on_the_hub(path):
+            raise ValueError(f"--{name} {path}: no such folder (and no model on the hub)")
+    for name in ("data", "eval_data", "pairs"):
+        path = getattr(args, name, "")
         if path and not Path(path).exists():
             raise ValueError(f"--{name} {path}: no such file")
-    if overwrites(args.out, args.resume):
-        raise ValueError(overwrites(args.out, args.resume))
+    for folder in (args.out, f"{args.out}/warmup"):
+        if overwrites(folder, args.resume):
+            raise ValueError(overwrites(folder, args.resume))
 
 
 def may_be_on_the_hub(path):
@@ -355,8 +357,7 @@ def overwrites(folder, resume):
     log = Path(folder, "log.jsonl")
     if resume or not log.exists():
         return ""
-    mend = f"continue that run with --resume, or remove {folder}, or change --out"
-    return f"{log} exists: {mend}"
+    return f"{log} exists: continue that run with --resume, remove it, or change --out"
 
 
 # ------------------------------------------------------------------------------------- the end

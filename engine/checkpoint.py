@@ -189,6 +189,7 @@ def restore(folder, players, args=None):
     folder = Path(folder)
     put_back(folder)
     if not folder.exists():
+        print0(f"--resume: there is no {folder} yet to go on from")
         return None
     try:
         shapes = saved_shapes(folder / "resume/.metadata")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 
 @dataclass
-class Pairs:
+class ScoredPairs:
     """
     The B pairs of one span in a step: a rollout's span beside the reference's of the same prompt. A
     reference stands in as many pairs as its prompt has well-formed rollouts. B may be 0.
@@ -30,8 +30,8 @@ class Pairs:
     policy_length: torch.Tensor  # (B,) float64, tokens
 
 
-def pairs_of(groups, names):
-    """{name of a span: Pairs} of all pairs of a step."""
+def scored_pairs(groups, names):
+    """{name of a span: its ScoredPairs} of all pairs of a step."""
     pairs = {}
     for s, name in enumerate(names):
         rows = []
@@ -40,7 +40,7 @@ def pairs_of(groups, names):
                 scores = (float(group.reference_score[s]), float(group.score[s, k]))
                 rows.append((*scores, g, len(group.reference[s]), len(group.spans[k][s])))
         columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5).unbind(1)
-        pairs[name] = Pairs(*columns)
+        pairs[name] = ScoredPairs(*columns)
     return pairs
 
 
@@ -62,7 +62,7 @@ def game_metrics(pairs, load, clip):
     """
     Return all that is logged of the discriminator's side in one step: {"<span>/<metric>": float}.
 
-    pairs: {name of a span: its Pairs}, with the pairs of all spans in the same order of rollouts.
+    pairs: {name of a span: its ScoredPairs}, all in the same order of rollouts.
     load: (spans, L, E), how many tokens of each span each expert got, in the order of the names; L
     is 0 where nothing is routed.
     clip: the bound on the scores as rewards.
@@ -86,7 +86,9 @@ def game_metrics(pairs, load, clip):
 
 
 def span_metrics(pairs, clip):
-    """Return the metrics of one span's Pairs. `acc` of 1/2 is chance, `saturated` of 1 is bad."""
+    """
+    Return the metrics of the pairs of one span. `acc` of 1/2 is chance, `saturated` of 1 is bad.
+    """
     margin = pairs.reference - pairs.policy  # (B,)
     advantage = _centred(pairs.policy, pairs.group)
     length = _centred(pairs.policy_length, pairs.group)

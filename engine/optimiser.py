@@ -8,7 +8,9 @@ import math
 import torch
 from torch.distributed.tensor import DTensor
 
-from engine.ranks import agree, clip_grad
+from engine.ranks import agree, clip_grad, print0
+
+ENDED = 0.01  # of the peak: a cosine that has come below it is over
 
 
 def optimizer(model, lr, weight_decay, betas=(0.9, 0.999)):
@@ -62,6 +64,8 @@ class Schedule:
         Where the run has another length now, nothing jumps: the warm-up keeps its own, and the
         cosine goes down to the new end from where it has come to. Another `kind` is taken as given.
         """
+        if step >= self.total:
+            print0(f"nothing to do: {step} of {self.total} updates are made already")
         if state["kind"] != self.kind:
             return
         total = self.total
@@ -69,6 +73,11 @@ class Schedule:
         if total != self.total and step > self.warmup:
             self.height = self.factor(step - 1)
             self.start = step - 1
+            if self.height < ENDED and step < total:
+                print0(
+                    f"warning: the learning rate had come down to {self.height:.2g} of its peak, "
+                    "and goes on from there; for another cycle start a run from this checkpoint"
+                )
         self.total = total
 
 

@@ -6,7 +6,7 @@ idles where there are fewer prompts than ranks. What comes of them (ids, log-pro
 small) is gathered: every rank then holds every group, and what follows is plain code on the same
 data everywhere.
 
-    N rollouts of a prompt   S spans   T tokens of a rollout
+    N rollouts of a prompt   T tokens of a rollout   S scored tokens of a pack
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ class Group:
     prompt: object  # data.Prompt
     rollouts: list[Rollout] = field(default_factory=list)  # N
     texts: list[str] = field(default_factory=list)  # N
-    verdicts: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # accuracy, format, reward: (N,)
+    # (N,) each: accuracy, format, reward, and whatever else rewards.score returns
+    verdicts: dict[str, torch.Tensor] = field(default_factory=dict)
     advantage: torch.Tensor | None = None  # (N,)
     old_logp: list[torch.Tensor] | None = None  # N of (T,): the trainer's, when they were sampled
+    ref_logp: list[torch.Tensor] | None = None  # N of (T,): the start policy's, for the KL term
 
     # Stage 2. Spans stand in the order of the table of spans.
     seen: object = None  # the prompt as the discriminator sees it
-    reference: list[list[int]] = field(default_factory=list)  # S, ids of the reference's spans
-    spans: list[list[list[int]] | None] = field(default_factory=list)  # N of S; None: malformed
+    reference: list[list[int]] = field(default_factory=list)  # ids of each of the reference's spans
+    spans: list[list[list[int]] | None] = field(
+        default_factory=list
+    )  # N of each span's; None: malformed
     well_formed: torch.Tensor | None = None  # (N,) bool
-    reference_score: torch.Tensor | None = None  # (S,) raw scores
-    score: torch.Tensor | None = None  # (S, N) raw scores, NaN where malformed
+    reference_score: torch.Tensor | None = None  # (spans,) raw scores
+    score: torch.Tensor | None = None  # (spans, N) raw scores, NaN where malformed
 
     def tree(self):
         """What the policy reads: the prompt, continued by the rollouts."""
@@ -96,10 +98,10 @@ def sampler_logps(pack, groups):
 
 
 def rollout_metrics(groups):
-    """What stages 2 and 3 log of a step's rollouts; NaN where there is none."""
+    """What stages 2 and 3 log of a step's rollouts: the mean of each verdict, and more."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics = {}
-    for name in ("reward", "accuracy", "format"):
+    for name in groups[0].verdicts:
         metrics[name] = _mean([float(x) for group in groups for x in group.verdicts[name]])
     metrics["length"] = _mean([len(rollout.ids) for rollout in rollouts])
     metrics["truncated"] = _mean([rollout.stop == "length" for rollout in rollouts])

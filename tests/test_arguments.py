@@ -19,7 +19,8 @@ from engine.arguments import option
 
 @dataclass
 class Args(arguments.Common):
-    data: tuple[str, ...] = option((), "the rows, in 1 or more files")
+    seed: int = option(0, "another help than of every stage")
+    words: tuple[str, ...] = option((), "of any number")
     alpha: float = option(0.5, "weight of perception, 1 is 100 %")
     temperature: float = option(1.0, "of sampling", above=0)
     blind: bool = option(False, "no images")
@@ -37,6 +38,12 @@ class Args(arguments.Common):
 NEEDED = ["--policy", "p", "--data", "d"]
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_with_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("d").touch()
+
+
 def refused(capsys, line, Args=Args):
     """Parse what has to be refused -> the message, of one line."""
     with pytest.raises(SystemExit) as stop:
@@ -49,9 +56,9 @@ def refused(capsys, line, Args=Args):
 
 
 def test_types():
-    line = "--data a b --no-blind --no-greedy --max_pixels 5 --band 0.1 0.9"
+    line = "--words a b --no-blind --no-greedy --max_pixels 5 --band 0.1 0.9"
     args = arguments.parse(Args, [*NEEDED, *line.split(), "--schedule", "cosine", "--lr", "1e-3"])
-    assert args.data == ("a", "b")
+    assert args.words == ("a", "b")
     assert args.blind is False and args.greedy is False
     assert args.max_pixels == 5
     assert args.band == (0.1, 0.9)
@@ -75,8 +82,8 @@ def test_help_lists_every_flag_with_its_help_and_default(capsys):
     assert "decode greedily too (default: True)" in text
     assert "pass rates (default: 0.0 1.0)" in text
     assert "(default: )" not in text and "(default: None)" not in text
-    assert "the rows, in 1 or more files" in text
-    assert "the rows to train on" not in text  # the redeclared field's help
+    assert "another help than of every stage" in text
+    assert "of weights, order of the data and rollouts" not in text  # the redeclared field's
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,7 @@ def test_the_run_folder_has_the_stage_s_name():
 def test_config_repeats_a_run_and_flags_win(tmp_path):
     """What a checkpoint's meta.json says of the arguments is, as --config, the same run again, in
     every stage."""
-    own = ["--data", "a b", "c", "--band", "0.1", "0.9", "--no-scaled", "--no-greedy"]
+    own = ["--words", "a b", "c", "--band", "0.1", "0.9", "--no-scaled", "--no-greedy"]
     given = {
         align.Args: "--alpha 0.25 --disc_blind --steps 7 --max_pixels 99".split(),
         rlvr.Args: "--algo dapo --max_response 9000 --no-scale_by_std --lr 3e-05".split(),
@@ -229,10 +236,12 @@ def test_without_data_the_settings_are_those_of_the_embedded_world(stage, tmp_pa
     done = stage("--policy", "p")
     assert (done.returncode, done.stdout) == (2, "")
     assert "data/toy.jsonl is not there: `bash runs/tiny.sh` makes it" in done.stderr
+    assert "--config" not in done.stderr  # nobody gave one
     (tmp_path / "data").mkdir()
     (tmp_path / "data/toy.jsonl").touch()
     done = stage("--policy", "p", "--steps", "3")
     assert done.stdout == f"{EMBEDDED}ran data/toy.jsonl ckpt/toy 0.25 3\n", done.stderr
+    (tmp_path / "mine").touch()
     done = stage("--policy", "p", "--data", "mine")  # then the defaults are the stage's own
     assert done.stdout == "ran mine ckpt/toy 0.5 500\n"
     (tmp_path / "mine.json").write_text('{"data": "mine", "alpha": 1}')
@@ -255,17 +264,18 @@ def test_a_wrong_flag_under_torchrun_is_one_message(stage, ranks, late):
     [
         ("--policy ckpt/nowhere --data d", "--policy ckpt/nowhere: no such folder"),
         ("--policy p --data nowhere.jsonl", "--data nowhere.jsonl: no such file"),
+        ("--policy p --data d --eval_data nowhere", "--eval_data nowhere: no such file"),
+        ("--policy p --data d --pairs nowhere", "--pairs nowhere: no such file"),
+        ("--policy p --data d --disc_path ./x", "--disc_path ./x: no such folder"),
         ("--policy p --data d --out old", "old/log.jsonl exists: continue that run with"),
+        ("--policy p --data d --out warm", "warm/warmup/log.jsonl exists: continue that run"),
     ],
 )
-def test_under_torchrun_wrong_values_are_found_in_time(line, says, tmp_path, monkeypatch, capsys):
-    """So that they end in that one message too; alone, the stage says it."""
-    monkeypatch.chdir(tmp_path)
-    Path("d").touch()
-    Path("old").mkdir()
-    Path("old/log.jsonl").touch()
-    arguments.parse(align.Args, line.split())
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+def test_wrong_paths_are_found_before_anything_is_loaded(line, says, capsys):
+    for folder in ("old", "warm/warmup"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "log.jsonl").touch()
+    arguments.parse(align.Args, [*"--policy p --data d --out warm --resume".split()])
     assert refused(capsys, line.split(), align.Args).startswith(f"align.py: {says}")
 
 

@@ -142,21 +142,25 @@ def test_recipe_alpha_over_time(recipe, world, tmp_path):
         found = torch.tensor([rollout["advantage"] for rollout in rollouts])
         # scores are logged with four digits
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    play(recipe("align"), world, tmp_path / "whole", spans="whole")  # still one span of weight 1
 
 
 def test_recipe_cispo(recipe, world, tmp_path):
     stage = recipe("rlvr")
-    play(stage, world, tmp_path / "out", minibatches=2, clip_high=0.01)
+    play(stage, world, tmp_path / "out", algo="cispo", minibatches=2, clip_high=0.01)
+    play(stage, world, tmp_path / "on policy", algo="cispo")
     logp = torch.tensor([[-1.0, -0.5], [-2.0, -0.1]], requires_grad=True)
     old_logp = torch.tensor([[-2.0, -0.6], [-1.0, -0.1]])
     advantage = torch.tensor([1.0, -1.0])
-    loss, _ = stage.policy_loss(
-        logp, old_logp, advantage, torch.ones(2, 2), clip_low=0.2, clip_high=0.2
-    )
+    batch = (logp, old_logp, advantage, torch.ones(2, 2))
+    loss, _ = stage.policy_loss(*batch, ratio="weight", clip_low=0.2, clip_high=0.2)
     loss.backward()
     ratio = (logp - old_logp).exp().clamp(max=1.2).detach()
     # GRPO's gradient is 0 where the ratio of a good token is above 1.2; here none is lost
     torch.testing.assert_close(logp.grad, -advantage[:, None] * ratio / 4)
+    grpo, _ = stage.policy_loss(*batch, clip_low=0.2, clip_high=0.2)
+    plain, _ = rlvr.policy_loss(*batch, clip_low=0.2, clip_high=0.2)
+    assert grpo == plain
 
 
 def with_plan(file):
@@ -197,6 +201,9 @@ def test_recipe_top_p(recipe, world, tmp_path):
         for record in records(tmp_path / folder):
             assert record["logp_diff_max"] < 1e-4  # scored as it is sampled
             assert 0 <= record["entropy"] < 0.7  # at most two ids are in a nucleus of a half
+    hidden = torch.eye(4)[:1]  # no id is banned
+    weight = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().T.expand(4, 4)
+    assert logprob.token_logps(hidden, weight, torch.tensor([0])).exp().item() > 0.5
     x = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     assert logprob.nucleus(x.clone()).isfinite().tolist() == [[True, True, False, False]]
     kept = logprob.nucleus(x.clone(), torch.tensor([3])).isfinite()

@@ -13,7 +13,7 @@ NONE = torch.zeros(0)
 
 
 def span_metrics(reference, policy, group, reference_length, policy_length):
-    pairs = health.Pairs(reference, policy, group, reference_length, policy_length)
+    pairs = health.ScoredPairs(reference, policy, group, reference_length, policy_length)
     return health.span_metrics(pairs, clip=10)
 
 
@@ -147,7 +147,7 @@ def test_length_probe():
 def game_pairs(sign):
     """Two groups of three rollouts whose scores follow their lengths, or oppose them (sign −1)."""
     scores = sign * T([1.0, 2.0, 12.0, 1.0, 2.0, 12.0])
-    return health.Pairs(
+    return health.ScoredPairs(
         reference=torch.full((6,), 5.0),
         policy=scores,
         group=T([1, 1, 1, 0, 0, 0]),
@@ -171,7 +171,7 @@ def test_game_metrics_keep_the_spans_apart():
     assert m["advantage_corr"] == pytest.approx(-1)
     assert (m["perception/entropy"], m["reasoning/max_share"]) == (1, 1)
 
-    nothing = health.Pairs(NONE, NONE, NONE, NONE, NONE)
+    nothing = health.ScoredPairs(NONE, NONE, NONE, NONE, NONE)
     pairs = {"perception": nothing, "reasoning": nothing}
     empty = health.game_metrics(pairs, torch.zeros(2, 0, 4), clip=10)
     of_experts = ("expert", "share", "entropy")

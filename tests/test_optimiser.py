@@ -61,6 +61,16 @@ def test_schedule_of_a_resumed_run():
     assert schedule.factor(60) <= 1
 
 
+def test_resuming_what_has_ended_says_so(capsys):
+    resumed("cosine", 100, 100, 0.1, 40)
+    resumed("cosine", 100, 300, 0.1, 50)
+    assert capsys.readouterr().out == ""
+    resumed("cosine", 100, 100, 0.1, 100)
+    assert capsys.readouterr().out == "nothing to do: 100 of 100 updates are made already\n"
+    resumed("cosine", 100, 300, 0.1, 100)
+    assert "warning: the learning rate had come down to 0.0003 of" in capsys.readouterr().out
+
+
 def test_another_kind_of_schedule_is_taken_as_given():
     schedule = Schedule("constant", 200)
     schedule.resume(Schedule("cosine", 100).state(), 99)

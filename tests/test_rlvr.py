@@ -2,11 +2,14 @@
 batch."""
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine.packs import Pack
 from rlvr import (
     ALGORITHMS,
     group_advantage,
@@ -95,10 +98,18 @@ def test_masked_positions_are_inert(algo, junk):
     assert torch.equal(dirty.nan_to_num(5), before.nan_to_num(5))  # inputs are left as they were
 
 
+def pack_of(mask):
+    """A stand-in for a pack whose scored tokens are those of a mask (B, T)."""
+    pack = SimpleNamespace(sequence=mask.nonzero()[:, 0], ids=torch.arange(mask.sum()))
+    pack.target = pack.ids
+    pack.rows = partial(Pack.rows, pack)
+    return pack
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_on_policy_gradient_is_reinforce(algo):
     """At ratio 1 nothing is clipped: the gradient is -advantage on each token, whatever the
-    algorithm; `on_policy_coefficient` knows it, and its sum is the loss."""
+    algorithm; `on_policy_coefficient` knows it before any log-prob."""
     logp, _, adv, mask = batch()
     loss, m = policy_loss(logp, logp.detach(), adv, mask, denominator=1, **settings(algo))
     per_sequence = (
@@ -106,9 +117,9 @@ def test_on_policy_gradient_is_reinforce(algo):
     )
     gradient = torch.autograd.grad(loss, logp)[0]
     near(gradient, -adv[:, None] * mask / per_sequence)
-    known = on_policy_coefficient(adv, mask.sum(1), ALGORITHMS[algo].aggregation, 1)
-    near(gradient, known[:, None] * mask)
-    near(loss, (known[:, None] * mask).sum())
+    known = on_policy_coefficient(pack_of(mask), adv, ALGORITHMS[algo], 1)
+    near(gradient[mask], known)
+    near(loss, known.sum())
     assert m["clip_frac"] == 0 and m["ratio_max"] == 1
 
 

@@ -20,7 +20,7 @@ def test_the_settings_are_arguments_of_the_stage(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = json.loads((ROOT / f"runs/tiny-{name}.json").read_text())
     flags = ["--config", f"runs/tiny-{name}.json", "--policy", "p", "--seed", "3"]
-    args = parse(STAGES[name].Args, [*flags, "--data", "mine.jsonl"])
+    args = parse(STAGES[name].Args, [*flags, "--data", "mine.jsonl"], with_paths=False)
     assert (args.data, args.seed) == ("mine.jsonl", 3)  # flags win
     assert settings["data"].startswith("data/tiny/")
     for argument, value in settings.items():

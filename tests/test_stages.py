@@ -485,12 +485,68 @@ def test_derived_values_are_no_arguments(world, tmp_path):
     again = parse(sft.Args, ["--config", meta, "--epochs", "0.5", "--out", str(tmp_path / "half")])
     sft.main(again)
     assert [r["epoch"] for r in records(tmp_path / "half")] == [0.5]
-    grpo = rlvr.Args(policy="p", data="d", out="o", max_response=9000)
+    grpo = rlvr.Args(policy="p", data=world.rl, out="o", max_response=9000)
     Path(meta).write_text(json.dumps({"args": vars(grpo)}))
     dapo = rlvr.chosen_algorithm(parse(rlvr.Args, ["--config", meta, "--algo", "dapo"]))
     assert dapo == rlvr.ALGORITHMS["dapo"]
     mine = parse(rlvr.Args, ["--config", meta, "--algo", "dapo", "--clip_high", "0.5"])
     assert rlvr.chosen_algorithm(mine) == replace(rlvr.ALGORITHMS["dapo"], clip_high=0.5)
+
+
+def test_each_span_needs_a_weight(monkeypatch):
+    """Said before anything is loaded, not where the first advantage is made."""
+    monkeypatch.setattr(align, "SPANS", {"perception": ("caption",), "plan": (), "reasoning": ()})
+    with pytest.raises(ValueError, match="each span needs a weight"):
+        align.Args(policy="p", data="d")
+    align.Args(policy="p", data="d", spans="whole")
+
+
+def test_what_a_reward_says_beside_is_logged(world, tmp_path, monkeypatch):
+    """Another key of the verdict is in the log and with the rollouts, malformed ones included."""
+
+    def verify(text, example, plain=rlvr.verify):
+        return plain(text, example) | {"words": float(len(text.split()))}
+
+    for stage, data in ((align, world.align), (rlvr, world.rl)):
+        monkeypatch.setattr(stage, "verify", verify)
+        args = dict(policy=world.sft, data=data, steps=1, max_response=32, group_size=4)
+        args |= COMMON | dict(prompts_per_step=4, sample_every=1)
+        args |= dict(warmup_steps=0) if stage is align else {}
+        out = tmp_path / stage.__name__
+        stage.main(stage.Args(**args, out=str(out)))
+        (record,) = records(out)
+        assert record["words"] > 0 and 0 <= record["accuracy"] <= record["format"] < 1
+        group = json.loads((out / "rollouts.jsonl").read_text())
+        for rollout in group["rollouts"]:
+            assert rollout["scores"]["words"] == len(rollout["text"].split())
+
+
+def test_a_change_of_the_policy_loss_takes_effect_on_policy(world, tmp_path, monkeypatch):
+    """With one minibatch the loss's gradient is taken as known: it is asked of the loss itself, and
+    where it is another at the real log-probs, that is said."""
+    plain = rlvr.policy_loss
+    args = dict(policy=world.sft, data=world.rl, steps=1, max_response=32, group_size=4)
+    args |= COMMON | dict(prompts_per_step=4)
+
+    def run(name, loss_function):
+        monkeypatch.setattr(rlvr, "policy_loss", loss_function)
+        rlvr.main(rlvr.Args(**args, out=str(tmp_path / name)))
+        return records(tmp_path / name)[0]
+
+    def doubled(*batch, **options):
+        loss, metrics = plain(*batch, **options)
+        return 2 * loss, metrics
+
+    def of_probabilities(logp, *batch, **options):
+        loss, metrics = plain(logp, *batch, **options)
+        return loss + logp.exp().sum(), metrics
+
+    once, twice = run("once", plain), run("twice", doubled)
+    assert once["grad_norm"] > 0
+    assert twice["grad_norm"] == pytest.approx(2 * once["grad_norm"], rel=1e-4)
+    assert twice["loss"] == pytest.approx(2 * once["loss"], rel=1e-4)
+    with pytest.raises(ValueError, match="another gradient than `coefficient`"):
+        run("other", of_probabilities)
 
 
 def test_no_group_to_learn_from_is_counted_and_changes_nothing(world, tmp_path):

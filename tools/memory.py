@@ -322,7 +322,7 @@ def main(argv) -> None:
         sys.exit(f"usage: python tools/memory.py {{{','.join(STAGES)}}} --policy CHECKPOINT ...")
     stage = STAGES[name]
     # No row is read; but a stage without --data would take the sizes of the embedded world.
-    args = parse(stage.Args, ["--data", "none", *argv[1:]])
+    args = parse(stage.Args, ["--data", "none", *argv[1:]], with_paths=False)
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun one process says it
     ranks = int(os.environ.get("WORLD_SIZE", 1))
