@@ -586,22 +586,22 @@ class Encoder:
         except ValueError as error:
             raise no_shape(example, error) from None
         ids, trained = self._tokens(example, example.messages)
-        tokens = self._widths(ids, torch.tensor(patches, dtype=torch.int64), example)
-        of_images = tokens[ids == self.image_id].sum()
-        return int(tokens[~trained].sum()), int(of_images), int(tokens[trained].sum())
+        widths = self._widths(ids, torch.tensor(patches, dtype=torch.int64), example)
+        of_images = widths[ids == self.image_id].sum()
+        return int(widths[~trained].sum()), int(of_images), int(widths[trained].sum())
 
     def _encode(self, example, messages, limit):
         ids, trained = self._tokens(example, messages)
         pixels, grid = self.pixels(example)
         patches = torch.tensor([], dtype=torch.int64) if grid is None else grid.prod(-1)  # (n,)
-        repeats = self._widths(ids, patches, example)
-        if repeats.sum() > limit:  # never cut
-            of_images = repeats[ids == self.image_id].sum()
-            detail = f"{repeats.sum()}, of them {of_images} of images, allowed are {limit}"
+        widths = self._widths(ids, patches, example)
+        if widths.sum() > limit:  # never cut
+            of_images = widths[ids == self.image_id].sum()
+            detail = f"{widths.sum()}, of them {of_images} of images, allowed are {limit}"
             mend = "Raise the limit, lower --max_pixels, or leave the row out."
             raise BadRow(example.where, "too many tokens", mend, detail)
-        ids = ids.repeat_interleave(repeats)  # (T,)
-        trained = trained.repeat_interleave(repeats)  # (T,)
+        ids = ids.repeat_interleave(widths)  # (T,)
+        trained = trained.repeat_interleave(widths)  # (T,)
         image_mask = ids == self.image_id  # (T,)
         positions = torch.arange(len(ids)).expand(3, -1)  # (3, T)
         if grid is not None and self.rope_index:
