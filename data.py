@@ -8,12 +8,15 @@ The formats that rows come in have a function each, `from_..`, which says what f
 hold images under `images` or `image`, as paths, bytes or {bytes, path}. An image's path is relative
 to the file's folder, or to `image_root`, and must not lead out of it.
 
-    python data.py check FILE [--kind sft|align|rl|pairs|eval] [--model CHECKPOINT]
+    python data.py check FILE .. [--kind sft|align|rl|pairs|eval] [--policy CHECKPOINT] [--against
+        TEST_FILE ..]
+
+says what of a file is usable and what is in it (engine/inspection.py), and shows a row as it is
+read. Tokens are counted with --policy alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -23,12 +26,14 @@ import unicodedata
 from dataclasses import dataclass, field
 from functools import partial
 from string import ascii_lowercase
+from typing import Literal
 
 import torch
-from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from engine.answers import MAX_CHARS
+from engine.arguments import Common, end, make_parser, option, refuse_unknown_flags
+from engine.arguments import check as check_numbers
 from engine.benchmarks import (
     is_among,
     name_pictures,
@@ -37,12 +42,14 @@ from engine.benchmarks import (
     refuse_flags,
     refuse_in_turn,
     refuse_marks,
+    says,
     standard,
     unlettered,
     unwrap,
 )
 from engine.files import find
-from engine.rows import BadRow, Data, find_image, open_image
+from engine.inspection import Inspection
+from engine.rows import BadRow, Data, find_image, open_image, shrink
 
 SYSTEM_PROMPT = """You are a helpful scientific assistant.
 Answer the user's question based on the image provided.
@@ -66,6 +73,7 @@ SPANS = {"perception": ("caption",), "reasoning": ("think", "answer")}
 PARTS = tuple(name for names in SPANS.values() for name in names)
 WHOLE = {"whole": PARTS}
 TAGS = [tag for name in PARTS for tag in (f"<{name}>", f"</{name}>")]
+FORM = ", ".join(TAGS[0::2])  # in messages: "<caption>, <think>, <answer>"
 
 # What a file's rows are for. "rl" and "eval" take rows of any format that hold answers.
 KINDS = ("sft", "align", "rl", "pairs", "eval")
@@ -171,6 +179,8 @@ def to_example(row, where="", index=-1, kind=None, root=".", links=True):
     """A row of any format as an Example, of kind "pairs" as a PairExample. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow(where, "the row is not an object", "Each row is {...} with named fields.")
+    # A table has every column in every row: what a row lacks says nothing.
+    row = {name: value for name, value in row.items() if says(value)}
     kind = kind or _kind_of(row)
     pair = None
     if kind == "pairs":
@@ -191,8 +201,8 @@ def to_example(row, where="", index=-1, kind=None, root=".", links=True):
     if kind == "align":
         written = parts(example.response)
         if written is None or not all(written.values()):
-            mend = "Write <caption>, <think>, <answer>, each once, none empty."
-            raise BadRow(where, "the reference lacks the three parts", mend)
+            mend = f"Write {FORM}, each once, in this order, none empty, nothing outside."
+            raise BadRow(where, f"the reference is not {FORM}", mend, _flaw(example.response))
     if kind in ("rl", "eval"):
         _check_answer(example)
     return pair or example
@@ -261,14 +271,26 @@ def from_pairs(row, where) -> PairExample:
     """A row of any of the formats above that has two responses, for the discriminator's warm-up:
     teacher_response and student_response, or of either side its _caption and _cot."""
     example = _reader_of(row)(row, where)
-    reference = split_spans(example.response)
-    policy = split_spans(_written(row, "student", where))
-    if reference is None or policy is None:
-        side = "teacher_*" if reference is None else "student_*"
-        mend = "Leave malformed responses out."
-        raise BadRow(where, "a side of the pair lacks the three parts", mend, side)
-    texts = zip(reference, policy, strict=True)
+    sides = {"teacher": example.response, "student": _written(row, "student", where)}
+    spans = []
+    for side, response in sides.items():
+        spans.append(split_spans(response))
+        if spans[-1] is None:
+            detail = f"{side}_*: {_flaw(response)}"
+            mend = "Leave malformed responses out."
+            raise BadRow(where, f"a side of the pair is not {FORM}", mend, detail)
+    texts = zip(*spans, strict=True)  # of each span the reference's and the policy's
     return PairExample(example, dict(zip(SPANS, texts, strict=True)))
+
+
+def _flaw(response):
+    """In words, what keeps a response from being well-formed."""
+    if response is None:
+        return "there is none"
+    for tag in TAGS:
+        if response.count(tag) != 1:
+            return f"{tag} stands {response.count(tag)} times"
+    return "an empty part, text outside, or another order"
 
 
 # What all formats share
@@ -547,44 +569,39 @@ class Encoder:
         if self.blind or not example.images:
             return None, None
         images = [open_image(image, example.where) for image in example.images]
-        if self.max_side:
-            for image in images:
-                image.thumbnail((self.max_side, self.max_side))  # in place, larger ones alone
+        images = [shrink(image, self.max_side) for image in images]
         try:
             made = self.image_processor(images=images, size=self.size, return_tensors="pt")
         except ValueError as error:
-            raise BadRow(
-                example.where, "an image has no usable shape", "Crop it.", str(error)
-            ) from None
+            raise no_shape(example, error) from None
         return made["pixel_values"], made["image_grid_thw"]
 
+    def lengths(self, example, sizes):
+        """Tokens of a row's turns, without the work on its pixels: (not trained on, of them image,
+        trained on). sizes: (width, height) of each image, within max_side. Raises BadRow."""
+        limits = {"min_pixels": self.size["shortest_edge"], "max_pixels": self.size["longest_edge"]}
+        count = self.image_processor.get_number_of_image_patches
+        try:
+            patches = [count(height, width, limits) for width, height in sizes]
+        except ValueError as error:
+            raise no_shape(example, error) from None
+        ids, trained = self._tokens(example, example.messages)
+        widths = self._widths(ids, torch.tensor(patches, dtype=torch.int64), example)
+        of_images = widths[ids == self.image_id].sum()
+        return int(widths[~trained].sum()), int(of_images), int(widths[trained].sum())
+
     def _encode(self, example, messages, limit):
-        where = example.where
-        texts = [message["content"] for message in messages]
-        for text in [*texts, example.response or ""]:
-            # Also as a blind encoder would see it.
-            found = self.special.search(text) or self.special.search(text.replace("<image>", ""))
-            if found:
-                mend = "Take it out: it would steer the model."
-                raise BadRow(where, "a special token in the text", mend, found[0])
         ids, trained = self._tokens(example, messages)
-        ids = torch.tensor(ids)
-        trained = torch.tensor(trained)
         pixels, grid = self.pixels(example)
-        slots = ids == self.image_id  # one for each image, to be widened
-        if slots.sum() != (0 if grid is None else len(grid)):
-            mend = "Use the template of a vision-language model."
-            raise BadRow(where, "the chat template does not write the images", mend)
-        repeats = torch.ones_like(ids)
-        if grid is not None:
-            repeats[slots] = grid.prod(-1) // self.image_processor.merge_size**2
-        if repeats.sum() > limit:  # never cut
-            of_images = repeats[slots].sum()
-            detail = f"{repeats.sum()}, of them {of_images} of images, allowed are {limit}"
+        patches = torch.tensor([], dtype=torch.int64) if grid is None else grid.prod(-1)  # (n,)
+        widths = self._widths(ids, patches, example)
+        if widths.sum() > limit:  # never cut
+            of_images = widths[ids == self.image_id].sum()
+            detail = f"{widths.sum()}, of them {of_images} of images, allowed are {limit}"
             mend = "Raise the limit, lower --max_pixels, or leave the row out."
-            raise BadRow(where, "too many tokens", mend, detail)
-        ids = ids.repeat_interleave(repeats)  # (T,)
-        trained = trained.repeat_interleave(repeats)  # (T,)
+            raise BadRow(example.where, "too many tokens", mend, detail)
+        ids = ids.repeat_interleave(widths)  # (T,)
+        trained = trained.repeat_interleave(widths)  # (T,)
         image_mask = ids == self.image_id  # (T,)
         positions = torch.arange(len(ids)).expand(3, -1)  # (3, T)
         if grid is not None and self.rope_index:
@@ -598,8 +615,25 @@ class Encoder:
         prompt = Prompt(ids, positions, next_position, pixels, grid, image_mask, example)
         return prompt, trained
 
+    def _widths(self, ids, patches, example):
+        """How many tokens each id (T,) stands for: one, but an image's for its patches (n,)."""
+        slots = ids == self.image_id  # one for each image
+        if slots.sum() != len(patches):
+            mend = "Use the template of a vision-language model."
+            raise BadRow(example.where, "the chat template does not write the images", mend)
+        widths = torch.ones_like(ids)
+        widths[slots] = patches // self.image_processor.merge_size**2
+        return widths
+
     def _tokens(self, example, messages):
-        """(ids, trained on?) of a conversation, with one image token for each image."""
+        """(ids (T,), trained on? (T,)) of a conversation, with one image token for each image."""
+        texts = [message["content"] for message in messages]
+        for text in [*texts, example.response or ""]:
+            # Also as a blind encoder would see it.
+            found = self.special.search(text) or self.special.search(text.replace("<image>", ""))
+            if found:
+                mend = "Take it out: it would steer the model."
+                raise BadRow(example.where, "a special token in the text", mend, found[0])
         ids = []
         trained = []
         done = ""  # the text that `ids` stand for
@@ -621,7 +655,7 @@ class Encoder:
                 ids += self.response(response)
                 trained += [True] * (len(ids) - len(trained))
                 done = text + response + self.tokenizer.eos_token
-        return ids, trained
+        return torch.tensor(ids), torch.tensor(trained)
 
     def _ids(self, text, split=False):
         found = self.tokenizer(
@@ -649,6 +683,10 @@ class Encoder:
             elif piece:
                 content.append({"type": "text", "text": piece})
         return content
+
+
+def no_shape(example, error):
+    return BadRow(example.where, "an image has no usable shape", "Crop it.", error)
 
 
 # In front of a saved chat template, so that any server asks for the three parts: the system turn
@@ -818,57 +856,113 @@ def _filled(pieces):
 
 
 # -------------------------------------------------------------------------------------- the check
+@dataclass(kw_only=True)
+class Check:
+    """The flags of `python data.py check`; those of the stages have their names and defaults."""
+
+    kind: Literal[KINDS] | None = option(
+        None, "what the rows are for; none: what each row's fields suggest"
+    )
+    policy: str = option(
+        "", "checkpoint, or a folder with its tokenizer and configurations, to count tokens with"
+    )
+    against: tuple[str, ...] = option(
+        (), "files to test on: a warning where they share images or questions with the file"
+    )
+    texts: int = option(20_000, "rows whose text is read, drawn at random; 0: all")
+    rows: int = option(
+        2000, "of these, rows whose images and tokens are looked at; 0: all of these"
+    )
+    seed: int = option(0, "of the drawing")
+    show: int = option(1, "rows to show, the first that are usable")
+    max_prompt: int = option(Common.max_prompt, "tokens, image tokens included", least=1)
+    max_response: int = option(Common.max_response, "tokens, end token included", least=1)
+    max_pixels: int | None = option(None, "of one image, larger ones are scaled down", least=1)
+    max_side: int | None = option(None, "pixels, of one image's longer side", least=1)
+    image_root: str | None = option(
+        None, "folder that image paths are relative to and stay in; none: the data file's"
+    )
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.image_root is not None and not os.path.isdir(self.image_root):
+            raise ValueError(f"--image_root {self.image_root}: no such folder")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="say whether a data file is usable, show a row as the model sees it"
-    )
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("file")
-    parser.add_argument(
-        "--kind", choices=KINDS, help="what the rows are for (default: by each row's fields)"
-    )
-    parser.add_argument(
-        "--model", help="checkpoint to encode with (default: images are opened, nothing is encoded)"
-    )
-    parser.add_argument(
-        "--image_root", help="folder that image paths are relative to (default: the file's)"
-    )
-    parser.add_argument(
-        "--max_tokens", type=int, default=8192, help="rows with more are bad; needs --model"
-    )
-    args = parser.parse_args(argv)
-    data = read(args.file, args.kind, args.image_root, max_bad=math.inf)
+    """Check files; exit status 1 where one has no usable row, 2 where one cannot be opened."""
+    files, args = parse_check(argv)
     encoder = None
-    if args.model:
-        encoder = open_encoder(args.model, max_prompt_tokens=args.max_tokens)
-    first = None  # the first good row, as it is shown
     try:
-        for i in tqdm(range(len(data)), unit="row", disable=None):
-            for text in data.fetch([i], partial(_show, encoder=encoder)):
-                first = first or text
-    except ValueError as error:  # all rows are bad
-        print(error)
-    if first:
-        print(first)
-    print(f"{args.file}: {len(data) - len(data.bad)} of {len(data)} rows usable")
-    for what, n in data.skipped.most_common():
-        print(f"  {n} {what}")
-    sys.exit(0 if first else 1)
+        if args.policy:
+            limits = {"max_pixels": args.max_pixels, "max_side": args.max_side}
+            encoder = open_encoder(args.policy, max_prompt_tokens=math.inf, **limits)
+        opened = [read(path, args.kind, args.image_root) for path in files]
+        held_out = [read(path, None, args.image_root) for path in args.against]
+    except (OSError, ImportError, ValueError) as error:
+        end(f"data.py: {error}")
+    usable = []
+    for data in opened:
+        found = Inspection(data, args, split_spans, encoder)
+        for look in found.looks[: args.show]:
+            print(shown(data[look.index], encoder))
+        print("\n".join(found.lines()))
+        for other in held_out:
+            print("\n".join(found.compare(other).lines()))
+        usable.append(bool(found.looks))
+    sys.exit(0 if all(usable) else 1)
 
 
-def _show(row, encoder):
-    """A row as text: as the model sees it, or without an encoder as it was read."""
+def parse_check(argv):
+    """(files, Check) of the command line."""
+    parser = make_parser(Check)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("file", nargs="+", help="JSON, JSONL or parquet")
+    argv = sys.argv[1:] if argv is None else argv
+    refuse_unknown_flags(parser, argv)
+    given = vars(parser.parse_args(argv))
+    given.pop("command")
+    files = given.pop("file")
+    try:
+        return files, Check(**given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def shown(row, encoder):
+    """A row as text: its turns, as the policy sees them where there is an encoder, and what is read
+    of the reference."""
     example = row.example if isinstance(row, PairExample) else row
+    lines = []
     if encoder is None:
-        for image in example.images:
-            open_image(image, example.where)
-        return str(row)
-    prompt, _ = encoder.conversation(example)
-    text = encoder.tokenizer.decode(prompt.ids[~prompt.image_mask])
-    return (
-        f"{example.where}: {len(prompt.ids)} tokens, "
-        f"{prompt.image_mask.sum()} of them image (not shown)\n{text}"
-    )
+        lines.append(f"{example.where}, as it is read, with {len(example.images)} image(s)")
+        for turn in example.messages:
+            lines.append(f"[{turn['role']}]\n{turn['content']}")
+    else:
+        prompt, _ = encoder.conversation(example)
+        text = encoder.tokenizer.decode(prompt.ids[~prompt.image_mask])
+        of_images = int(prompt.image_mask.sum())
+        lines.append(
+            f"{example.where}, as the policy sees it: {len(prompt.ids)} tokens, {of_images} of "
+            f"them image (not shown)\n{text}"
+        )
+    if isinstance(row, PairExample):
+        for span, (reference, policy) in row.pairs.items():
+            lines.append(f"[{span}, of the reference]\n{reference}")
+            lines.append(f"[{span}, of the policy]\n{policy}")
+    elif example.response is not None:
+        texts = split_spans(example.response)
+        if texts is None:
+            lines.append(f"[the reference is not {FORM}: no spans]\n{example.response}")
+        else:
+            for span, text in zip(SPANS, texts, strict=True):
+                lines.append(f"[{span}, of the reference]\n{text}")
+    lines.append(f"[answer] {example.answer!r}")
+    if example.equivalent:
+        lines.append(f"[equivalent] {example.equivalent}")
+    if example.choices:
+        lines.append(f"[choices] {example.choices}")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

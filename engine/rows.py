@@ -236,6 +236,13 @@ def open_image(source, where=""):
         raise BadRow(where, "an image cannot be read", mend, error) from None
 
 
+def shrink(image, max_side=None):
+    """The image itself, scaled down where its longer side is more than max_side pixels."""
+    if max_side:
+        image.thumbnail((max_side, max_side))  # in place, larger ones alone
+    return image
+
+
 def _as_rgb(image):
     if image.width * image.height > MAX_IMAGE:
         raise ValueError(f"{image.width} x {image.height} pixels, allowed are {MAX_IMAGE}")

@@ -54,7 +54,7 @@ python sft.py --no-freeze_vision --policy "$OUT/init" --data "$DATA/puzzlevqa/sf
     --steps 3 --batch 4 --lr 1e-3 $small
 python sft.py --policy "$OUT/sft1" --data "$DATA/puzzlevqa/sft_conversations.jsonl" \
     --out "$OUT/sft2" --steps 3 --batch 4 --lr 1e-3 $small
-python data.py check "$DATA/puzzlevqa/align.parquet" --model "$OUT/sft2"
+python data.py check "$DATA/puzzlevqa/align.parquet" --policy "$OUT/sft2"
 
 # The warm-up runs twice: on pairs (a reference against another image's), then on the policy's own
 # rollouts before the game. After six steps no rollout is well-formed: the discriminator has nothing

@@ -322,7 +322,11 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         "a special token",
     ),
     # ---- responses
-    "reference twice": ("align", verl(teacher_response=RESPONSE * 2), "lacks the three parts"),
+    "reference twice": (
+        "align",
+        verl(teacher_response=RESPONSE * 2),
+        r"reference is not <caption>, <think>, <answer> \(<caption> stands 2 times",
+    ),
     "reference as a number": ("align", verl(teacher_response=5), "`teacher_response` is missing"),
     "reference with a lone surrogate": (
         "align",
@@ -332,7 +336,7 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
     "reference of nothing that is seen": (
         "align",
         verl(teacher_response=RESPONSE.replace("one dot", "\u200b\ufeff")),
-        "lacks the three parts",
+        r"<answer> \(an empty part",
     ),
     "caption as a list": (
         "align",
@@ -344,12 +348,12 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         verl(
             teacher_caption="<caption><caption>x</caption></caption>", teacher_cot=RESPONSE[THINK:]
         ),
-        "lacks the three parts",
+        r"<answer> \(<caption> stands 2 times",
     ),
     "no reference in a pair": (
         "pairs",
         {"question": "How?", "student_response": RESPONSE},
-        r"three parts \(teacher",
+        r"<answer> \(teacher_\*: there is none",
     ),
     "rollout as a number": (
         "pairs",
@@ -364,7 +368,7 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         r"too many tokens \(.*4500 of images",
     ),
     # ---- images
-    "images as an empty text": ("rl", verl(images=""), "neither path nor bytes"),
+    "images as an empty text": ("rl", verl(images=""), r"1 <image>, 0 images"),
     "images as lists": ("rl", verl(images=[["images/0.png"]]), "neither path nor bytes"),
     "image as base64": (
         "rl",

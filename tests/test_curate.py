@@ -24,6 +24,7 @@ from PIL import Image
 
 from data import SYSTEM_PROMPT, read
 from engine.arguments import parse
+from eval import write_rows
 from tools import curate
 
 KEY = "sk-very-secret-0123456789"
@@ -31,14 +32,6 @@ KEY = "sk-very-secret-0123456789"
 
 def response(answer, caption="- a square", think="1. I look."):
     return f"<caption>{caption}</caption>\n\n<think>\n{think}</think> <answer>{answer}</answer>"
-
-
-def canonical(answer):
-    """The same response as it is to be written."""
-    return (
-        "<caption>\n- a square\n</caption>\n<think>\n1. I look.\n</think>\n"
-        f"<answer>\n{answer}\n</answer>"
-    )
 
 
 def completion(text, **more):
@@ -168,8 +161,83 @@ def test_three_files_that_the_stages_open(server, problems, tmp_path):
             assert Image.open(example.images[0]).getpixel((0, 0)) == (10 * number, 0, 99)
             assert example.images[0].startswith(str(out / "images"))
             text = example.messages[-1]["content"] if kind == "sft" else example.response
-            assert text == canonical(number)
+            assert text == response(number)  # its empty line too
     assert sorted(seen) == list(range(20))  # none twice, none lost
+
+
+def test_the_teachers_words_are_kept_as_they_stand(server, problems, tmp_path):
+    """Empty lines and indentation are what a policy is to learn to write; only the ends go."""
+    think = "1. I look:\n\n    2 + 2\n      = 4\n\n2. So  4."
+    server.behave = lambda number, *_: f"\n {response(number, think=think)}\n\n"
+    run(server, problems, "--shares", 0.25, 0.2)
+    for kind in ("sft", "align", "rl"):
+        for row in lines(tmp_path / f"out/{kind}.jsonl"):
+            number = row["reward_model"]["ground_truth"]
+            text = row["messages"][-1]["content"] if kind == "sft" else row["teacher_response"]
+            assert text == response(number, think=think)
+
+
+def test_sft_rows_are_conversations_that_other_tools_read(server, problems, tmp_path):
+    """LLaMA-Factory's `messages` dialect: a turn has role and content alone, `<image>` stands in
+    the user's for each image, whose path is relative to the file."""
+    run(server, problems, "--shares", 0, 0)
+    rows = lines(tmp_path / "out/sft.jsonl")
+    assert len(rows) == 20
+    for row in rows:
+        assert not {"prompt", "teacher_response", "conversations"} & row.keys()
+        assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"]
+        assert all(turn.keys() == {"role", "content"} for turn in row["messages"])
+        texts = "".join(turn["content"] for turn in row["messages"])
+        assert texts.count("<image>") == len(row["images"]) == 1
+        assert (tmp_path / "out" / row["images"][0]).exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--judge", "J")])
+def test_columns_keep_their_types(server, problems, tmp_path, flags):
+    """Readers of tables refuse a file in which a column's type changes from row to row."""
+    rows = lines(problems)
+    rows[0]["answer"] = 0
+    rows[1]["equivalent_answers"] = ["one"]
+    rows[2] |= {"choices": ["2", "3", "4"], "answer": "A", "data_source": "mine"}
+    rows[3]["answer"] = [3, "three"]
+    save(problems, rows)
+
+    def behave(number, times, request):
+        return str(number % 6) if request["model"] == "J" else None
+
+    server.behave = behave
+    report = run(server, problems, "--shares", 0.3, 0.2, *flags)
+    for name in (*report["files"], "answers"):
+        rows = lines(tmp_path / f"out/{name}.jsonl")
+        assert len(rows) > 3
+        types = {}
+        for row in rows:
+            for path, kind in types_in(row):
+                assert types.setdefault(path, kind) == kind, f"{name}: {path}"
+        pyarrow_json = pytest.importorskip("pyarrow.json", reason="the extra `parquet` is missing")
+        assert len(pyarrow_json.read_json(tmp_path / f"out/{name}.jsonl")) == len(rows)
+
+
+def test_what_eval_filters_keeps_its_types(problems, tmp_path):
+    rows = [{"image": "0.png", "question": "How?", "answer": "1", "x": 1.0, "of": [1, 2]}]
+    rows = [row | {"n": i} for i in range(3) for row in rows]
+    out = tmp_path / "in/kept.jsonl"
+    write_rows(save(tmp_path / "in/p.jsonl", rows), [0, 2], out)
+    found = lines(out)
+    assert found == [rows[0], rows[2]]
+    assert [list(types_in(row)) for row in found] == [list(types_in(row)) for row in rows[::2]]
+
+
+def types_in(value, path=""):
+    """Yield (path, type) of all that a row holds: one path for all the elements of a list."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from types_in(one, f"{path}.{name}")
+    elif isinstance(value, list):
+        for one in value:
+            yield from types_in(one, f"{path}[]")
+    else:
+        yield path, type(value)
 
 
 def test_what_the_api_is_asked(server, problems, tmp_path):
@@ -467,7 +535,7 @@ def test_the_judge(server, problems, tmp_path):
     judged = next(request for request in judged if asked(request)[0] == 4)
     assert judged["messages"][0]["content"] == curate.JUDGE_PROMPT
     assert "Reference: 4 or or so\n" in asked(judged)[1]
-    assert "<answer>\nthe fifth" in asked(judged)[1]
+    assert "<answer>the fifth" in asked(judged)[1]
     assert judged["messages"][1]["content"][0]["type"] == "image_url"
     before = len(server.requests)
     assert run(server, problems, *flags)["files"] == report["files"]
@@ -669,7 +737,7 @@ def test_a_killed_run_goes_on(server, problems, tmp_path):
     assert child.wait(10) == -signal.SIGKILL
     gate.set()
     with open(cache, "a") as file:
-        file.write('{"of": ["half a li')
+        file.write('{"about": "half a li')
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0
     assert "Counter({'answered': 13})" in done.stdout

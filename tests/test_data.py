@@ -5,10 +5,9 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import tracemalloc
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import data
 from data import (
     PARTS,
     SPANS,
@@ -463,6 +461,27 @@ def test_flags_that_ask_for_the_usual_are_followed():
     ]
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan"), "", [], {}], ids=str)
+def test_fields_that_say_nothing_do_no_harm(nothing):
+    """A table of several sources has every column in every row."""
+    columns = (
+        *("messages", "conversations", "prompt", "question", "system", "images", "image"),
+        *("teacher_response", "teacher_caption", "teacher_cot", "student_response"),
+        *("reward_model", "extra_info", "equivalent_answers", "choices", "answer", "video"),
+    )
+    answer = {"reward_model": {"ground_truth": "1"}}
+    rows = {
+        "sft": turns(USER, ASSISTANT, images=[A]),
+        "align": verl(images=[A], teacher_response=RESPONSE),
+        "rl": {"question": "How?", "image": A} | answer,
+        "pairs": {"question": "How?", "teacher_response": RESPONSE, "student_response": RESPONSE},
+    }
+    for kind, row in rows.items():
+        for asked in (kind, None):
+            found = said(dict.fromkeys(columns, nothing) | row, asked)
+            assert found == said(row, asked)
+
+
 def test_other_fields_do_no_harm():
     row = {"id": "a.png", "boxes": [[1, 2]], "video_id": 7, "image_width": 24, "split": "test"}
     row |= {"objects": [{"colour": "red"}], "metadata": {"source": "x", "score": float("nan")}}
@@ -622,7 +641,7 @@ BAD = [
     ("sft", '"text"', "not an object"),
     ("sft", ONE | {"messages": "hello"}, "`messages` is not a list"),
     ("sft", ONE | {"messages": ["hello"]}, "`messages` is not a list"),
-    ("sft", turns(), "do not alternate"),
+    ("sft", turns(), "`question` is missing, empty or no valid text.*`messages`"),
     ("sft", turns(USER, USER, ASSISTANT), "do not alternate"),
     ("sft", turns(ASSISTANT, USER), "do not alternate"),
     ("sft", turns({"role": "tool", "content": "x"}, USER, ASSISTANT), "do not alternate"),
@@ -644,9 +663,9 @@ BAD = [
         turns(USER, ASSISTANT, images=[{"bytes": None, "path": None}]),
         "neither path nor bytes",
     ),
-    ("align", verl(), "lacks the three parts"),
-    ("align", verl(teacher_response="It is 1."), "lacks the three parts"),
-    ("align", verl(teacher_response=RESPONSE.replace("\n1\n", "\n")), "lacks the three parts"),
+    ("align", verl(), r"reference is not <caption>, <think>, <answer> \(there is none"),
+    ("align", verl(teacher_response="It is 1."), r"<answer> \(<caption> stands 0 times"),
+    ("align", verl(teacher_response=RESPONSE.replace("\n1\n", "\n")), r"<answer> \(an empty part"),
     ("align", verl(teacher_caption="<caption>x</caption>"), "`teacher_cot` is missing"),
     ("align", verl(teacher_response=["x"]), "`teacher_response` is missing, empty or no valid"),
     ("rl", verl(reward_model={}), "no answer"),
@@ -660,9 +679,9 @@ BAD = [
     (
         "pairs",
         {"question": "How?", "teacher_response": RESPONSE, "student_response": "1"},
-        r"three parts \(student",
+        r"<answer> \(student",
     ),
-    ("pairs", {"question": "How?", "teacher_response": RESPONSE}, r"three parts \(student"),
+    ("pairs", {"question": "How?", "teacher_response": RESPONSE}, r"<answer> \(student"),
 ]
 
 
@@ -1159,43 +1178,20 @@ def test_count_steps(text, n):
     assert count_steps(text) == n
 
 
-# --------------------------------------------------------------------------------------- the check
-def check(path, *flags, cwd=ROOT):
-    command = [sys.executable, ROOT / "data.py", "check", path, *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-
-
-def test_check_command(folder):
-    row = turns(USER, ASSISTANT)
-    (folder / "images/1.png").write_bytes(b"broken")
-    broken = turns(USER, ASSISTANT, images=["images/1.png"])
-    path = write(folder, row, broken, row | {"images": []}, "{", verl(), row)
-    run = check(path, cwd=folder)
-    assert run.returncode == 0
-    assert f"{path}: 3 of 6 rows usable" in run.stdout and "How many dots?" in run.stdout
-    assert "  1 an image cannot be read" in run.stdout
-    assert f"left out: {path}:2: an image cannot" in run.stderr
-    with pytest.raises(SystemExit) as end:
-        data.main(["check", str(write(folder, "{", name="bad.jsonl"))])
-    assert end.value.code == 1
-
-
-def test_check_command_shows_a_row_as_the_model_sees_it(folder, checkpoint, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "model", None)  # it needs no weights, so not their loader
-    injected = turns(USER | {"content": "<image><|im_end|>"}, ASSISTANT)
-    path = write(folder, turns(USER, ASSISTANT), injected)
-    with pytest.raises(SystemExit) as end:
-        data.main(["check", str(path), "--model", str(checkpoint)])
-    assert end.value.code == 0
-    printed = capsys.readouterr()
-    assert f"{path}: 1 of 2 rows usable" in printed.out
-    assert "  1 a special token in the text" in printed.out
-    assert f"{path}:1: " in printed.out and "9 of them image (not shown)" in printed.out
-    assert f"<|im_start|>assistant\n{RESPONSE}<|im_end|>" in printed.out
-    with pytest.raises(SystemExit) as end:
-        data.main(["check", str(path), "--model", str(checkpoint), "--max_tokens", "20"])
-    assert end.value.code == 1
-    assert "too many tokens" in capsys.readouterr().out
+def test_a_part_more_is_named_in_the_messages(monkeypatch):
+    """A fork adds it in SPANS alone."""
+    source = (ROOT / "data.py").read_text()
+    table = '"reasoning": ("think", "answer")'
+    assert table in source
+    fork = ModuleType("fork")
+    monkeypatch.setitem(sys.modules, "fork", fork)
+    exec(source.replace(table, f'"plan": ("plan",), {table}'), fork.__dict__)
+    named = r"is not <caption>, <plan>, <think>, <answer> \({}<plan> stands 0 times"
+    with pytest.raises(BadRow, match=named.format("") + r"\). Write <caption>, <plan>, "):
+        fork.to_example(verl(teacher_response=RESPONSE, images=[A]), kind="align")
+    row = {"question": "How?", "teacher_response": RESPONSE, "student_response": RESPONSE}
+    with pytest.raises(BadRow, match=named.format(r"teacher_\*: ")):
+        fork.to_example(row, kind="pairs")
 
 
 # ---------------------------------------------------------------------------------- the real thing

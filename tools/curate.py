@@ -50,8 +50,9 @@ except ImportError:
     import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import SYSTEM_PROMPT, WHOLE, parts, read, split_spans, to_example  # noqa: E402
+from data import SYSTEM_PROMPT, parts, read, to_example  # noqa: E402
 from engine.arguments import check, option, parse  # noqa: E402
+from engine.inspection import words_of  # noqa: E402
 from engine.log import provenance  # noqa: E402
 from engine.rows import Data, Rows, open_image  # noqa: E402
 from rewards import verify  # noqa: E402
@@ -160,7 +161,7 @@ class Problem:
     row: int
     key: str  # digest of its pictures and turns: names it in answers.jsonl
     answers: list = field(default_factory=list)  # what each answer was: "right, graded 4", ...
-    response: str = ""  # the last well-formed answer, in canonical form
+    response: str = ""  # the last well-formed answer, as it was written
     right: bool = False  # by rewards.py
     grade: int | None = None  # by the judge
 
@@ -260,11 +261,8 @@ def fate_by_rate(rates, path, row, hardest) -> str:
 
 
 def word_triples(text) -> set:
-    """All sequences of three words of a text; fewer words make one shorter sequence.
-
-    Case, white space and punctuation do not count; other signs are words of their own.
-    """
-    words = re.findall(r"\w+|[^\w\s.,;:!?'\"]", text.casefold())
+    """All sequences of three words of a text; fewer words make one shorter sequence."""
+    words = words_of(text)
     starts = range(max(1, len(words) - 2))
     return {tuple(words[start : start + 3]) for start in starts}
 
@@ -358,7 +356,7 @@ class Api:
         self.known = {}
         for line in lines:
             answer = json.loads(line)
-            self.known[tuple(answer["of"])] = answer
+            self.known[answer["about"], answer["model"], answer["number"]] = answer
 
     def ask(self, of, prompt, form=ANYTHING) -> str:
         """What the pattern `form` finds in the answer to chat(*prompt).
@@ -422,8 +420,11 @@ class Api:
             if reply.kind != "answered":
                 return
             self.failures = 0
+            about, model, number = of
             answer = {
-                "of": of,
+                "about": about,
+                "model": model,
+                "number": number,
                 "request": self.args.request,
                 "finish": reply.finish,
                 "text": reply.content,
@@ -473,7 +474,7 @@ def solve(problem, api) -> str:
                 problem.answers.append("malformed")
                 continue
             fate = "wrong"
-            (problem.response,) = split_spans(text, WHOLE)
+            problem.response = text.strip()
             problem.right = verify(text, example)["accuracy"] == 1
             verdict = "right" if problem.right else "wrong"
             if api.args.judge:
@@ -507,7 +508,7 @@ def judge(problem, example, api) -> int:
 def write(kept, args) -> dict:
     """Write the kept problems to the three files. Returns {file: rows}.
 
-    All rows have one form, which every stage reads; each is checked for the stage of its file.
+    Each row is checked for the stage of its file.
     """
     out = Path(args.out)
     room_in_align = round(args.shares[0] * len(kept))
@@ -520,7 +521,7 @@ def write(kept, args) -> dict:
             kind = "rl"
         else:
             kind = "sft"
-        line = json.dumps(make_row(problem, out))
+        line = json.dumps(make_row(problem, kind, out))
         where = f"{problem.data.path}:{problem.row + 1}"
         to_example(json.loads(line), where, kind=kind, root=str(out.resolve()))
         files[kind].append(line + "\n")
@@ -537,17 +538,20 @@ def rank(problem, seed):
     return -(problem.grade or 0), digest(seed, problem.key)
 
 
-def make_row(problem, out) -> dict:
-    """A verl row of a kept problem; writes its pictures."""
+def make_row(problem, kind, out) -> dict:
+    """A row of a kept problem for the file of this kind; writes its pictures.
+
+    SFT's is a conversation, as LLaMA-Factory, TRL and ms-swift read it; the others' are verl's. A
+    column holds one type in all rows: readers of tables refuse a file whose types change.
+    """
     example = problem.example()
     pictures, turns = look(example)
     for name, raw in pictures:
         (out / name).write_bytes(raw)
-    return {
-        "data_source": example.source,
-        "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, *turns],
+    prompt = [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
+    row = {
         "images": [name for name, _ in pictures],
-        "teacher_response": problem.response,
+        "data_source": example.source,
         "reward_model": {
             "style": "rule",
             "ground_truth": example.answer,
@@ -559,6 +563,10 @@ def make_row(problem, out) -> dict:
             "grade": problem.grade,
         },
     }
+    if kind == "sft":
+        response = {"role": "assistant", "content": problem.response}
+        return {"messages": [*prompt, response], **row}
+    return {"prompt": prompt, "teacher_response": problem.response, **row}
 
 
 def main(args):
