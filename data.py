@@ -41,7 +41,7 @@ from engine.benchmarks import (
     unlettered,
     unwrap,
 )
-from engine.files import find
+from engine.files import find, find_data
 from engine.rows import BadRow, Data, find_image, open_image
 
 SYSTEM_PROMPT = """You are a helpful scientific assistant.
@@ -104,11 +104,13 @@ class Prompt:
 def read(path, kind=None, image_root=None, max_bad=100) -> Data:
     """Open a data file: data[i] is an Example, of kind "pairs" a PairExample.
 
+    path: as for files.find_data, also of the hub.
     kind: one of KINDS; None: as each row's fields suggest. Links are followed in an `image_root`
     that the user names, not in the file's own folder. Raises what Rows and Data raise.
     """
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
+    path = find_data(path)
     root = os.path.abspath(image_root or os.path.dirname(path) or ".")
     parse = partial(to_example, kind=kind, root=root, links=bool(image_root))
     return Data(path, parse, max_bad)

@@ -323,6 +323,9 @@ def flags_of(name, value):
 
 
 # --------------------------------------------------------------------------------------- paths
+HUB_DATA = "hf://datasets/"  # begins a data file's name on the hub, as other tools write it
+
+
 def look_at_paths(args, embedded):
     """ValueError where a stage lacks its --data, or the images' folder is not there, which would
     look like row after row that is broken. Under torchrun also for what the stage would find out
@@ -339,7 +342,7 @@ def look_at_paths(args, embedded):
     if not Path(args.policy).exists() and not may_be_on_the_hub(args.policy):
         raise ValueError(f"--policy {args.policy}: no such folder (and no model on the hub)")
     for name, path in (("data", args.data), ("eval_data", args.eval_data)):
-        if path and not Path(path).exists():
+        if path and not Path(path).exists() and not path.startswith(HUB_DATA):
             raise ValueError(f"--{name} {path}: no such file")
     if overwrites(args.out, args.resume):
         raise ValueError(overwrites(args.out, args.resume))

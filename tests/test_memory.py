@@ -148,6 +148,14 @@ def test_stage_1_samples_where_its_validation_does(tiny, capsys):
     assert "KV cache, 4 rows of 8192" in capsys.readouterr().out
 
 
+def test_what_is_on_the_cpu_is_said_apart(tiny, capsys):
+    flags = ["rlvr", "--policy", str(tiny), "--dtype", "bfloat16"]
+    memory.main(flags)
+    assert "CPU" not in capsys.readouterr().out
+    memory.main([*flags, "--offload"])
+    assert "of the CPU's memory, for each rank: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argv", [[], ["eval"], ["--policy", "x"]])
 def test_a_stage_is_asked_for(argv):
     with pytest.raises(SystemExit, match="sft,align,rlvr"):

@@ -4,8 +4,9 @@ The memory that one rank of a stage needs, counted from shapes: nothing runs.
     WORLD_SIZE=8 python tools/memory.py align --policy Qwen/Qwen3-VL-4B-Instruct --dtype bfloat16
 
 The first argument is the stage (sft, align, rlvr), the others are that stage's own, without --data
-(`python align.py --help` lists them). Of --policy and --disc_init only config.json is read, --disc_path is read whole. WORLD_SIZE is the
-number of ranks, 1 without it; GROUP_WORLD_SIZE or --nodes is the number of nodes.
+(`python align.py --help` lists them). Of --policy and --disc_init only config.json is read,
+--disc_path is read whole. WORLD_SIZE is the number of ranks, 1 without it; GROUP_WORLD_SIZE or
+--nodes is the number of nodes.
 
 The estimate is an upper one: packs are full of sequences at their limits, each with an image as
 large as --max_prompt or --max_pixels lets it be. Left out is what CUDA, NCCL and fragments take (a
@@ -324,11 +325,13 @@ def show(entries: list[Entry]) -> None:
             print(f"  {phase:<22} {line.what:<56} {line.size / 1e9:7.2f}")
         totals[phase] = sum(line.size for line in lines)
     always = totals.pop(ALWAYS, 0)
-    totals.pop(ON_CPU, 0)  # not on the device
+    on_cpu = totals.pop(ON_CPU, 0)
     worst = max(totals, key=totals.get)
     peak = always + totals[worst]
     print(f"  peak: always + {worst:<64} {peak / 1e9:7.2f}")
     print(f"  fits in 80 GB: {'yes' if peak < CARD else 'no'}")
+    if on_cpu:
+        print(f"  and of the CPU's memory, for each rank: {on_cpu / 1e9:.1f} GB")
 
 
 def main(argv) -> None:
