@@ -22,6 +22,8 @@ the host looks only every few tokens which rows have ended.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -174,17 +176,25 @@ def _first_above(cdf, target):
 
 
 # ---------------------------------------------------------------------- rows that wait, and prefill
+@functools.cache
+def cache_argument(kind):
+    """The name by which a class of transformers models takes its cache: `cache` from version 5.24
+    on, where `past_key_values` is deprecated."""
+    known = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 class _PromptCache:
     """The keys and values of tokens that lie side by side in a pack, per layer.
 
-    While a pack is read it stands in for a transformers cache, which calls `update`.
+    While a pack is read it stands in for a transformers cache, whose `update` is called.
     """
 
     def __init__(self):
         self.keys = []  # L of (H, T, d)
         self.values = []  # L of (H, T, d)
 
-    def update(self, key, value, layer, *_):
+    def update(self, key, value, layer, *_, **__):
         """Keep a layer's key and value (1, H, T, d); attention over the pack goes on with them."""
         self.keys.append(key[0])
         self.values.append(value[0])
@@ -241,11 +251,11 @@ class _Queue:
         trees = [Tree(self.prompts[p]) for p in chosen]
         for part in plan(trees, self.pack_tokens):
             pack = build_pack(trees, part, self.hf.device)
-            cache = _PromptCache()
-            forward_pack(self.hf.model, pack, past_key_values=cache)
+            read = _PromptCache()
+            forward_pack(self.hf.model, pack, **{cache_argument(type(self.hf.model)): read})
             # The segments are the part's prompts, on CUDA with the padding behind them.
             for (t, _), segment in zip(part, pack.segments, strict=False):
-                self.read[chosen[t]] = cache.cut(segment.start, segment.length)
+                self.read[chosen[t]] = read.cut(segment.start, segment.length)
 
     def drop_finished(self, prompts):
         """Forget the keys and values of those of `prompts` of which no row waits any more."""
@@ -305,7 +315,7 @@ class _Store:
         rows = torch.arange(len(filled), device=filled.device)
         self.place = rows * self.size + filled.squeeze(1)
 
-    def update(self, key, value, layer, *_):
+    def update(self, key, value, layer, *_, **__):
         """Add this step's key and value (B, H, 1, d), and return all of the layer's."""
         for store, new in ((self.keys[layer], key), (self.values[layer], value)):
             store.flatten(0, 1).index_copy_(0, self.place, new.reshape(-1, new.shape[-1]))
@@ -445,8 +455,8 @@ class _Decoder:
         output = self.text(
             inputs_embeds=embedded,
             position_ids=self.position.expand(3, -1).unsqueeze(2),  # (3, B, 1)
-            past_key_values=self.store,
             layout=self.store,
+            **{cache_argument(type(self.text)): self.store},
         )
         hidden = output.last_hidden_state[:, 0]  # (B, D)
         scores = logits(hidden, self.head, self.temperature, self.banned)  # (B, V)
