@@ -713,11 +713,14 @@ def write_template(tokenizer, folder):
     """One chat template in one place of a checkpoint's folder (a Path): chat_template.jinja.
 
     It asks for the three parts where a conversation has no system turn, unless the vocabulary lacks
-    the words, as the embedded world's does.
+    the words, as the embedded world's does. Then the model's own template lies beside it, in
+    chat_template_plain.jinja: TRL knows a template by its text alone (docs/other_tools.md).
     """
     words = tokenizer(SYSTEM_PROMPT)["input_ids"]
-    asks = "" if tokenizer.unk_token_id in words else ASKS
-    template = asks + tokenizer.chat_template
+    template = tokenizer.chat_template
+    if tokenizer.unk_token_id not in words:
+        (folder / "chat_template_plain.jinja").write_text(template, encoding="utf-8")
+        template = ASKS + template
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     # Of transformers 4, whose processors prefer it.
     (folder / "chat_template.json").unlink(missing_ok=True)
