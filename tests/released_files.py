@@ -23,6 +23,7 @@ from tools.init import init
 
 CAPTION = "<caption>\n- tl red square\n</caption>"
 COT = "<think>\nso 1\n</think>\n<answer>\n1\n</answer>"
+RESPONSE = f"{CAPTION}\n{COT}"
 QUESTION = "<image>how many red"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARDS = 18
@@ -78,7 +79,7 @@ def rl_row(number):
         ],
         "teacher_caption": CAPTION,
         "teacher_cot": COT,
-        "teacher_response": f"{CAPTION}\n{COT}",
+        "teacher_response": RESPONSE,
         "answer": "1",
         "reward_model": {"ground_truth": "1", "style": "rule"},
     }

@@ -270,6 +270,54 @@ def test_released_by_the_hub_s_names(mirror, project, tmp_path):
     assert [result["data"].split("/")[3] for result in results[:2]] == ["AI4Math", "MathLLMs"]
 
 
+@pytest.fixture
+def data(mirror, tmp_path):
+    """What paper.sh takes, of the released rows; images of JSON beside it."""
+    folder = tmp_path / "data"
+    rows = mirror / "prism-vlm/rl_dataset/rl_training_data_5.9k.parquet"
+    shutil.copytree(mirror / "prism-vlm/qwen3_vl_moe_warmup_pairwise_120k", folder)
+    (folder / "warmup_pairwise.jsonl").rename(folder / "pairs.jsonl")
+    subprocess.run(["tar", "-xzf", "images.tar.gz"], cwd=folder, check=True)
+    for name in ("align", "rl", "rl_10k"):
+        shutil.copy(rows, folder / f"{name}.parquet")
+    turns = [*Rows(rows)[0]["prompt"], {"role": "assistant", "content": released_files.RESPONSE}]
+    demonstrations = [{"messages": turns, "images": [f"images/{n}.png"]} for n in range(4)]
+    (folder / "sft.json").write_text(json.dumps(demonstrations))
+    return folder
+
+
+def test_paper(mirror, data, project, tmp_path, monkeypatch, capsys):
+    policy = mirror / "prism-vlm/Qwen3-VL-4B-Instruct-SFT"
+    settings = {"POLICY": policy, "DISC": mirror / "Qwen/Qwen3-VL-2B-Instruct", "GPUS": 1}
+    # Random weights solve nothing: here all rows are kept.
+    evaluation_flags = {"EVAL_FLAGS": "--samples 2 --filter 0 1"}
+    out = tmp_path / "out"
+    found = commands(project, "paper.sh", data, out, **settings, **FLAGS, **evaluation_flags)
+    names = ["sft.py", "align.py", "align.py", "eval.py", "rlvr.py", "rlvr.py"]
+    assert stages_of(found) == names
+    filtering, ours, baseline = found[-3:]
+    words, _ = filtering
+    assert words[words.index("--filter") :][:3] == ["--filter", "0.2", "0.8"]
+    assert flag(filtering, "samples") == "16"
+    steps = [int(flag(command, "steps")) for command in (found[-4], ours, baseline)]
+    assert steps == [500, 1500, 2000]
+    assert flag(ours, "data") == flag(baseline, "data") == flag(filtering, "filter_out")
+    assert flag(baseline, "policy") == flag(found[-5], "policy") == str(out / "sft")
+    run_here(found, monkeypatch)
+    for run in ("sft", "warmup/warmup", "align", "rlvr-grpo", "sft-rlvr-grpo"):
+        assert last_line(out / run)["left_out"] == 0, run
+    assert len(Rows(out / "rl.parquet")) == 12
+
+
+def test_paper_at_8b(data, project, tmp_path):
+    """The 10K rows, which a filter has left already; without the baseline."""
+    settings = {"POLICY": "Qwen/Qwen3-VL-8B-Instruct", "ALGO": "dapo", "BASELINE": ""}
+    found = commands(project, "paper.sh", data, tmp_path / "out", **settings)
+    assert stages_of(found) == ["sft.py", "align.py", "align.py", "rlvr.py"]
+    assert flag(found[-1], "data") == str(data / "rl_10k.parquet")
+    assert flag(found[-1], "algo") == "dapo"
+
+
 # ------------------------------------------------------------------------------- data on the hub
 def test_a_data_file_s_name(mirror, tmp_path):
     folder = mirror / "MathLLMs/MathVision/data"
