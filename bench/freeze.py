@@ -12,7 +12,7 @@ AdamW. Peak: bytes beyond weights and AdamW's moments, so gradients are among th
 import argparse
 
 import torch
-from measure import clock, median, peak, report
+from measure import clock, device_here, median, peak, report
 
 import sft
 from data import read
@@ -82,7 +82,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--max_pixels", type=int, help="of one image")
     parser.add_argument("--pack_tokens", type=int, default=16384)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_here, default="cpu")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
 

@@ -467,6 +467,12 @@ def test_a_model_with_other_attention_is_refused(corpus, tmp_path):
 LORA = ROOT / "docs/recipes/lora.py"
 
 
+def test_lora_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="pip install peft accelerate"):
+        runpy.run_path(str(LORA), run_name="__main__")
+
+
 def test_lora(tiny, corpus, tmp_path, monkeypatch):
     """The recipe through all stages; what they save is merged and opens anywhere."""
     pytest.importorskip("peft")
