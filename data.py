@@ -47,7 +47,7 @@ from engine.benchmarks import (
     unlettered,
     unwrap,
 )
-from engine.files import find
+from engine.files import find, find_data
 from engine.inspection import Inspection
 from engine.rows import BadRow, Data, find_image, open_image, shrink
 
@@ -112,11 +112,13 @@ class Prompt:
 def read(path, kind=None, image_root=None, max_bad=100) -> Data:
     """Open a data file: data[i] is an Example, of kind "pairs" a PairExample.
 
+    path: as for files.find_data, also of the hub.
     kind: one of KINDS; None: as each row's fields suggest. Links are followed in an `image_root`
     that the user names, not in the file's own folder. Raises what Rows and Data raise.
     """
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
+    path = find_data(path)
     root = os.path.abspath(image_root or os.path.dirname(path) or ".")
     parse = partial(to_example, kind=kind, root=root, links=bool(image_root))
     return Data(path, parse, max_bad)
@@ -749,11 +751,14 @@ def write_template(tokenizer, folder):
     """One chat template in one place of a checkpoint's folder (a Path): chat_template.jinja.
 
     It asks for the three parts where a conversation has no system turn, unless the vocabulary lacks
-    the words, as the embedded world's does.
+    the words, as the embedded world's does. Then the model's own template lies beside it, in
+    chat_template_plain.jinja: TRL knows a template by its text alone (docs/other_tools.md).
     """
     words = tokenizer(SYSTEM_PROMPT)["input_ids"]
-    asks = "" if tokenizer.unk_token_id in words else ASKS
-    template = asks + tokenizer.chat_template
+    template = tokenizer.chat_template
+    if tokenizer.unk_token_id not in words:
+        (folder / "chat_template_plain.jinja").write_text(template, encoding="utf-8")
+        template = ASKS + template
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     # Of transformers 4, whose processors prefer it.
     (folder / "chat_template.json").unlink(missing_ok=True)

@@ -249,7 +249,7 @@ def main(args):
                 rollouts += [{**what, **record} for record in records]
             if args.filter and is_main():
                 kept = rows_in_band(by_mode[sampled.name], *args.filter)
-                write_rows(path, kept, args.filter_out, args.image_root)
+                write_rows(data.path, kept, args.filter_out, args.image_root)
             if left_out:
                 print0(f"{path}: left out {sum(left_out.values())} rows: {left_out}")
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import ROOT, lengths, model, prompt, report
+from measure import ROOT, device_here, lengths, model, prompt, report
 
 import align
 import rlvr
@@ -107,7 +107,7 @@ def steps_of_stages(device, folder):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=device_here, default="cuda")
     device = parser.parse_args().device
     torch.backends.cuda.matmul.allow_tf32 = False
     here = model("small").float()

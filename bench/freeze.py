@@ -1,9 +1,11 @@
 """
 Claim: an SFT step with a frozen vision tower (sft.py's default) takes less time and memory.
 
-    bash runs/puzzlevqa.sh ../shared/data                # leaves a checkpoint of random weights
-    python bench/freeze.py --policy out/puzzlevqa/init --data ../shared/data/puzzlevqa/sft.json
+    python bench/freeze.py                       # random weights and rows, small
+    python bench/freeze.py --device cuda         # of the 2B model's shape
     python bench/freeze.py --policy Qwen/Qwen3-VL-4B-Instruct --data sft.json --device cuda
+    bash runs/puzzlevqa.sh ../shared/data        # leaves a checkpoint of random weights, for
+    python bench/freeze.py --policy out/puzzlevqa/init --data ../shared/data/puzzlevqa/sft.json
 
 A step is what sft.main does with a batch of rows that are encoded already: forward, backward,
 AdamW. Peak: bytes beyond weights and AdamW's moments, so gradients are among them.
@@ -12,21 +14,21 @@ AdamW. Peak: bytes beyond weights and AdamW's moments, so gradients are among th
 import argparse
 
 import torch
-from measure import clock, median, peak, report
+from measure import clock, device_here, median, model, peak, prompt, report
 
 import sft
 from data import read
+from engine.attention import adopt
 from engine.optimiser import optimizer
 from engine.packs import packs_of_own
-from model import freeze_vision, load
+from model import Policy, freeze_vision, load
 
 
 class Contender:
     """A policy, its optimiser, and a step of training on `trees`."""
 
     def __init__(self, args, trees, frozen):
-        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-        self.policy = load(args.policy, dtype, args.device).train()
+        self.policy = open_policy(args).train()
         if frozen:
             freeze_vision(self.policy.hf.model)
         self.optimizer = optimizer(self.policy, 1e-5, 0.0)
@@ -60,6 +62,32 @@ class Contender:
         return held
 
 
+def open_policy(args):
+    if args.policy:
+        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+        return load(args.policy, dtype, args.device)
+    hf = model("small" if args.device == "cpu" else "2B", args.device)
+    adopt(hf.model)
+    return Policy(hf, None, "random weights")
+
+
+def conversations(args):
+    """Encoded rows of --data; or random ones, an image and 200 tokens, 300 of a response."""
+    if args.data:
+        options = {"max_prompt_tokens": 8192, "max_pixels": args.max_pixels}
+        encoder = load(args.policy, **options).encoder
+        return read(args.data, "sft").fetch(range(args.batch), encoder.conversation)
+    hf = open_policy(args).hf
+    side = 16 if args.device == "cpu" else 32  # patches
+    rows = []
+    for seed in range(args.batch):
+        row = prompt(hf, 500, side, seed)
+        trained = torch.zeros(len(row.ids), dtype=torch.bool)
+        trained[-300:] = True
+        rows.append((row, trained))
+    return rows
+
+
 def same_gradients(trained, frozen):
     """Both compute the same loss, and the same gradients of what both train."""
     first = trained.loss()
@@ -77,19 +105,19 @@ def same_gradients(trained, frozen):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--policy", required=True, help="a checkpoint")
-    parser.add_argument("--data", required=True, help="a file of demonstrations with images")
+    parser.add_argument("--policy", help="a checkpoint; none: random weights")
+    parser.add_argument("--data", help="demonstrations with images, for --policy; none: random")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--max_pixels", type=int, help="of one image")
     parser.add_argument("--pack_tokens", type=int, default=16384)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_here, default="cpu")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
 
-    options = {"max_prompt_tokens": 8192, "max_pixels": args.max_pixels}
-    encoder = load(args.policy, **options).encoder
-    data = read(args.data, "sft")
-    trees = sft.trees_of(data.fetch(range(args.batch), encoder.conversation))
+    if bool(args.policy) != bool(args.data):
+        parser.error("--policy and --data come together")
+
+    trees = sft.trees_of(conversations(args))
     contenders = {name: Contender(args, trees, name == "frozen") for name in ("trained", "frozen")}
     if args.device == "cpu":
         same_gradients(**contenders)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every claim on one GPU, within 9 minutes: a JSON line each on the terminal and in $OUT/gpu.jsonl.
+# Every claim on one GPU, within 10 minutes: a JSON line each on the terminal and in $OUT/gpu.jsonl.
 # A case that fails or outlasts its limit says so, and the rest go on.
 #
 #   bash bench/gpu.sh
@@ -38,8 +38,9 @@ small() { # on a CPU: these flags, so that a try of the script ends within minut
 # shellcheck disable=SC2046  # several flags each
 {
     try 90 check.py # does it compute the same there? before how fast
-    try 60 logprob.py --repeat 3 $(small --repeat 1 --tokens 64 --vocabulary 2000)
-    try 60 vision.py --repeat 5 $(small --repeat 1)
+    try 50 logprob.py --repeat 3 $(small --repeat 1 --tokens 64 --vocabulary 2000)
+    try 50 vision.py --repeat 5 $(small --repeat 1)
+    try 60 freeze.py --repeat 3 $(small --repeat 1 --batch 2)
     try 80 packs.py --repeat 3 $(small --repeat 1 --rollouts 4 --response 16)
     try 80 packs.py --discriminator --repeat 3 $(small --repeat 1 --rollouts 4 --response 16)
     try 90 sampler.py --random --repeat 2 $(small --repeat 1 --most 32)

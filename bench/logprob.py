@@ -12,7 +12,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from measure import clock, median, peak, report
+from measure import clock, device_here, median, peak, report
 
 from engine.logprob import token_logps
 
@@ -80,7 +80,7 @@ def check(case, names, contenders, tolerance_logp, tolerance_gradient):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_here, default="cpu")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--vocabulary", type=int, default=151_936)

@@ -1,6 +1,7 @@
 """What all bench scripts share: models of small and of real shapes, timing in turn, peak memory,
 and the one JSON line that each prints."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -150,6 +151,15 @@ def lengths(n, mean, seed=0):
     drawn = torch.randn(n, generator=random).mul(0.5).exp()
     scaled = (drawn * mean / drawn.mean()).round().long()
     return scaled.clamp(min=mean // 4).tolist()
+
+
+def device_here(name):
+    """--device of a script: the name itself, where PyTorch has such a device."""
+    if name != "cpu" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"PyTorch {torch.__version__} finds no CUDA here; --device cpu tries the script itself"
+        )
+    return name
 
 
 def clock(contenders, device="cpu", repeat=5, warmup=1):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from measure import clock, lengths, median, model, peak, prompt, report
+from measure import clock, device_here, lengths, median, model, peak, prompt, report
 
 from align import Discriminator, bradley_terry
 from engine.attention import adopt, forward_pack
@@ -193,7 +193,7 @@ def image_side(tokens):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_here, default="cpu")
     parser.add_argument("--discriminator", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rollouts", type=int, default=16)

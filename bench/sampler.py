@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from measure import clock, median, model, prompt, report, seconds_of
+from measure import clock, device_here, median, model, prompt, report, seconds_of
 from transformers import AutoModelForImageTextToText
 
 from data import Prompt, read
@@ -336,7 +336,7 @@ def profile(args):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_here, default="cpu")
     parser.add_argument("--policy", default="ckpt/base-tiny")
     parser.add_argument("--data", default="data/tiny/rl.jsonl")
     parser.add_argument("--random", action="store_true", help="on a CPU: the model `small`")

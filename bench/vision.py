@@ -10,7 +10,7 @@ import argparse
 import copy
 
 import torch
-from measure import clock, median, model, report
+from measure import clock, device_here, median, model, report
 
 from engine.attention import adopt
 
@@ -41,7 +41,7 @@ def step(part, visual, pixels, grid):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_here, default="cpu")
     parser.add_argument("--repeat", type=int, default=7)
     args = parser.parse_args()
     cuda = args.device != "cpu"

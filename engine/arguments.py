@@ -325,6 +325,9 @@ def flags_of(name, value):
 
 
 # --------------------------------------------------------------------------------------- paths
+HUB_DATA = "hf://datasets/"  # begins a data file's name on the hub, as other tools write it
+
+
 def look_at_paths(args, embedded):
     """ValueError for what a stage would only find out once its model is loaded, or after its
     warm-up: a file or a folder that is not there, an --out that holds a run already."""
@@ -340,7 +343,7 @@ def look_at_paths(args, embedded):
             raise ValueError(f"--{name} {path}: no such folder (and no model on the hub)")
     for name in ("data", "eval_data", "pairs"):
         path = getattr(args, name, "")
-        if path and not Path(path).exists():
+        if path and not Path(path).exists() and not path.startswith(HUB_DATA):
             raise ValueError(f"--{name} {path}: no such file")
     for folder in (args.out, f"{args.out}/warmup"):
         if overwrites(folder, args.resume):

@@ -5,6 +5,7 @@ format.
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from engine.arguments import may_be_on_the_hub
+from engine.arguments import HUB_DATA, may_be_on_the_hub
 from engine.ranks import is_main
 
 # What a checkpoint folder holds besides weights and config.json: copied as it is, so that any
@@ -52,6 +53,41 @@ def find(path, inside=("last", "")) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(path), allow_patterns=[*WEIGHT_FILES, *PROCESSOR_FILES]))
+
+
+def find_data(path) -> str:
+    """The path of a data file: the same, or that of the hub's file, fetched or from the cache.
+
+    path: a file, or hf://datasets/OWNER/NAME/FILE; FILE may hold *, as "testmini-*.parquet", where
+    one file alone matches. Of the hub only a file that holds its images can be read, as parquet
+    does. Raises FileNotFoundError where no file matches, ValueError where several do.
+    """
+    path = str(path)
+    if path.startswith(HUB_DATA):
+        pattern = fetch_data(path)
+    elif "*" in path and not Path(path).exists():
+        pattern = path
+    else:
+        return path
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{path}: no such file")
+    if len(found) > 1:
+        names = ", ".join(Path(file).name for file in found[:3])
+        raise ValueError(f"{path}: {len(found)} files match ({names}, ..), name one of them")
+    return found[0]
+
+
+def fetch_data(path) -> str:
+    """Fetch what matches hf://datasets/OWNER/NAME/FILE -> the same pattern in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    owner, _, rest = path.removeprefix(HUB_DATA).partition("/")
+    name, _, file = rest.partition("/")
+    if not file:
+        raise ValueError(f"{path}: no file is named, as in {HUB_DATA}OWNER/NAME/FILE.parquet")
+    folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=[file])
+    return f"{glob.escape(folder)}/{file}"
 
 
 def read_files(folder, *more):

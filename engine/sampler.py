@@ -21,6 +21,8 @@ captured graph, and the host looks only every few tokens which rows have ended.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -193,6 +195,14 @@ def _first_above(cdf, target):
 
 
 # ---------------------------------------------------------------------- rows that wait, and prefill
+@functools.cache
+def cache_argument(kind):
+    """The name by which a class of transformers models takes its cache: `cache` from version 5.24
+    on, where `past_key_values` is deprecated."""
+    known = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 class _Queue:
     """The rows that wait for a slot, and the keys and values of the prompts that they continue.
 
@@ -236,11 +246,11 @@ class _Queue:
         trees = [Tree(self.prompts[p]) for p in chosen]
         for part in plan(trees, self.pack_tokens):
             pack = build_pack(trees, part, self.hf.device)
-            cache = PromptCache()
-            forward_pack(self.hf.model, pack, past_key_values=cache)
+            read = PromptCache()
+            forward_pack(self.hf.model, pack, **{cache_argument(type(self.hf.model)): read})
             # The segments are the part's prompts, on CUDA with the padding behind them.
             for (t, _), segment in zip(part, pack.segments, strict=False):
-                self.read[chosen[t]] = cache.cut(segment.start, segment.length)
+                self.read[chosen[t]] = read.cut(segment.start, segment.length)
 
     def drop_finished(self, prompts):
         """Forget the keys and values of those of `prompts` of which no row waits any more."""
@@ -379,8 +389,8 @@ class _Decoder:
         output = self.text(
             inputs_embeds=embedded,
             position_ids=self.position.expand(3, -1).unsqueeze(2),  # (3, B, 1)
-            past_key_values=self.store,
             layout=self.store,
+            **{cache_argument(type(self.text)): self.store},
         )
         hidden = output.last_hidden_state[:, 0]  # (B, D)
         scores = logits(hidden, self.head, self.temperature, self.banned)  # (B, V)

@@ -24,14 +24,14 @@ NOTHING = -1e30  # a score that has no weight, and no NaN comes of it where all 
 class PromptCache:
     """The keys and values of tokens that lie side by side in a pack, per layer.
 
-    While a pack is read it stands in for a transformers cache, which calls `update`.
+    While a pack is read it stands in for a transformers cache, whose `update` is called.
     """
 
     def __init__(self):
         self.keys = []  # L of (H, T, d)
         self.values = []  # L of (H, T, d)
 
-    def update(self, key, value, layer, *_):
+    def update(self, key, value, layer, *_, **__):
         """Keep a layer's key and value (1, H, T, d); attention over the pack goes on with them."""
         self.keys.append(key[0])
         self.values.append(value[0])
@@ -122,7 +122,7 @@ class Store:
         rows = torch.arange(len(filled), device=device)
         self.place = rows * self.size + filled
 
-    def update(self, key, value, layer, *_):
+    def update(self, key, value, layer, *_, **__):
         """Add this step's key and value (B, H, 1, d), and return all of the layer's."""
         for store, new in ((self.keys[layer], key), (self.values[layer], value)):
             by_place = store.flatten(0, 1)  # (B * H * S, d)

@@ -2,7 +2,7 @@
 # The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both (with
 # equally many updates in all), and one table of every checkpoint, greedy and at temperature 1;
 # last, a page with table, curves and rollouts: out/tiny-0/report.html.
-#   bash runs/tiny.sh             base within 20 minutes, the rest within 20, on two cores
+#   bash runs/tiny.sh             15 minutes on two idle cores: the base about 8, the rest about 7
 #   bash runs/tiny.sh --quick     everything smaller, within 5 minutes: shows that it runs, not that
 #                                 it works
 #   SEED=1 bash runs/tiny.sh      other pictures and questions for every stage and test, other

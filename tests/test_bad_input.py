@@ -96,7 +96,7 @@ ROWS = {  # name -> (kind, row, what the error says); a text is a raw line of JS
         '{"question": "x", "reward_model": {"a": 1, "a": 2}}',
         "not valid JSON .*stands twice",
     ),
-    "deep": ("rl", '{"a":' * 5000 + "1" + "}" * 5000, "not valid JSON"),
+    "deep": ("rl", '{"a":' * 100_000 + "1" + "}" * 100_000, "not valid JSON"),
     "giant number": ("rl", '{"question": "x", "answer": %s}' % ("9" * 5000), "not valid JSON"),
     "Infinity": ("rl", '{"question": "x", "answer": Infinity}', "`answer` is neither"),
     "1e999": ("rl", '{"question": "x", "answer": 1e999}', "`answer` is neither"),

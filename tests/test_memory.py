@@ -16,6 +16,8 @@ from transformers import Qwen3VLForConditionalGeneration
 import align
 import model
 import rlvr
+import sft
+from engine import logprob
 from engine.attention import forward_pack
 from engine.logprob import token_logps
 from engine.packs import Tree, build_pack
@@ -146,10 +148,24 @@ def test_stage_1_samples_where_its_validation_does(tiny, capsys):
     assert "KV cache, 4 rows of 8192" in capsys.readouterr().out
 
 
+def test_what_is_on_the_cpu_is_said_apart(tiny, capsys):
+    flags = ["rlvr", "--policy", str(tiny), "--dtype", "bfloat16"]
+    memory.main(flags)
+    assert "CPU" not in capsys.readouterr().out
+    memory.main([*flags, "--offload"])
+    assert "of the CPU's memory, for each rank: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argv", [[], ["eval"], ["--policy", "x"]])
 def test_a_stage_is_asked_for(argv):
     with pytest.raises(SystemExit, match="sft,align,rlvr"):
         memory.main(argv)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["align", "--help"], ["rlvr", "--policy", "x", "-h"]])
+def test_its_own_manual(argv, capsys):
+    memory.main(argv)
+    assert "The memory that one rank of a stage needs" in capsys.readouterr().out
 
 
 def test_a_wrong_flag_is_refused(capsys):
@@ -260,3 +276,39 @@ def test_activations_are_what_is_measured(player, dtype, checkpointing):
     size = (len(pack.ids), len(prompt.pixel_values), dtype.itemsize)
     found = memory.activations(hf.model, *size, checkpointing, experts_per_token)
     assert 0.95 < found / peak(compute) < 1.15
+
+
+@pytest.mark.parametrize("stage", [sft, align, rlvr], ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [50, 400])
+def test_what_the_head_takes_is_what_is_measured(stage, dtype, tokens, monkeypatch):
+    """Chunks of 128 of 400 tokens; 50 tokens are less than a chunk."""
+    vocabulary, width = 4096, 24
+    monkeypatch.setitem(logprob.CHUNK, "cpu", 128 * vocabulary)
+    # Matrices in bfloat16 are multiplied into float32, as on CUDA: a CPU holds both for a moment.
+    monkeypatch.setattr(logprob, "product", zeros_in_float32)
+    hidden = torch.randn(tokens, width, dtype=getattr(torch, dtype), requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=getattr(torch, dtype), requires_grad=True)
+    for tensor in (hidden, weight):
+        tensor.grad = torch.zeros_like(tensor)  # none is made during the measurement
+    target = torch.zeros(tokens, dtype=torch.long)
+    coefficient = torch.ones(tokens)
+    args = arguments(stage, "none", dtype=dtype, device="cpu")
+
+    def compute():
+        found = token_logps(
+            hidden, weight, target, entropy=stage is not sft, coefficient=coefficient
+        )
+        logp = found if stage is sft else found[0]
+        (coefficient * logp).sum().backward()
+
+    compute()
+    text = SimpleNamespace(vocab_size=vocabulary, hidden_size=width)
+    of_hidden = hidden.numel() * hidden.element_size()  # its gradient, which activations count
+    expected = memory.head(text, tokens, args)
+    assert 0.97 < expected / (peak(compute) - of_hidden) < 1.05
+
+
+def zeros_in_float32(a, b):
+    """In the place of `product`: memory is all that counts."""
+    return torch.zeros(a.shape[0], b.shape[1])

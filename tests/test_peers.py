@@ -467,6 +467,12 @@ def test_a_model_with_other_attention_is_refused(corpus, tmp_path):
 LORA = ROOT / "docs/recipes/lora.py"
 
 
+def test_lora_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="pip install peft accelerate"):
+        runpy.run_path(str(LORA), run_name="__main__")
+
+
 def test_lora(tiny, corpus, tmp_path, monkeypatch):
     """The recipe through all stages; what they save is merged and opens anywhere."""
     pytest.importorskip("peft")
@@ -598,6 +604,27 @@ def test_any_server_asks_for_the_three_parts(real, tmp_path):
     file = (tmp_path / "chat_template.jinja").read_text()
     (text,), _ = render_jinja_template([[user]], chat_template=file)  # as processors do
     assert text == theirs.apply_chat_template([user], tokenize=False)
+
+
+def test_trl_knows_the_template(real, tmp_path):
+    """By its text, as SFTConfig(chat_template_path=..) reads it: then it finds its own variant, in
+    which the assistant's turns are marked. The template that asks for the three parts it refuses.
+    """
+    folder, template = real
+    policy = model.load(folder)
+    model.save(policy, tmp_path)
+    plain = (tmp_path / "chat_template_plain.jinja").read_text()
+    asking = (tmp_path / "chat_template.jinja").read_text()
+    assert plain == template and asking.endswith(plain) and asking != plain
+    trl = pytest.importorskip("trl.chat_template_utils")
+    if template != trl.qwen3_vl_chat_template:
+        return  # the one of the released evaluation, which TRL does not know
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not training-compatible"):
+        trl.get_training_chat_template(theirs)
+    theirs.chat_template = plain
+    marked = trl.get_training_chat_template(theirs)
+    assert trl.is_chat_template_stop_token_trained(theirs, marked)
 
 
 def test_our_own_prompts_stay_as_they_were(real, tmp_path):

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tokenize
@@ -13,6 +14,7 @@ import tomllib
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import ROOT
 
 from engine.arguments import Common, make_parser
@@ -258,6 +260,15 @@ def test_scripts_are_valid_bash():
     for script in scripts:
         assert subprocess.run(["bash", "-n", script]).returncode == 0
         assert script.name == "env.sh" or "set -euo pipefail" in script.read_text(), script
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_scripts_say_that_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "bench/check.py"), run_name="__main__")
+    assert "finds no CUDA here; --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@ The memory that one rank of a stage needs, counted from shapes: nothing runs.
 
     WORLD_SIZE=8 python tools/memory.py align --policy Qwen/Qwen3-VL-4B-Instruct --dtype bfloat16
 
-The first argument is the stage (sft, align, rlvr), the others are that stage's own, without --data.
-Of --policy and --disc_init only config.json is read, --disc_path is read whole. WORLD_SIZE is the
-number of ranks, 1 without it; GROUP_WORLD_SIZE or --nodes is the number of nodes.
+The first argument is the stage (sft, align, rlvr), the others are that stage's own, without --data
+(`python align.py --help` lists them). Of --policy and --disc_init only config.json is read,
+--disc_path is read whole. WORLD_SIZE is the number of ranks, 1 without it; GROUP_WORLD_SIZE or
+--nodes is the number of nodes.
 
 The estimate is an upper one: packs are full of sequences at their limits, each with an image as
 large as --max_prompt or --max_pixels lets it be. Left out is what CUDA, NCCL and fragments take (a
@@ -174,8 +175,8 @@ def update(player: Player, tokens, args, ranks) -> list[Entry]:
         entries.append(Entry(phase, "gathered weights", weights))
         entries.append(Entry(phase, "gathered gradients, and reduced in float32", gradients))
     if player.name == "policy":
-        what = "head's gradient in float32, chunks of logits"
-        entries.append(Entry(phase, what, head(player.base.config.text_config, args)))
+        what = "head's gradient in float32, a chunk of logits"
+        entries.append(Entry(phase, what, head(player.base.config.text_config, tokens, args)))
 
     size = [player.base, tokens, player.patches, bytes_each]
     without = activations(*size, False, player.experts_per_token)
@@ -189,13 +190,30 @@ def update(player: Player, tokens, args, ranks) -> list[Entry]:
     return entries
 
 
-def head(text, args) -> int:
-    """Bytes that the log-probs take, forward and backward, beside hidden states and weights."""
+def head(text, tokens, args) -> int:
+    """Bytes that the log-probs take, forward and backward, beside hidden states and weights.
+
+    See engine/logprob.py: while a chunk's probabilities are made, and while its gradient is.
+    """
     gradient = FLOAT32 * text.vocab_size * text.hidden_size
-    chunk = FLOAT32 * CHUNK["cpu" if args.device == "cpu" else "cuda"]
+    held_at_a_time = CHUNK["cpu" if args.device == "cpu" else "cuda"]
+    rows = min(tokens, max(1, held_at_a_time // text.vocab_size))
+    logits = FLOAT32 * rows * text.vocab_size
+
+    made = gradient + logits
+    if takes_entropy(args):  # it needs logits and probabilities
+        made += logits
+    added = gradient + logits  # to the head's gradient, in place
     if itemsize(args) != FLOAT32:
-        gradient *= 2  # a chunk's product is a matrix of its own before it is added
-    return gradient + 3 * chunk  # logits, probabilities, their gradient
+        # The logits' gradient in --dtype, and its product with the hidden states, which is a matrix
+        # of its own before it is added.
+        added += rows * text.vocab_size * itemsize(args) + gradient
+    return max(made, added)
+
+
+def takes_entropy(args) -> bool:
+    """Stages 2 and 3 log the policy's entropy, stage 1 does not."""
+    return not isinstance(args, sft.Args)
 
 
 # ---------------------------------------------------------------------- activations of a pack
@@ -307,16 +325,18 @@ def show(entries: list[Entry]) -> None:
             print(f"  {phase:<22} {line.what:<56} {line.size / 1e9:7.2f}")
         totals[phase] = sum(line.size for line in lines)
     always = totals.pop(ALWAYS, 0)
-    totals.pop(ON_CPU, 0)
+    on_cpu = totals.pop(ON_CPU, 0)
     worst = max(totals, key=totals.get)
     peak = always + totals[worst]
     print(f"  peak: always + {worst:<64} {peak / 1e9:7.2f}")
     print(f"  fits in 80 GB: {'yes' if peak < CARD else 'no'}")
+    if on_cpu:
+        print(f"  and of the CPU's memory, for each rank: {on_cpu / 1e9:.1f} GB")
 
 
 def main(argv) -> None:
     name = argv[0] if argv else ""
-    if name in ("-h", "--help"):
+    if "-h" in argv or "--help" in argv:
         return print(__doc__)
     if name not in STAGES:
         sys.exit(f"usage: python tools/memory.py {{{','.join(STAGES)}}} --policy CHECKPOINT ...")

@@ -13,7 +13,10 @@ import importlib
 import sys
 from pathlib import Path
 
-from peft import LoraConfig, inject_adapter_in_model
+try:
+    from peft import LoraConfig, inject_adapter_in_model
+except ImportError as error:
+    sys.exit(f"LoRA is peft's: pip install peft accelerate ({error})")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import model  # noqa: E402
