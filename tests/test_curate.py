@@ -23,6 +23,7 @@ from conftest import ROOT
 from PIL import Image
 
 from data import SYSTEM_PROMPT, read
+from engine import api
 from engine.arguments import parse
 from tools import curate
 
@@ -454,7 +455,7 @@ def test_the_judge(server, problems, tmp_path):
         "rl": 3,
         "sft": 1,
     }
-    assert report["requests"] == {"answered": 14, "TypeError": 1}
+    assert report["requests"] == {"answered": 14, "Unreadable": 1}
     assert report["answers"]["right, graded 0"] == 1
     got = {
         kind: [row["extra_info"]["from"] for row in lines(tmp_path / f"out/{kind}.jsonl")]
@@ -560,7 +561,7 @@ def waits(monkeypatch):
             return self.is_set()
 
     waits = []
-    monkeypatch.setattr(curate, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
+    monkeypatch.setattr(api, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
     return waits
 
 
@@ -639,7 +640,7 @@ def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(server, problems, tmp_path):
     (tmp_path / "out").mkdir()
-    first = curate.Api(parse(curate.Args, arguments(server, problems)))
+    first = api.Api(parse(curate.Args, arguments(server, problems)), tmp_path / "out/answers.jsonl")
     with first.file, pytest.raises(BlockingIOError):
         run(server, problems)
 
