@@ -7,7 +7,7 @@ are the same is decided in engine/answers.py.
 """
 
 from data import count_items, count_steps, parts
-from engine.answers import equivalent
+from engine.answers import equivalent, is_open
 
 ACCURACY_WEIGHT = 0.8
 FORMAT_WEIGHT = 0.2  # for the form alone, so that a group of wrong answers still teaches it
@@ -32,6 +32,17 @@ def score(response, gold, choices=(), equivalent_answers=()):
     accuracy = 1.0 if right else 0.0
     reward = ACCURACY_WEIGHT * accuracy + FORMAT_WEIGHT
     return {"accuracy": accuracy, "format": 1.0, "reward": reward}
+
+
+def left_open(response, example):
+    """The answer in a response where the rules cannot tell whether it is right (see
+    engine.answers.is_open), else None: what they decide, and what is malformed."""
+    found = parts(response)
+    if found is None or verify(response, example)["accuracy"]:
+        return None
+    golds = (example.answer, *example.equivalent)
+    is_left = any(is_open(found["answer"], gold, example.choices) for gold in golds)
+    return found["answer"] if is_left else None
 
 
 def judge(example, rollout, text):

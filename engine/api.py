@@ -141,16 +141,17 @@ class Api:
             answer = json.loads(line)
             self.known[tuple(answer["of"])] = answer
 
-    def ask(self, of, messages, form=ANYTHING) -> str:
+    def ask(self, of, messages, form=ANYTHING, again=False) -> str:
         """What the pattern `form` finds in the answer to the messages.
 
         of: (what is asked about, model, number of the try from 0), the answer's name in the file.
         messages: a function that makes the chat's messages; not called where the answer is known.
+        again: ask all the same.
         Raises Unanswered where there is no answer to this request, SystemExit where there would be
         none to any other.
         """
         known = self.known.get(of)
-        if known and not self.is_cut_short(known):
+        if known and not again and not self.is_cut_short(known):
             return re.fullmatch(form, known["text"])[1]
         body = json.loads(self.args.request)
         body["model"] = of[1]

@@ -119,14 +119,16 @@ def left_out_of(data):
 def summarise(records, pass_at=()):
     """
     Return the means of `evaluate`'s records over all responses, and over the prompts pass@k for
-    each k of `pass_at`. A mean is NaN where there is nothing to take it of.
+    each k of `pass_at`. A mean is NaN where there is nothing to take it of. A response of which
+    nobody knows whether it is right (its accuracy is None) counts in neither.
     """
     summary = {"prompts": len(records), "accuracy": mean_of(records, "accuracy")}
     for k in pass_at:
         rates = []
         for record in records:
-            right = int(sum(record["accuracy"]))
-            rates.append(pass_at_k(len(record["accuracy"]), right, k))
+            known = known_of(record["accuracy"])
+            if len(known) >= k:
+                rates.append(pass_at_k(len(known), int(sum(known)), k))
         summary[f"pass@{k}"] = mean(rates)
     summary["format"] = mean_of(records, "format")
     summary["length"] = mean_of(records, "length")
@@ -137,7 +139,11 @@ def summarise(records, pass_at=()):
 
 
 def mean_of(records, name):
-    return mean([value for record in records for value in record[name] if value is not None])
+    return mean([value for record in records for value in known_of(record[name])])
+
+
+def known_of(values):
+    return [value for value in values if value is not None]
 
 
 def mean(values):

@@ -299,10 +299,10 @@ def rollouts(problems, rates, policy="p", mode="T=1"):
 
 
 def test_only_what_the_policy_fails_is_asked(server, problems, tmp_path):
-    """Of several policies the best counts; greedy decoding does not; a row without a record is
-    counted, not guessed."""
-    records = rollouts(problems, {0: [0, 0], 1: [0, 1], 2: [1, 1], 3: [0.0, 0.0], 4: [0, 0]})
-    records += rollouts(problems, {3: [0, 0], 4: [0, 1]}, policy="q")
+    """Of several policies the best counts; greedy decoding does not; a row without a record, or
+    without a verdict, is counted, not guessed."""
+    records = rollouts(problems, {0: [0, None], 1: [0, 1], 2: [1, 1], 3: [0.0, 0.0], 4: [0, 0]})
+    records += rollouts(problems, {3: [0, 0], 4: [0, 1], 5: [None]}, policy="q")
     records += rollouts(problems, {0: [1], 5: [0]}, mode="greedy")
     flags = ("--pass_rates", save(tmp_path / "rollouts.jsonl", records))
     report = run(server, problems, *flags)

@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import SYSTEM_PROMPT, WHOLE, parts, read, split_spans, to_example  # noqa: E402
 from engine.api import Api, ApiArgs, Unanswered  # noqa: E402
 from engine.arguments import check, option, parse  # noqa: E402
+from engine.evaluation import known_of, mean  # noqa: E402
 from engine.log import provenance  # noqa: E402
 from engine.rows import Data, Rows, open_image  # noqa: E402
 from rewards import verify  # noqa: E402
@@ -205,9 +206,11 @@ def read_pass_rates(path) -> dict:
             raise ValueError(f"{path} is not what eval.py writes with --rollouts_out")
         if record["mode"] == "greedy":
             continue
+        known = known_of(record["accuracy"])
+        if not known:  # eval.py's judge gave no verdict
+            continue
         of = (Path(record["data"]).resolve(), record["row"])
-        rate = sum(record["accuracy"]) / len(record["accuracy"])
-        rates[of] = max(rate, rates.get(of, 0.0))
+        rates[of] = max(mean(known), rates.get(of, 0.0))
     return rates
 
 
