@@ -81,7 +81,9 @@ class Args(ApiArgs):
     )
     max_response: int = option(6144, "tokens, end token included", least=1)
     max_pixels: int | None = option(
-        None, "of one image, larger ones are scaled down; none: the image processor's own limit"
+        None,
+        "of one image, larger ones are scaled down; none: the image processor's own limit",
+        least=1,
     )
     max_side: int | None = option(
         None, "pixels, of one image's longer side; larger ones are scaled down", least=1
@@ -122,12 +124,17 @@ class Args(ApiArgs):
             raise ValueError("--filter LOW HIGH and --filter_out FILE come together")
         if self.filter:
             self.check_filter()
+        self.check_files()
         if self.judge:
             self.check_api()
         elif self.base_url or self.judge_agreement:
             raise ValueError("--base_url and --judge_agreement need --judge MODEL")
 
     def check_filter(self):
+        low, high = self.filter
+        if not low <= high <= 1:
+            mend = "LOW and HIGH are shares, LOW at most HIGH, HIGH at most 1"
+            raise ValueError(f"--filter is {low} {high}: {mend}")
         several = self.all_steps or len(self.policy) != 1
         if self.samples < 1 or len(self.data) != 1 or several:
             needed = "--samples of 1 or more, one --policy and one file in --data"
@@ -136,6 +143,24 @@ class Args(ApiArgs):
         if is_parquet(data) != is_parquet(self.filter_out):
             form = "both end in .parquet, or neither"
             raise ValueError(f"--filter_out keeps the form of {data}: {form}")
+
+    def check_files(self):
+        """What would else be found out behind hours of sampling, or never."""
+        for path in self.data:
+            if not Path(path).is_file():
+                raise ValueError(f"--data {path}: no such file")
+        if self.image_root is not None and not Path(self.image_root).is_dir():
+            raise ValueError(f"--image_root {self.image_root}: no such folder")
+        taken = [Path(path).resolve() for path in self.data]
+        for name in ("out", "rollouts_out", "filter_out"):
+            path = getattr(self, name)
+            if not path:
+                continue
+            if Path(path).is_dir():
+                raise ValueError(f"--{name} {path} is a folder: name a file in it")
+            if Path(path).resolve() in taken:
+                raise ValueError(f"--{name} {path} would overwrite another file of this command")
+            taken.append(Path(path).resolve())
 
 
 # ----------------------------------------------------------------------------- what is shown

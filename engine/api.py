@@ -46,7 +46,7 @@ class ApiArgs:
         '{"max_tokens": 8192}', "JSON object with more fields of each request, temperature say"
     )
     concurrency: int = option(8, "questions to the API at once", least=1)
-    timeout: float = option(300.0, "s that the server may be silent")
+    timeout: float = option(300.0, "s that the server may be silent", above=0)
     retries: int = option(
         5,
         "of a request, after HTTP 408, 409, 425, 429 or 5xx, a timeout, a broken connection, a "

@@ -287,9 +287,10 @@ def test_arguments_that_make_no_sense(flags, says, place, capsys):  # noqa: F811
 
 
 def test_two_runs_do_not_share_a_cache(server, tmp_path):
-    flags = ["--policy", "p", "--data", "d", "--judge", "J", "--base_url", "http://h/v1"]
-    flags += ["--judge_cache", str(tmp_path / "c.jsonl")]
-    args = parse(script.Args, flags)
+    (tmp_path / "d").touch()
+    flags = ["--policy", "p", "--data", tmp_path / "d", "--judge", "J"]
+    flags += ["--base_url", "http://h/v1", "--judge_cache", tmp_path / "c.jsonl"]
+    args = parse(script.Args, map(str, flags))
     first = Grader(args)
     with first.api.file, pytest.raises(SystemExit, match="c.jsonl: another run .* --judge_cache"):
         Grader(args)
