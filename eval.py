@@ -42,7 +42,7 @@ from engine.arguments import check, is_first_rank, option, parse
 from engine.checkpoint import kept_steps
 from engine.evaluation import GREEDY, Mode, evaluate, known_of, left_out_of, mean, summarise
 from engine.grader import Grader, agreement, claim_of
-from engine.log import provenance
+from engine.log import provenance, to_json
 from engine.ranks import print0, setup
 from engine.rows import Data
 from model import load
@@ -252,7 +252,7 @@ def write_rollouts(path, evaluated):
     lines = []
     for one in evaluated:
         for record in one.records:
-            lines.append(json.dumps({**one.what, **record}, ensure_ascii=False) + "\n")
+            lines.append(to_json({**one.what, **record}, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
 
@@ -392,7 +392,7 @@ def main(args):
     if args.all_steps:
         print(curves(results))
     if args.out:
-        write_text(args.out, json.dumps(content | {"results": results}, indent=1))
+        write_text(args.out, to_json(content | {"results": results}, indent=1))
     if grader and grader.fault:
         raise SystemExit(f"the judge was given up, the rest is ungraded: {grader.fault}")
     return results

@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from engine.arguments import changes
-from engine.log import provenance
+from engine.log import provenance, to_json
 from engine.ranks import agree, is_main, print0
 
 VERSION = 2  # of what is kept: to be raised where a stage begins to keep other state
@@ -64,7 +64,7 @@ def save(folder, write_weights, meta, players=None, state=None):
             if players:
                 kept = {"version": VERSION, **random_state(), "state": state}
                 torch.save(kept, new / "resume/state.pt")
-            (new / "meta.json").write_text(json.dumps(provenance() | meta, indent=1))
+            (new / "meta.json").write_text(to_json(provenance() | meta, indent=1))
             os.sync()  # the data has to reach the disk before the names
             swap(new, folder)
     except (Exception, dcp.CheckpointException) as error:

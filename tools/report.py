@@ -323,11 +323,15 @@ def keys_of(run, metric):
 
 
 def logged(run, key):
-    """Return [(step, value)] of a metric where it was logged; a value may be NaN."""
+    """Return [(step, value)] of a metric where it was logged; a value may be NaN, which the file
+    has as null."""
     found = []
     for record in run.steps:
-        if isinstance(record.get(key), int | float):
-            found.append((record["step"], record[key]))
+        value = record.get(key, "")
+        if value is None:
+            value = math.nan
+        if isinstance(value, int | float):
+            found.append((record["step"], value))
     return found
 
 
@@ -504,7 +508,8 @@ def all_figures_table(results):
         keys.pop(key, None)
     lines = []
     for result in results:
-        lines.append([result["label"], *(result.get(key, "–") for key in keys)])
+        cells = [result.get(key) for key in keys]
+        lines.append([result["label"], *("–" if value is None else value for value in cells)])
     return table("All figures", ["policy", *keys], lines)
 
 
