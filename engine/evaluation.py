@@ -15,8 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from engine.progress import Bar
 from engine.ranks import gather, is_main, print0
 from engine.rows import BadRow
 from engine.sampler import all_rows, generate
@@ -55,14 +54,14 @@ def evaluate(hf, encoder, data, judge, args, ranks, modes=(GREEDY,), limit=0, sl
     mine = own_rows(data, limit, ranks)
     # so many prompts at once keep the slots busy
     chunk = max(8, 4 * slots // max(mode.samples for mode in modes))
-    starts = range(0, len(mine), chunk)
-    # tqdm's None: a bar only where somebody looks at a terminal
-    hidden = None if is_main() else True
-    for start in tqdm(starts, Path(data.path).name, disable=hidden):
-        prompts = data.fetch(mine[start : start + chunk], encoder.prompt)
-        for mode in modes:
-            found = sample_and_judge(hf, encoder, prompts, judge, args, mode, slots)
-            records[mode.name] += found
+    with Bar(len(mine), f"evaluating {Path(data.path).name}") as bar:
+        for start in range(0, len(mine), chunk):
+            part = mine[start : start + chunk]
+            prompts = data.fetch(part, encoder.prompt)
+            for mode in modes:
+                found = sample_and_judge(hf, encoder, prompts, judge, args, mode, slots)
+                records[mode.name] += found
+            bar.update(len(part))
     everywhere = gather(records)
     merged = {}
     for mode in modes:

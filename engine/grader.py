@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from engine.api import Api, Unanswered
+from engine.progress import progress
 
 PROMPT = """\
 You compare an answer to a question about images, which you do not see, with the reference answer.
@@ -106,8 +105,8 @@ class Grader:
         asked = list(dict.fromkeys(claims))
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                answers = pool.map(self.verdict, asked)
-                found = list(tqdm(answers, "judged", len(asked), disable=None))
+                futures = [pool.submit(self.verdict, claim) for claim in asked]
+                found = [future.result() for future in progress(futures, "judging", "answer")]
             except KeyboardInterrupt:  # no thread waits for a retry, or asks once more
                 self.api.stopped.set()
                 raise
