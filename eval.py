@@ -17,6 +17,13 @@ For stage 3, keep the prompts that the policy solves sometimes:
 
     torchrun --nproc_per_node=8 eval.py --policy ckpt/align/last --data rl.parquet --no-greedy \
         --samples 16 --filter 0.2 0.8 --filter_out rl_filtered.parquet
+
+The rules cannot tell whether "the auto" is right where the reference is "the car". As the paper's
+benchmarks do, a judge behind an API can say so, of such answers alone; `--judge_agreement` shows
+how far it agrees with the rules where they decide:
+
+    PRISM_API_KEY=... python eval.py --policy ckpt/rlvr/last --data test.jsonl \
+        --base_url https://HOST/v1 --judge MODEL --judge_agreement 200
 """
 
 from __future__ import annotations
@@ -29,18 +36,21 @@ from typing import Literal
 
 import torch
 
-from data import read
-from engine.arguments import check, option, parse
+from data import parts, read
+from engine.api import ApiArgs
+from engine.arguments import check, is_first_rank, option, parse
 from engine.checkpoint import kept_steps
-from engine.evaluation import GREEDY, Mode, evaluate, left_out_of, mean, summarise
-from engine.log import provenance
-from engine.ranks import is_main, print0, setup
+from engine.evaluation import GREEDY, Mode, evaluate, known_of, left_out_of, mean, summarise
+from engine.grader import Grader, agreement, claim_of
+from engine.log import provenance, to_json
+from engine.ranks import print0, setup
+from engine.rows import Data
 from model import load
-from rewards import judge
+from rewards import judge, left_open
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(ApiArgs):
     policy: tuple[str, ...] = option(
         help="checkpoints: Qwen3-VL folders in transformers layout, run folders, or hub names"
     )
@@ -71,7 +81,9 @@ class Args:
     )
     max_response: int = option(6144, "tokens, end token included", least=1)
     max_pixels: int | None = option(
-        None, "of one image, larger ones are scaled down; none: the image processor's own limit"
+        None,
+        "of one image, larger ones are scaled down; none: the image processor's own limit",
+        least=1,
     )
     max_side: int | None = option(
         None, "pixels, of one image's longer side; larger ones are scaled down", least=1
@@ -84,6 +96,16 @@ class Args:
     )
     slots: int = option(256, "rows decoded at once, per device", least=1)
     pack_tokens: int = option(16384, "of one prefill, per device", least=1)
+    judge: str = option(
+        "", "name of a model that grades what the rules leave open; empty: there it is wrong"
+    )
+    judge_agreement: int = option(
+        0, "responses that the rules decide, to ask the judge about as well; 0: none"
+    )
+    judge_cache: str = option("ckpt/judge.jsonl", "JSONL file that keeps the judge's verdicts")
+    request: str = option(
+        '{"max_tokens": 4096, "temperature": 0}', "JSON object with more fields of each request"
+    )
     config: str = option(
         "", "JSON file of arguments, as an earlier --out, which is run again; flags given here win"
     )
@@ -102,8 +124,17 @@ class Args:
             raise ValueError("--filter LOW HIGH and --filter_out FILE come together")
         if self.filter:
             self.check_filter()
+        self.check_files()
+        if self.judge:
+            self.check_api()
+        elif self.base_url or self.judge_agreement:
+            raise ValueError("--base_url and --judge_agreement need --judge MODEL")
 
     def check_filter(self):
+        low, high = self.filter
+        if not low <= high <= 1:
+            mend = "LOW and HIGH are shares, LOW at most HIGH, HIGH at most 1"
+            raise ValueError(f"--filter is {low} {high}: {mend}")
         several = self.all_steps or len(self.policy) != 1
         if self.samples < 1 or len(self.data) != 1 or several:
             needed = "--samples of 1 or more, one --policy and one file in --data"
@@ -112,6 +143,24 @@ class Args:
         if is_parquet(data) != is_parquet(self.filter_out):
             form = "both end in .parquet, or neither"
             raise ValueError(f"--filter_out keeps the form of {data}: {form}")
+
+    def check_files(self):
+        """What would else be found out behind hours of sampling, or never."""
+        for path in self.data:
+            if not Path(path).is_file():
+                raise ValueError(f"--data {path}: no such file")
+        if self.image_root is not None and not Path(self.image_root).is_dir():
+            raise ValueError(f"--image_root {self.image_root}: no such folder")
+        taken = [Path(path).resolve() for path in self.data]
+        for name in ("out", "rollouts_out", "filter_out"):
+            path = getattr(self, name)
+            if not path:
+                continue
+            if Path(path).is_dir():
+                raise ValueError(f"--{name} {path} is a folder: name a file in it")
+            if Path(path).resolve() in taken:
+                raise ValueError(f"--{name} {path} would overwrite another file of this command")
+            taken.append(Path(path).resolve())
 
 
 # ----------------------------------------------------------------------------- what is shown
@@ -193,9 +242,72 @@ def rows_in_band(records, low, high):
     """Return the rows of the file whose pass rate over their rollouts is from `low` to `high`."""
     kept = []
     for record in records:
-        if low <= mean(record["accuracy"]) <= high:
+        known = known_of(record["accuracy"])
+        if known and low <= mean(known) <= high:
             kept.append(record["row"])
     return kept
+
+
+def write_rollouts(path, evaluated):
+    lines = []
+    for one in evaluated:
+        for record in one.records:
+            lines.append(to_json({**one.what, **record}, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+# ----------------------------------------------------------------------------- the judge
+def grade(evaluated, grader, args):
+    """
+    Let the judge decide about what the rules leave open: the records' accuracy changes in place,
+    and is None where there is no verdict; `decided_by` says who decided.
+
+    Returns what is to be reported of the judge.
+    """
+    open_ones = []  # (record, number of the response, claim)
+    decided = {}  # claim -> whether it is right by the rules
+    for one in evaluated:
+        for record in one.records:
+            example = one.data[record["row"]]
+            record["decided_by"] = ["rules"] * len(record["text"])
+            for k, text in enumerate(record["text"]):
+                left = left_open(text, example)
+                if left is not None:
+                    open_ones.append((record, k, claim_of(example, left)))
+                elif record["format"][k]:
+                    answer = parts(text)["answer"]
+                    decided[claim_of(example, answer)] = bool(record["accuracy"][k])
+
+    verdicts = grader.verdicts([claim for _, _, claim in open_ones])
+    for record, k, claim in open_ones:
+        verdict = verdicts[claim]
+        record["accuracy"][k] = None if verdict is None else float(verdict)
+        record["decided_by"][k] = "nobody" if verdict is None else "judge"
+    report = {"model": args.judge, "responses": len(open_ones), "answers": len(verdicts)}
+    if args.judge_agreement:
+        report["agreement"] = agreement(decided, grader, args.judge_agreement, args.seed)
+    return report | {"requests": dict(grader.api.requests)}
+
+
+def shares_of_judge(records):
+    """Shares of all responses: graded by the judge, and by nobody."""
+    deciders = [decider for record in records for decider in record["decided_by"]]
+    return {
+        "judged": mean([decider == "judge" for decider in deciders]),
+        "ungraded": mean([decider == "nobody" for decider in deciders]),
+    }
+
+
+# ----------------------------------------------------------------------------- the run
+@dataclass
+class Evaluated:
+    """A policy on a file in one mode."""
+
+    what: dict  # policy, data, mode; step of a checkpoint of --all_steps
+    data: Data
+    mode: Mode
+    records: list  # engine.evaluation.evaluate's
+    left_out: dict  # reason -> rows
 
 
 def checkpoints_of(args):
@@ -209,21 +321,12 @@ def checkpoints_of(args):
     return found
 
 
-def main(args):
-    ranks = setup(args)
+def sample(args, modes, ranks):
+    """Evaluate each policy on each file in each mode. All ranks call it, and have all of it."""
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
-    sampled = Mode(f"T={args.temperature:g}", args.samples, args.temperature)
-    modes = []
-    if args.greedy:
-        modes.append(GREEDY)
-    if args.samples:
-        modes.append(sampled)
-    pass_at = [k for k in args.pass_at if k <= args.samples]
-
-    results = []
-    rollouts = []
+    evaluated = []
     for name, step in checkpoints_of(args).items():
         policy = load(
             name,
@@ -240,29 +343,58 @@ def main(args):
             )
             left_out = left_out_of(data)
             for mode in modes:
-                records = by_mode[mode.name]
                 what = {"policy": name, "data": path, "mode": mode.name}
                 if step is not None:
                     what["step"] = step
-                summary = summarise(records, pass_at if mode is sampled else ())
-                results.append({**what, **summary, "left_out": left_out})
-                rollouts += [{**what, **record} for record in records]
-            if args.filter and is_main():
-                kept = rows_in_band(by_mode[sampled.name], *args.filter)
-                write_rows(data.path, kept, args.filter_out, args.image_root)
+                evaluated.append(Evaluated(what, data, mode, by_mode[mode.name], left_out))
             if left_out:
                 print0(f"{path}: left out {sum(left_out.values())} rows: {left_out}")
+    return evaluated
 
-    print0(table(results))
+
+def main(args):
+    grader = None
+    if args.judge and is_first_rank():
+        grader = Grader(args)
+        grader.try_out()
+    sampled = Mode(f"T={args.temperature:g}", args.samples, args.temperature)
+    modes = []
+    if args.greedy:
+        modes.append(GREEDY)
+    if args.samples:
+        modes.append(sampled)
+    ranks = setup(args)
+    evaluated = sample(args, modes, ranks)
+    content = {"args": asdict(args), **provenance()}
+    ranks.close()  # the others need not wait for the judge
+    if not is_first_rank():
+        return []
+
+    if args.rollouts_out:
+        write_rollouts(args.rollouts_out, evaluated)
+    if grader:
+        content["judge"] = grade(evaluated, grader, args)
+        print(f"judge: {content['judge']}")
+        if args.rollouts_out:  # once more, with its verdicts; a kill before that loses no response
+            write_rollouts(args.rollouts_out, evaluated)
+    pass_at = [k for k in args.pass_at if k <= args.samples]
+    results = []
+    for one in evaluated:
+        summary = summarise(one.records, pass_at if one.mode is sampled else ())
+        if grader:
+            summary |= shares_of_judge(one.records)
+        results.append({**one.what, **summary, "left_out": one.left_out})
+        if args.filter and one.mode is sampled:
+            kept = rows_in_band(one.records, *args.filter)
+            write_rows(one.data.path, kept, args.filter_out, args.image_root)
+
+    print(table(results))
     if args.all_steps:
-        print0(curves(results))
-    if args.out and is_main():
-        content = {"args": asdict(args), **provenance(), "results": results}
-        write_text(args.out, json.dumps(content, indent=1))
-    if args.rollouts_out and is_main():
-        lines = [json.dumps(rollout, ensure_ascii=False) + "\n" for rollout in rollouts]
-        write_text(args.rollouts_out, "".join(lines))
-    ranks.close()
+        print(curves(results))
+    if args.out:
+        write_text(args.out, to_json(content | {"results": results}, indent=1))
+    if grader and grader.fault:
+        raise SystemExit(f"the judge was given up, the rest is ungraded: {grader.fault}")
     return results
 
 

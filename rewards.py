@@ -7,7 +7,7 @@ are the same is decided in engine/answers.py.
 """
 
 from data import count_items, count_steps, parts
-from engine.answers import equivalent
+from engine.answers import equivalent, is_open
 
 ACCURACY_WEIGHT = 0.8
 FORMAT_WEIGHT = 0.2  # for the form alone, so that a group of wrong answers still teaches it
@@ -35,6 +35,17 @@ def score(response, gold, choices=(), equivalent_answers=()):
         verdict["accuracy"] = 1.0
     verdict["reward"] = ACCURACY_WEIGHT * verdict["accuracy"] + FORMAT_WEIGHT
     return verdict
+
+
+def left_open(response, example):
+    """The answer in a response where the rules cannot tell whether it is right (see
+    engine.answers.is_open), else None: what they decide, and what is malformed."""
+    found = parts(response)
+    if found is None or verify(response, example)["accuracy"]:
+        return None
+    golds = (example.answer, *example.equivalent)
+    is_left = any(is_open(found["answer"], gold, example.choices) for gold in golds)
+    return found["answer"] if is_left else None
 
 
 def judge(example, rollout, text):

@@ -4,7 +4,8 @@ and write the picture as SVG to standard output.
 
     python docs/draw_rollout.py out/tiny-0/align/rollouts.jsonl --step 11 > docs/rollout.svg
 
-They are the one with the largest and the one with the smallest advantage of the step's group.
+They are the one with the largest and the one with the smallest advantage of the step's group. On
+the left stand mean and std of each span's scores in the group, by which the advantage normalises.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import SPANS, split_spans  # noqa: E402
@@ -44,6 +46,16 @@ def text(x, y, content, kind="", anchor="start"):
 
 def signed(number):
     return f"{number:+.2f}".replace("-", "−")
+
+
+def moments(rollouts, name):
+    """Mean and std of a span's scores in a group, as the advantage normalises them: a malformed
+    rollout, which has none, counts as one below the lowest (align.floor_malformed)."""
+    scores = [rollout["scores"][name] for rollout in rollouts]
+    given = [score for score in scores if score is not None]
+    floor = min(given, default=0.0) - 1
+    floored = [floor if score is None else score for score in scores]
+    return mean(floored), stdev(floored)
 
 
 def draw_rollout(y, rollout, references):
@@ -93,12 +105,19 @@ def draw(group):
         text(16, side + 62, f"answer: {group['answer']}"),
         text(16, side + 90, f"step {group['step']} of the game:", "label note"),
         text(16, side + 108, f"2 of {len(rollouts)} rollouts", "label note"),
+        text(16, side + 136, "the group's scores:", "label note"),
     ]
+    below = side + 136
+    for name in SPANS:
+        below += LINE
+        middle, spread = moments(rollouts, name)
+        line = f"{name} {signed(middle)} ± {spread:.2f}"
+        shapes.append(text(16, below, line, "label note"))
     y = 16
     for rollout in (rollouts[-1], rollouts[0]):
         drawn, y = draw_rollout(y, rollout, group["reference_scores"])
         shapes += drawn
-    height = max(y, side + 124)
+    height = max(y, below + 16)
     page = f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8" class="page"/>'
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '

@@ -48,7 +48,7 @@ Conventions, where graders differ:
 import re
 
 from engine import math_worker
-from engine.kinds import OR, key, label, letters, same, same_text, truth
+from engine.kinds import OR, is_decided, key, label, letters, same, same_text, truth
 from engine.quantities import measure
 from engine.spelling import DENIAL, clean, has_claim, items
 
@@ -78,6 +78,35 @@ def is_answer(text):
 def is_right(p, g, options):
     verdict = same_option(p, g, options) if options else None
     return same(p, g) if verdict is None else verdict
+
+
+def is_open(pred, gold, choices=()):
+    """Do the rules leave open whether `pred` is `gold`?
+
+    They do where they find the two unequal and had nothing to compare but their texts: no kind of
+    answer decides about the two, as `same_measure` does about two numbers, neither as `pred` words
+    it nor in short. Of a gold that names an option, that option's text is compared, and an answer
+    that names one itself is decided. So `the auto` is open beside `the car`, and beside `5`; `4`
+    beside `5`, `no` beside `yes`, `A` beside `B` and what is blank are wrong.
+    """
+    if not (is_answer(pred) and is_answer(gold)) or equivalent(pred, gold, choices):
+        return False
+    p = clean(pred)
+    g = clean(gold)
+    options = without_letters([clean(str(choice)[:MAX_CHARS]) for choice in choices or ()])
+    right = option(g, options)
+    if right is not None and right >= 0:
+        if names_an_option(p, options):
+            return False
+        g = options[right]
+    return not any(is_decided(wording, g) for wording in wordings(p))
+
+
+def names_an_option(p, options):
+    """By its letter, by several, or by its text."""
+    if option(p, options) is not None or letters(p):
+        return True
+    return any(same(p, text) for text in options)
 
 
 # -------------------------------------------------------------- wordings

@@ -63,6 +63,8 @@ class Common:
     """The arguments of every stage; its `Args` inherits them, and redeclares what has another
     default there."""
 
+    GROUP = "of every stage"  # their heading in --help
+
     policy: str = option(
         help="checkpoint to start from: a Qwen3-VL folder in transformers layout, as an earlier "
         "stage's <out>/last, a run folder, or a hub name"
@@ -217,17 +219,25 @@ def make_parser(Args):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    own = parser.add_argument_group("of this script")
-    shared = parser.add_argument_group("of every stage")
+    groups = {}
+    for title in ("of this script", *[base.GROUP for base in shared_by(Args)]):
+        groups[title] = parser.add_argument_group(title)
     kinds = get_type_hints(Args)
     for f in fields(Args):
-        is_shared = issubclass(Args, Common) and f.name in Common.__dataclass_fields__
-        group = shared if is_shared else own
+        group = groups["of this script"]
+        for base in shared_by(Args):
+            if f.name in base.__dataclass_fields__:
+                group = groups[base.GROUP]
         settings = settings_of(kinds[f.name])
         group.add_argument(
             f"--{f.name}", help=help_of(f), required=f.default is MISSING, **settings
         )
     return parser
+
+
+def shared_by(Args):
+    """The dataclasses that `Args` inherits arguments from: Common, or another with a GROUP."""
+    return [base for base in Args.__mro__[1:] if hasattr(base, "GROUP")]
 
 
 def help_of(f):

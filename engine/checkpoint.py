@@ -24,7 +24,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from engine.arguments import changes
-from engine.log import provenance
+from engine.log import provenance, to_json
+from engine.progress import Bar
 from engine.ranks import agree, is_main, print0
 
 VERSION = 2  # of what is kept: to be raised where a stage begins to keep other state
@@ -57,16 +58,19 @@ def save(folder, write_weights, meta, players=None, state=None):
             shutil.rmtree(new, ignore_errors=True)
             (new / "resume" if players else new).mkdir(parents=True)
         agree(False)  # all ranks wait for the folder
-        write_weights(new)
-        if players:
-            dcp.save(tensors_of(players), checkpoint_id=new / "resume")
-        if is_main():
+        with Bar(3, f"saving {folder}", "part", delay=0) as bar:
+            write_weights(new)
+            bar.update()
             if players:
-                kept = {"version": VERSION, **random_state(), "state": state}
-                torch.save(kept, new / "resume/state.pt")
-            (new / "meta.json").write_text(json.dumps(provenance() | meta, indent=1))
-            os.sync()  # the data has to reach the disk before the names
-            swap(new, folder)
+                dcp.save(tensors_of(players), checkpoint_id=new / "resume")
+            bar.update()
+            if is_main():
+                if players:
+                    kept = {"version": VERSION, **random_state(), "state": state}
+                    torch.save(kept, new / "resume/state.pt")
+                (new / "meta.json").write_text(to_json(provenance() | meta, indent=1))
+                os.sync()  # the data has to reach the disk before the names
+                swap(new, folder)
     except (Exception, dcp.CheckpointException) as error:
         if is_main():
             shutil.rmtree(new, ignore_errors=True)  # room on a full disk

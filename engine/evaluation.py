@@ -15,8 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from engine.progress import Bar
 from engine.ranks import gather, is_main, print0
 from engine.rows import BadRow
 from engine.sampler import all_rows, generate
@@ -55,14 +54,14 @@ def evaluate(hf, encoder, data, judge, args, ranks, modes=(GREEDY,), limit=0, sl
     mine = own_rows(data, limit, ranks)
     # so many prompts at once keep the slots busy
     chunk = max(8, 4 * slots // max(mode.samples for mode in modes))
-    starts = range(0, len(mine), chunk)
-    # tqdm's None: a bar only where somebody looks at a terminal
-    hidden = None if is_main() else True
-    for start in tqdm(starts, Path(data.path).name, disable=hidden):
-        prompts = data.fetch(mine[start : start + chunk], encoder.prompt)
-        for mode in modes:
-            found = sample_and_judge(hf, encoder, prompts, judge, args, mode, slots)
-            records[mode.name] += found
+    with Bar(len(mine), f"evaluating {Path(data.path).name}") as bar:
+        for start in range(0, len(mine), chunk):
+            part = mine[start : start + chunk]
+            prompts = data.fetch(part, encoder.prompt)
+            for mode in modes:
+                found = sample_and_judge(hf, encoder, prompts, judge, args, mode, slots)
+                records[mode.name] += found
+            bar.update(len(part))
     everywhere = gather(records)
     merged = {}
     for mode in modes:
@@ -119,14 +118,16 @@ def left_out_of(data):
 def summarise(records, pass_at=()):
     """
     Return the means of `evaluate`'s records over all responses, and over the prompts pass@k for
-    each k of `pass_at`. A mean is NaN where there is nothing to take it of.
+    each k of `pass_at`. A mean is NaN where there is nothing to take it of. A response of which
+    nobody knows whether it is right (its accuracy is None) counts in neither.
     """
     summary = {"prompts": len(records), "accuracy": mean_of(records, "accuracy")}
     for k in pass_at:
         rates = []
         for record in records:
-            right = int(sum(record["accuracy"]))
-            rates.append(pass_at_k(len(record["accuracy"]), right, k))
+            known = known_of(record["accuracy"])
+            if len(known) >= k:
+                rates.append(pass_at_k(len(known), int(sum(known)), k))
         summary[f"pass@{k}"] = mean(rates)
     summary["format"] = mean_of(records, "format")
     summary["length"] = mean_of(records, "length")
@@ -137,7 +138,11 @@ def summarise(records, pass_at=()):
 
 
 def mean_of(records, name):
-    return mean([value for record in records for value in record[name] if value is not None])
+    return mean([value for record in records for value in known_of(record[name])])
+
+
+def known_of(values):
+    return [value for value in values if value is not None]
 
 
 def mean(values):

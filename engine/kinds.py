@@ -680,3 +680,14 @@ KINDS = (
     same_quotient_of_formulas,
     same_formula,
 )
+
+
+def is_decided(p, g):
+    """Does any kind decide about two cleaned texts? Not as a formula about a word: `car` could be a
+    product, and is none."""
+    for kind in KINDS:
+        if kind is same_formula and (is_words(p) or is_words(g)):
+            continue
+        if kind(p, g) is not None:
+            return True
+    return False

@@ -51,10 +51,20 @@ def commit():
     return found.stdout.strip() or "none"
 
 
+def to_json(value, **form):
+    """
+    Plain values as JSON that every reader takes: NaN and infinity, for which JSON has no sign, are
+    null. form: as of json.dumps.
+    """
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain, allow_nan=False, **form)
+
+
 class Log:
     """
     `<folder>/log.jsonl`: a header (arguments, provenance) at each start, then a record per step;
-    NaN means no data. `<folder>/rollouts.jsonl`: groups of rollouts, to look at.
+    null means no data. `<folder>/rollouts.jsonl`: groups of rollouts, to look at. Both are strict
+    JSON, and a field has one type in all records.
 
     folder: the run's. args: the stage's arguments. show: what the printed line has, each a key of
     the metrics or "key label"; a validation has a line of its own. done: steps of the checkpoint
@@ -82,7 +92,7 @@ class Log:
             if file.exists():
                 drop_steps_after(done, file)
         self.file = open(path, "a", buffering=1)  # line by line
-        print(json.dumps(header), file=self.file)
+        print(to_json(header), file=self.file)
         shutil.copy(inspect.getfile(type(args)), folder)
 
     def open_boards(self, folder, header, done):
@@ -109,7 +119,7 @@ class Log:
         now = time.perf_counter()
         record = {"step": step, **metrics, "seconds": now - self.clock}
         self.clock = now
-        print(json.dumps(record), file=self.file)
+        print(to_json(record), file=self.file)
         if self.wandb:
             self.wandb.log(record, step=step)
         if self.board:
@@ -130,15 +140,12 @@ class Log:
         print0(f"{step:>6}/{self.steps}", *cells)
 
     def rollouts(self, step, group):
-        """Append a group of rollouts, a dict of plain values, to rollouts.jsonl; there NaN is
-        null."""
+        """Append a group of rollouts, a dict of plain values, to rollouts.jsonl."""
         if not is_main():
             return
         stage = Path(inspect.getfile(type(self.args))).stem
-        text = json.dumps({"step": step, "stage": stage, **group})
-        record = json.loads(text, parse_constant=lambda _: None)
         with self.samples.open("a") as file:
-            print(json.dumps(record), file=file)
+            print(to_json({"step": step, "stage": stage, **group}), file=file)
 
 
 def drop_steps_after(done, file):

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine import attention
+from engine.progress import progress
 from engine.ranks import all_max, rank, world
 
 
@@ -132,14 +133,14 @@ def packs_of(trees, budget, device):
     """
     packs = plan(trees, budget, multiple_of=world())
     copies = count_parts(packs)
-    for part in packs[rank() :: world()]:
+    for part in progress(packs[rank() :: world()], "packs", "pack"):
         yield build_pack(trees, part, device, copies) if part else filler(device)
 
 
 def packs_of_own(trees, budget, device):
     """Yield the packs of this rank's own `trees`, equally many on all ranks: fillers make up."""
     packs = plan(trees, budget)
-    for number in range(int(all_max(len(packs)))):
+    for number in progress(range(int(all_max(len(packs)))), "packs", "pack"):
         if number < len(packs):
             yield build_pack(trees, packs[number], device, count_parts(packs))
         else:

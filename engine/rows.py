@@ -22,7 +22,9 @@ from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
+from engine.progress import progress
 from engine.ranks import gather
 
 CHUNK = 1 << 20  # bytes of a JSON array that are read at a time
@@ -363,7 +365,7 @@ class Data:
     def fetch(self, indices, build=_unchanged):
         """[build(self[i])] of the good rows i. `build`, as Encoder.prompt, may raise BadRow too."""
         built = []
-        for i in indices:
+        for i in progress(indices, "encoding"):
             if i in self.bad:
                 continue
             try:
@@ -371,7 +373,7 @@ class Data:
             except BadRow as error:
                 self.bad[i] = error.what
                 if len(self.bad) <= 5:
-                    print(f"left out: {error}", file=sys.stderr, flush=True)
+                    tqdm.write(f"left out: {error}", file=sys.stderr)  # above any bar
                 self._limit(f". The last: {error}")
         return built
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from engine.attention import forward_pack
 from engine.logprob import logits
 from engine.packs import Tree, build_pack, plan
+from engine.progress import Bar
 from engine.store import PromptCache, Store
 
 # The store grows by so many positions at a time. On CUDA each time means to capture the step anew.
@@ -104,14 +105,19 @@ def generate(
         hf, min(slots, len(rows)), max_tokens, eos, banned, temperature, share_prompts
     )
     rollouts = [None] * len(rows)
-    while queue.waiting or decoder.busy_slots():
-        _fill_free_slots(decoder, queue, seeds)
-        decoder.advance(look_every)
-        for slot in decoder.ended_slots():
-            row, rollout = decoder.take(slot)
-            rollouts[row] = rollout
-        if not queue.waiting:
-            decoder.shrink()
+    tokens = 0  # about: of a row that ends between two looks a few too many
+    with Bar(len(rows), "sampling") as bar:
+        while queue.waiting or decoder.busy_slots():
+            _fill_free_slots(decoder, queue, seeds)
+            decoder.advance(look_every)
+            tokens += look_every * len(decoder.busy_slots())
+            ended = decoder.ended_slots()
+            for slot in ended:
+                row, rollout = decoder.take(slot)
+                rollouts[row] = rollout
+            bar.update(len(ended), tokens)
+            if not queue.waiting:
+                decoder.shrink()
     hf.train(was_training)
     return rollouts
 

@@ -1,6 +1,7 @@
 """A tiny Qwen3-VL (real architecture, random weights), prompts with and without images, paths."""
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -123,6 +124,34 @@ def plain_logits(hf, prompt, ids):
         patches.__class__ = kind
         for config, implementation in zip(configs, ours, strict=True):
             config._attn_implementation = implementation
+
+
+def strict_records(file):
+    """The records of a JSONL file, as the strictest reader takes them: no NaN, and each field has
+    one type in all of them, or is null."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    kinds = {}
+    for record in found:
+        for name, value in flat(record):
+            if value is not None:
+                kinds.setdefault(name, set()).add(type(value).__name__)
+    several = {name: types for name, types in kinds.items() if len(types) > 1}
+    assert not several, f"{file}: fields with several types: {several}"
+    return found
+
+
+def flat(value, name=""):
+    """(name, value) of the leaves of plain values; all items of a list have one name."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}")
+    elif isinstance(value, list):
+        yield f"{name}[]", []
+        for inner in value:
+            yield from flat(inner, f"{name}[]")
+    else:
+        yield name, value
 
 
 def free_ports(n):

@@ -23,6 +23,7 @@ from conftest import ROOT
 from PIL import Image
 
 from data import SYSTEM_PROMPT, read
+from engine import api
 from engine.arguments import parse
 from eval import write_rows
 from tools import curate
@@ -366,10 +367,10 @@ def rollouts(problems, rates, policy="p", mode="T=1"):
 
 
 def test_only_what_the_policy_fails_is_asked(server, problems, tmp_path):
-    """Of several policies the best counts; greedy decoding does not; a row without a record is
-    counted, not guessed."""
-    records = rollouts(problems, {0: [0, 0], 1: [0, 1], 2: [1, 1], 3: [0.0, 0.0], 4: [0, 0]})
-    records += rollouts(problems, {3: [0, 0], 4: [0, 1]}, policy="q")
+    """Of several policies the best counts; greedy decoding does not; a row without a record, or
+    without a verdict, is counted, not guessed."""
+    records = rollouts(problems, {0: [0, None], 1: [0, 1], 2: [1, 1], 3: [0.0, 0.0], 4: [0, 0]})
+    records += rollouts(problems, {3: [0, 0], 4: [0, 1], 5: [None]}, policy="q")
     records += rollouts(problems, {0: [1], 5: [0]}, mode="greedy")
     flags = ("--pass_rates", save(tmp_path / "rollouts.jsonl", records))
     report = run(server, problems, *flags)
@@ -522,7 +523,7 @@ def test_the_judge(server, problems, tmp_path):
         "rl": 3,
         "sft": 1,
     }
-    assert report["requests"] == {"answered": 14, "TypeError": 1}
+    assert report["requests"] == {"answered": 14, "Unreadable": 1}
     assert report["answers"]["right, graded 0"] == 1
     got = {
         kind: [row["extra_info"]["from"] for row in lines(tmp_path / f"out/{kind}.jsonl")]
@@ -628,7 +629,7 @@ def waits(monkeypatch):
             return self.is_set()
 
     waits = []
-    monkeypatch.setattr(curate, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
+    monkeypatch.setattr(api, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
     return waits
 
 
@@ -707,7 +708,7 @@ def test_ctrl_c_keeps_what_was_answered(server, problems, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(server, problems, tmp_path):
     (tmp_path / "out").mkdir()
-    first = curate.Api(parse(curate.Args, arguments(server, problems)))
+    first = api.Api(parse(curate.Args, arguments(server, problems)), tmp_path / "out/answers.jsonl")
     with first.file, pytest.raises(BlockingIOError):
         run(server, problems)
 

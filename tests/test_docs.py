@@ -23,6 +23,7 @@ from test_stages import COMMON, build_world, leave_no_group, records  # noqa: F4
 import align
 import rlvr
 import sft
+from data import SPANS
 from engine.attention import AttentionInterface, image_attention, pack_attention
 
 DOCS = ROOT / "docs"
@@ -290,6 +291,12 @@ def test_rollouts_are_drawn(world, tmp_path, capsys, monkeypatch):
     picture = capsys.readouterr().out
     assert picture.startswith("<svg") and picture.rstrip().endswith("</svg>")
     assert "perception" in picture and "malformed" in picture  # the best, and the worst
+    for name in SPANS:
+        scores = [rollout["scores"][name] for rollout in groups[0]["rollouts"]]
+        given = [score for score in scores if score is not None]
+        floored = torch.tensor([min(given) - 1 if x is None else x for x in scores])
+        middle = f"{floored.mean():+.2f}".replace("-", "−")
+        assert f">{name} {middle} ± {floored.std():.2f}<" in picture
     style = re.compile(r"<style>.*</style>", re.DOTALL)
     assert style.findall(picture) == style.findall((DOCS / "rollout.svg").read_text())
 

@@ -119,9 +119,18 @@ def test_table_is_aligned_and_without_empty_columns():
         ("--filter 0.1 0.9 --filter_out x.parquet --samples 2", "neither"),
         ("--filter 0.1 0.9 --filter_out x.jsonl --samples 2 --all_steps", "needs --samples"),
         ("--temperature 0", "above 0"),
+        ("--max_pixels 0", "--max_pixels is 0: it must be 1 or more"),
+        ("--filter 0.5 0.1 --filter_out x.jsonl --samples 2", "LOW at most HIGH"),
+        ("--filter 20 80 --filter_out x.jsonl --samples 2", "HIGH at most 1"),
+        ("--data rows.jsonl lost.jsonl", "--data lost.jsonl: no such file"),
+        ("--image_root lost", "--image_root lost: no such folder"),
+        ("--out .", "--out . is a folder"),
+        ("--filter 0 1 --filter_out ./rows.jsonl --samples 2", "would overwrite"),
+        ("--out r.json --rollouts_out r.json", "would overwrite"),
     ],
 )
-def test_combinations_that_make_no_sense(flags, says, place, capsys):
+def test_combinations_that_make_no_sense(flags, says, place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
     with pytest.raises(SystemExit):
         arguments(place, *flags.split())
     assert says in capsys.readouterr().err

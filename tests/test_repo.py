@@ -166,7 +166,9 @@ def test_every_argument_is_read(name):
     its `args` to."""
     known = {f.name for f in fields(importlib.import_module(name).Args)}
     read = read_of(tree(name), "args") | read_of(args_class(name), "self")
-    engine = ("arguments", "checkpoint", "evaluation", "log", "ranks", "rollouts")
+    engine = ["arguments", "checkpoint", "evaluation", "log", "ranks", "rollouts"]
+    if name == "eval":
+        engine += ["api", "grader"]
     for taker in (*(f"engine/{name}" for name in engine), "model"):
         read |= read_of(tree(taker), "args", "self.args")
     if name == "rlvr":  # chosen_algorithm reads all fields of a preset

@@ -1,5 +1,6 @@
 """tools/report.py: what the runs left becomes one page that shows it, escapes it, loads nothing."""
 
+import importlib
 import json
 import math
 import re
@@ -78,12 +79,13 @@ def a_run(stage, steps, name="run"):
     return report.Run(name, stage, header={}, steps=steps, groups=[])
 
 
-def write_page(folder, *runs, results=()):
+def write_page(folder, *runs, results=(), flags=()):
     """The command as it is typed -> (page, its data). It writes the page and nothing else."""
-    command = [sys.executable, ROOT / "tools/report.py", *runs]
+    command = [sys.executable, ROOT / "tools/report.py", *runs, *flags]
     if results:
         command += ["--eval", *results]
     command += ["--out", folder / "page.html"]
+    (folder / "page.html").unlink(missing_ok=True)
     before = set(folder.rglob("*"))
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -145,7 +147,7 @@ def test_any_spans_are_read_from_the_log(tmp_path):
     three = {"plan/acc": 0.7, "perception/acc": 0.8, "reasoning/acc": 0.9, "plan/leak": 0.5}
     runs = [a_run("align", [{"step": 1, **three}], "a"), a_run("warm-up", [], "b")]
     assert report.span_names(runs[0]) == ["plan", "perception", "reasoning"]
-    first, second = report.charts(runs)
+    first, second = report.charts(report.arms_of(runs, False))
     assert [(s["label"], s["colour"]) for s in first["series"]] == [
         ("plan", 0),
         ("perception", 1),
@@ -204,8 +206,85 @@ def test_what_is_logged_now_and_then_is_joined_without_gaps():
     steps = []
     for n in range(1, 32):
         steps.append({"step": n, "leak": 0.5} if n % 10 == 1 else {"step": n})
-    points = report.points(a_run("align", steps), "leak")
+    points, band = report.points([a_run("align", steps)], "leak")
     assert points == [[1, 0.5], [11, 0.5], [21, 0.5], [31, 0.5]]
+    assert band == []  # of a single run
+
+
+def test_null_is_a_gap_as_nan_is():
+    steps = [{"step": 1, "leak": 0.5}, {"step": 2, "leak": None}, {"step": 3, "leak": math.nan}]
+    assert report.points([a_run("align", steps)], "leak")[0] == [[1, 0.5], [2, None], [3, None]]
+
+
+# ----------------------------------------------------------------------------- several seeds
+def seeds_of(folder, arm, accuracies, **arguments):
+    """Runs <folder>/tiny-<seed>/<arm>, each of its seed's SFT, with one accuracy in all steps."""
+    runs = []
+    for seed, accuracy in enumerate(accuracies):
+        run = make(folder / f"tiny-{seed}/{arm}", "rlvr", [{"accuracy": accuracy}] * 3)
+        header, *steps = (run / "log.jsonl").read_text().splitlines()
+        header = json.loads(header)
+        header["args"] |= {"seed": seed, "out": str(run), "policy": f"out/tiny-{seed}/sft/last"}
+        header["args"] |= arguments
+        write_lines(run / "log.jsonl", [header, *map(json.loads, steps)])
+        runs.append(run)
+    return runs
+
+
+def test_seeds_are_drawn_as_their_mean_with_its_interval(tmp_path):
+    """Of one arm are runs whose arguments differ in seed, --out and the seed's number in paths."""
+    grpo = seeds_of(tmp_path, "grpo", [0.4, 0.5, 0.6])
+    prism = seeds_of(tmp_path, "align-grpo", [0.7, 0.8], policy="out/align/last")
+    greedy = {"data": "d/hard.jsonl", "mode": "greedy", "prompts": 100}
+    results = []
+    for run, accuracy in zip(grpo, (0.3, 0.4, 0.5), strict=True):
+        results.append(greedy | {"policy": f"{run}/last", "accuracy": accuracy})
+    results.append(greedy | {"policy": "base", "accuracy": 0.1})
+    file = write_results(tmp_path / "eval.json", *results)
+    text, data = write_page(tmp_path, *grpo, *prism, results=[file], flags=["--mean"])
+    (chart,) = data["charts"]
+    first, second = chart["series"]
+    assert first["label"].endswith("tiny-*/grpo, mean of 3")
+    assert second["label"].endswith("tiny-*/align-grpo, mean of 2")
+    assert first["points"] == [[1, 0.5], [2, 0.5], [3, 0.5]]
+    # Student's t of 2 degrees of freedom, 4.303, times 0.1 / sqrt(3)
+    assert first["band"][0] == [1, 0.2516, 0.7484]
+    assert second["band"][0] == [1, 0.1145, 1.386]  # 12.71 * 0.0707 / sqrt(2) around 0.75
+    row = r"tiny-\*/grpo, mean of 3</th><td>40.0 <small>± 24.8</small></td>"
+    assert re.search(row, text)
+    assert '<th scope="row">base</th><td>10.0 <small>± 3.0</small></td>' in text
+    assert "its 95 % interval" in text
+    # What is not asked for is not done.
+    _, data = write_page(tmp_path, *grpo, *prism)
+    assert len(data["charts"][0]["series"]) == 5
+
+
+def test_steps_that_not_all_seeds_have_are_left_out():
+    short = a_run("rlvr", [{"step": 1, "reward": 0.0}, {"step": 2, "reward": 0.5}], "a")
+    long = a_run("rlvr", [{"step": n, "reward": 1.0} for n in (1, 2, 3)], "b")
+    points, band = report.points([short, long], "reward")
+    assert points == [[1, 0.5], [2, 0.75]]
+    assert [step for step, _, _ in band] == [1, 2]
+
+
+def test_of_many_runs_only_what_needs_a_look_is_unfolded(tmp_path):
+    runs = []
+    for seed, truncated in enumerate((0.0, 0.0, 0.5, 0.0, 0.0)):
+        steps = [{"truncated": truncated, "format": 1.0}]
+        runs.append(make(tmp_path / f"run{seed}", "rlvr", steps))
+    text, _ = write_page(tmp_path, *runs)
+    opened = re.findall(r"<details( open)?><summary><h3>(\w+) <small>(.*?)</small>", text)
+    assert opened[1] == ("", "run1", "2 healthy, 2 no data")
+    assert opened[2] == (" open", "run2", "1 healthy, 1 act, 2 no data")
+    assert [bool(is_open) for is_open, *_ in opened] == [False, False, True, False, False]
+    text, _ = write_page(tmp_path, *runs[:2])
+    assert text.count("<details open>") == 2
+
+
+def test_names_of_arms():
+    assert report.common_name(["a"]) == "a"
+    assert report.common_name(["out/x-0/a", "out/x-11/a"]) == "out/x-*/a, mean of 2"
+    assert report.common_name(["a 1", "b"]) == "a 1 .., mean of 2"
 
 
 def test_validation_is_drawn(tmp_path):
@@ -213,11 +292,12 @@ def test_validation_is_drawn(tmp_path):
     steps = [{"step": 0, "eval/accuracy": 0.25}, {"step": 1, "reward": 0.5}]
     steps.append({"step": 2, "reward": 0.6, "eval/accuracy": 0.5})
     runs = [a_run("rlvr", steps), a_run("sft", [{"step": 0, "eval/loss": 2.0}])]
-    loss, accuracy, _ = report.charts(runs)
+    loss, accuracy, _ = report.charts(report.arms_of(runs, False))
     assert (loss["stage"], loss["title"]) == ("sft", "eval/loss")
     assert (accuracy["title"], accuracy["series"][0]["label"]) == ("eval/accuracy", "eval/accuracy")
     assert accuracy["series"][0]["points"] == [[0, 0.25], [2, 0.5]]
-    two = report.charts([a_run("rlvr", steps, "a"), a_run("rlvr", steps, "b")])
+    arms = report.arms_of([a_run("rlvr", steps, "a"), a_run("rlvr", steps, "b")], False)
+    two = report.charts(arms)
     assert [series["label"] for series in two[0]["series"]] == ["a", "b"]
     table = report.runs_table([a_run("rlvr", [{"seconds": 1.0, **step} for step in steps])])
     assert "<td>rlvr</td><td>2</td>" in table
@@ -226,18 +306,21 @@ def test_validation_is_drawn(tmp_path):
 def test_a_run_has_its_colour_in_each_chart():
     first = a_run("align", [{"step": 1, "format": 0.5}], "a")
     second = a_run("align", [{"step": 1, "disc_loss": 0.5}], "b")
-    colours = [[s["colour"] for s in c["series"]] for c in report.charts([first, second])]
+    charts = report.charts(report.arms_of([first, second], False))
+    colours = [[s["colour"] for s in chart["series"]] for chart in charts]
     assert colours == [[0], [1]]
 
 
 def test_many_groups_are_thinned_evenly_and_the_page_says_so(tmp_path):
-    run = make(tmp_path / "run", "align", [{"loss": 1.0}], [group(step) for step in range(1, 101)])
+    run = make(tmp_path / "run", "align", [{"loss": 1.0}], [group(step) for step in range(1, 301)])
     text, data = write_page(tmp_path, run)
     steps = [g["step"] for g in data["groups"]]
     assert len(steps) == report.GROUPS
     assert steps == sorted(set(steps))
-    assert steps[0] == 1 and steps[-1] > 95
-    assert "60 more groups" in text
+    assert steps[0] == 1 and steps[-1] > 290
+    assert "200 more groups" in text
+    text, data = write_page(tmp_path, run, flags=["--groups", "1000"])
+    assert len(data["groups"]) == 300 and "more groups" not in text
 
 
 def test_cut_and_broken_lines(tmp_path, capsys):
@@ -269,8 +352,10 @@ def test_names_are_short_and_unique(tmp_path):
     assert report.short_names(["out/a/sft", "out/a/align/last"]) == ["sft", "align"]
     steps = ["out/rlvr/step-000200", "out/rlvr/best", "out/rlvr/last"]
     assert report.short_names(steps) == ["rlvr step-000200", "rlvr best", "rlvr"]
-    paths = ["seed0/sft", "seed1/sft", "base"]
-    assert report.short_names(paths) == paths
+    paths = ["/a/out/seed0/sft", "/a/out/seed1/sft/last", "/a/base"]
+    assert report.short_names(paths) == ["seed0/sft", "seed1/sft", "base"]
+    paths = ["out/0/sft/best", "out/1/sft/best", "sft", "sft"]
+    assert report.short_names(paths) == ["0/sft best", "1/sft best", "sft", "sft"]
     result = {"policy": "base", "data": "d", "mode": "greedy", "prompts": 1, "accuracy": 1.0}
     files = [write_results(tmp_path / name, result) for name in "ab"]
     labels = [result["label"] for result in report.read_results(files)]
@@ -321,6 +406,24 @@ def test_lights(name, worse, colour):
     colours = {finding.light.name: finding.colour for finding in findings}
     assert colours.pop(name) == colour
     assert set(colours.values()) == {"green"}
+
+
+def test_a_game_that_was_saturated_for_long_is_not_healthy_because_it_ended_well():
+    steps = [HEALTHY_STEP | {"reasoning/saturated": 1.0}] * 90 + [HEALTHY_STEP] * 10
+    findings = {f.light.name: f for f in report.lights(a_run("align", steps))}
+    assert findings["Saturated pairs"].colour == "red"
+    assert findings["Saturated pairs"].figures == "perception 0.1, reasoning 0.92"
+
+
+@pytest.mark.parametrize("light", report.LIGHTS, ids=lambda light: light.name)
+def test_lights_name_flags_that_their_stage_has(light):
+    stages = {"warm-up": "align"}
+    for flag in re.findall(r"--(\w+)", light.mend.replace("eval.py --filter", "")):
+        for stage in light.stages:
+            args = importlib.import_module(stages.get(stage, stage)).Args
+            # A light of several stages may say of which flag which stage has it, in brackets.
+            named = f"(--{flag})" in light.mend
+            assert flag in args.__dataclass_fields__ or named, (stage, flag)
 
 
 def test_what_is_drawn_is_what_the_stages_log():
@@ -393,17 +496,77 @@ def test_rollouts_from_the_loop_to_the_page(tmp_path, capsys):
     assert len(first) < 200_000
 
 
+def in_a_browser(folder, page, script):
+    """What the script says on the page, with `say(..)`."""
+    page = page.replace("</body>", f'<p id="said"></p><script>{SAY}{script}</script></body>')
+    (folder / "clicks.html").write_text(page)
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=500,800",
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+        (folder / "clicks.html").as_uri(),
+    ]
+    dom = subprocess.run(command, capture_output=True, text=True)
+    return re.search(r'<p id="said">(.*?)</p>', dom.stdout)[1].strip("|").split("|")
+
+
+SAY = """
+    const say = x => { document.getElementById("said").textContent += x + "|"; };
+    const place = () => say(document.getElementById("place").textContent);
+"""
+needs_a_browser = pytest.mark.skipif(
+    not shutil.which("chromium"), reason="needs chromium, to run the page's script"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium, to run the page's script")
+@needs_a_browser
+def test_two_runs_beside_each_other(tmp_path):
+    """Groups of the same prompt, of several the one nearest in steps; only prompts of both."""
+    ours = [group(1), group(9, text="a"), group(20)]
+    theirs = [group(3, accuracy=0.0), group(18), group(9, text="b")]
+    runs = [make(tmp_path / "a", "align", [{"format": 1.0}], ours)]
+    runs.append(make(tmp_path / "b", "align", [{"format": 0.5}], theirs))
+    text, _ = write_page(tmp_path, *runs)
+    script = """
+    const pick = (id, value) => { at(id).value = value; at(id).onchange(); };
+    pick("run", "a");
+    place();
+    pick("beside", "b");
+    place();
+    const heads = () => say([...document.querySelectorAll("#group > div")].slice(1)
+      .map(side => side.firstChild.textContent).join(" / "));
+    heads();
+    say(document.querySelectorAll("#group ol").length);
+    show(1);
+    heads();
+    pick("beside", "a");
+    place();
+    """
+    assert in_a_browser(tmp_path, text, script) == [
+        "a, step 1 (1 of 3)",
+        "a, step 1 (1 of 2)",
+        "a, step 1 1 right, 0 wrong, 0 malformed / b, step 3 0 right, 1 wrong, 0 malformed",
+        "2",
+        "a, step 20 1 right, 0 wrong, 0 malformed / b, step 18 1 right, 0 wrong, 0 malformed",
+        "no such rollouts",
+    ]
+
+
+@pytest.mark.slow
+@needs_a_browser
 def test_the_page_in_a_browser(tmp_path):
     groups = [group(1), group(2, text=HOSTILE, format=0.0), group(3, accuracy=0.0)]
     steps = [{"format": value} for value in (1.0, math.nan, 0.5)]
     text, _ = write_page(tmp_path, make(tmp_path / "run", "align", steps, groups))
-    clicks = """<p id="said"></p><script>
-    const say = x => { document.getElementById("said").textContent += x + "|"; };
+    script = """
     const press = key =>
       document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-    const place = () => say(document.getElementById("place").textContent);
     place();
     press("j");
     place();
@@ -415,22 +578,8 @@ def test_the_page_in_a_browser(tmp_path):
     say(document.querySelector("svg path").getAttribute("d").match(/M/g).length);
     say(document.documentElement.scrollWidth <= innerWidth);
     setTimeout(() => say(document.title), 500);  // an onerror would have fired by then
-    </script>"""
-    (tmp_path / "clicks.html").write_text(text.replace("</body>", clicks + "</body>"))
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=500,800",
-        "--virtual-time-budget=2000",
-        "--dump-dom",
-        (tmp_path / "clicks.html").as_uri(),
-    ]
-    dom = subprocess.run(command, capture_output=True, text=True)
-    said = re.search(r'<p id="said">(.*?)</p>', dom.stdout)[1].strip("|").split("|")
-    assert said == [
+    """
+    assert in_a_browser(tmp_path, text, script) == [
         "run, step 1 (1 of 3)",
         "run, step 2 (2 of 3)",
         "true",

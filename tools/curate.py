@@ -26,15 +26,11 @@ section 3.1, where the judge decides alone.
 """
 
 import base64
-import fcntl
 import hashlib
 import io
 import json
-import os
-import random
 import re
 import sys
-import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -44,14 +40,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-try:  # transformers brings one of the two
-    import httpx2 as httpx
-except ImportError:
-    import httpx
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import SYSTEM_PROMPT, parts, read, to_example  # noqa: E402
+from engine.api import Api, ApiArgs, Unanswered  # noqa: E402
 from engine.arguments import check, option, parse  # noqa: E402
+from engine.evaluation import known_of, mean  # noqa: E402
 from engine.inspection import words_of  # noqa: E402
 from engine.log import provenance  # noqa: E402
 from engine.rows import Data, Rows, open_image  # noqa: E402
@@ -63,17 +56,10 @@ JUDGE_PROMPT = (
     "contradict, leave gaps) to 5 (all is seen and follows)."
 )
 GRADE = r"\W*([0-5])\W*"  # the form of the judge's answer
-ANYTHING = "(?s)(.*)"  # the form of the teacher's
-AGAIN = (408, 409, 425, 429)  # HTTP errors that time may mend, as it may those from 500 on
-THIS_REQUEST = (400, 413, 422)  # HTTP errors of one request alone: its picture is too large, say
-LONGEST_DELAY = 60  # s before a retry
-LONGEST_WAIT = 600  # s: a server that wants more, as for a daily quota, ends the run
-# What can go wrong with a request or in the reading of what came back.
-FAULTS = (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(ApiArgs):
     data: tuple[str, ...] = option(
         help="problems: files with answers, in any format that eval.py reads"
     )
@@ -87,7 +73,6 @@ class Args:
         "name of the judge's model, at the same API; empty: rewards.py alone decides, and nothing "
         "is graded",
     )
-    key_env: str = option("PRISM_API_KEY", "environment variable with the API's key")
     pass_rates: str = option(
         "",
         "eval.py's --rollouts_out for --data; empty: no problem is left out for its pass rate",
@@ -98,23 +83,6 @@ class Args:
         "Jaccard index from which on two questions about the same pictures are duplicates",
     )
     samples: int = option(4, "answers of the teacher, per problem, until one is kept", least=1)
-    request: str = option(
-        '{"max_tokens": 8192}', "JSON object with more fields of each request, temperature say"
-    )
-    concurrency: int = option(8, "problems asked at once", least=1)
-    timeout: float = option(300.0, "s that the server may be silent")
-    retries: int = option(
-        5,
-        "of a request, after HTTP 408, 409, 425, 429 or 5xx, a timeout, a broken connection, a "
-        "broken answer",
-    )
-    first_delay: float = option(
-        1.0,
-        "s before the first retry; each further one doubles it, up to 60; times 0.5 to 1.5",
-    )
-    max_failures: int = option(
-        20, "problems in a row that the API does not answer; with more of them the run stops"
-    )
     shares: tuple[float, float] = option(
         (0.05, 0.02), "of the kept problems, for align.jsonl and for rl.jsonl"
     )
@@ -133,14 +101,7 @@ class Args:
         for name, share in shares.items():
             if share > 1:
                 raise ValueError(f"--{name} is {share}: it must be 1 or less")
-        if not re.fullmatch(r"https?://[^@?#\s]+", self.base_url):
-            raise ValueError("--base_url is http(s)://HOST/PATH, without user, query or key")
-        try:
-            fields = json.loads(self.request)
-        except ValueError:
-            fields = None
-        if not isinstance(fields, dict):
-            raise ValueError("--request is a JSON object")
+        self.check_api()
         out = Path(self.out).resolve()
         if out in [Path(path).resolve().parent for path in self.data]:
             raise ValueError(
@@ -246,9 +207,11 @@ def read_pass_rates(path) -> dict:
             raise ValueError(f"{path} is not what eval.py writes with --rollouts_out")
         if record["mode"] == "greedy":
             continue
+        known = known_of(record["accuracy"])
+        if not known:  # eval.py's judge gave no verdict
+            continue
         of = (Path(record["data"]).resolve(), record["row"])
-        rate = sum(record["accuracy"]) / len(record["accuracy"])
-        rates[of] = max(rate, rates.get(of, 0.0))
+        rates[of] = max(mean(known), rates.get(of, 0.0))
     return rates
 
 
@@ -302,160 +265,6 @@ def content_of(text, urls) -> list:
     return content
 
 
-@dataclass
-class Reply:
-    """What came of one request."""
-
-    kind: str = ""  # "answered", or the fault, as it is counted
-    code: int = 0  # HTTP status; 0: none came
-    text: str = ""  # what came, without the key; or what went wrong
-    wait: int = 0  # s that the server wants us to wait
-    finish: str | None = None  # why the model stopped: "length" where it was cut
-    content: str = ""  # the model's answer
-    found: str = ""  # what was looked for in it
-
-    @property
-    def is_our_fault(self):
-        """To ask again is in vain."""
-        return 300 <= self.code < 500 and self.code not in AGAIN
-
-    @property
-    def concerns_all(self):
-        """No other request would be answered either: a wrong key, a spent quota."""
-        wrong = self.is_our_fault and self.code not in THIS_REQUEST
-        return wrong or self.wait > LONGEST_WAIT
-
-
-class Api:
-    """The API's answers: known ones come from answers.jsonl, others are asked for.
-
-    What is answered is appended to answers.jsonl at once. Threads may share an Api.
-    """
-
-    def __init__(self, args):
-        self.args = args
-        self.requests = Counter()  # kinds of replies
-        self.failures = 0  # problems in a row that were not answered
-        self.lock = threading.Lock()
-        self.stopped = threading.Event()
-
-        key = "".join(os.environ.get(args.key_env, "").split())
-        # A short key, as local servers want one ("EMPTY"), is a word: it may stay in what is shown.
-        self.secret = key if len(key) > 9 else None
-        self.hint = f"{'a' if key else 'no'} key in ${args.key_env}"
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.http = httpx.Client(headers=headers, timeout=args.timeout)
-        self.url = f"{args.base_url.rstrip('/')}/chat/completions"
-
-        self.file = open(Path(args.out) / "answers.jsonl", "a+")
-        # BlockingIOError: another run writes to this folder.
-        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A kill can break the last line; all is ASCII, so that characters are bytes.
-        *lines, broken = Path(self.file.name).read_text().split("\n")
-        self.file.truncate(self.file.tell() - len(broken))
-        self.known = {}
-        for line in lines:
-            answer = json.loads(line)
-            self.known[answer["about"], answer["model"], answer["number"]] = answer
-
-    def ask(self, of, prompt, form=ANYTHING) -> str:
-        """What the pattern `form` finds in the answer to chat(*prompt).
-
-        of: (what is asked about, model, number of the try from 0), the answer's name in
-        answers.jsonl. Raises ConnectionError where there is no answer to this request, SystemExit
-        where there would be none to any other.
-        """
-        known = self.known.get(of)
-        if known and not self.is_cut_short(known):
-            return re.fullmatch(form, known["text"])[1]
-        body = json.loads(self.args.request)
-        body["model"] = of[1]
-        body["messages"] = chat(*prompt)
-        for attempt in range(self.args.retries + 1):
-            reply = self.request(body, form)
-            self.keep(of, reply)
-            if reply.kind == "answered":
-                return reply.found
-            if reply.is_our_fault or reply.wait > LONGEST_WAIT or attempt == self.args.retries:
-                break
-            if self.stopped.wait(max(reply.wait, self.delay(attempt))):
-                break
-        self.give_up(reply)
-
-    def is_cut_short(self, answer) -> bool:
-        """Whether another --request, with a longer limit, may bring the rest of an answer."""
-        return answer["finish"] == "length" and answer["request"] != self.args.request
-
-    def request(self, body, form) -> Reply:
-        """Make one request; a fault is in the reply, and not raised."""
-        reply = Reply()
-        try:
-            response = self.http.post(self.url, json=body)
-            reply.code = response.status_code
-            reply.text = self.without_key(response.text)
-            reply.wait = seconds(response.headers.get("retry-after", ""))
-            if not response.is_success:
-                raise ValueError("nothing else was said")
-            choice = json.loads(reply.text)["choices"][0]
-            reply.finish = choice.get("finish_reason")
-            # No content: all of it was thought, or it is held back.
-            reply.content = choice["message"]["content"] or ""
-            reply.found = re.fullmatch(form, reply.content)[1]
-            reply.kind = "answered"
-        except FAULTS as error:
-            reply.kind = type(error).__name__
-            if reply.code not in (0, 200):
-                reply.kind = f"HTTP {reply.code}"
-            reply.text = reply.text or str(error)
-        return reply
-
-    def without_key(self, text) -> str:
-        """Servers repeat the key in their errors, and a model may in its answer."""
-        return text.replace(self.secret, "[key]") if self.secret else text
-
-    def keep(self, of, reply) -> None:
-        """Count a reply, and write it down where it is an answer."""
-        with self.lock:
-            self.requests[reply.kind] += 1
-            if reply.kind != "answered":
-                return
-            self.failures = 0
-            about, model, number = of
-            answer = {
-                "about": about,
-                "model": model,
-                "number": number,
-                "request": self.args.request,
-                "finish": reply.finish,
-                "text": reply.content,
-            }
-            self.known[of] = answer
-            print(json.dumps(answer), file=self.file, flush=True)
-
-    def delay(self, attempt) -> float:
-        """Seconds before a retry: doubled each time, and spread, lest all threads ask at once."""
-        doubled = self.args.first_delay * 2**attempt
-        return min(LONGEST_DELAY, doubled) * random.uniform(0.5, 1.5)
-
-    def give_up(self, reply) -> None:
-        """End the run where it is in vain; else only this problem stays without an answer."""
-        with self.lock:
-            self.failures += 1
-            too_many = self.failures > self.args.max_failures
-        if reply.concerns_all or too_many:
-            self.stopped.set()
-            raise SystemExit(
-                f"{reply.kind} from {self.args.base_url} ({self.hint}, wait: {reply.wait} s): "
-                f"{reply.text[:500]}"
-            )
-        raise ConnectionError(reply.kind)
-
-
-def seconds(retry_after) -> int:
-    """The seconds in a Retry-After header; 0 where it holds a date or is not there."""
-    return int(retry_after) if re.fullmatch("[0-9]{1,9}", retry_after) else 0
-
-
 # -------------------------------------------------------------------------------------- answers
 def solve(problem, api) -> str:
     """Ask the teacher until an answer is kept. Returns the problem's fate.
@@ -469,7 +278,7 @@ def solve(problem, api) -> str:
             if api.stopped.is_set():
                 break
             of = (problem.key, api.args.teacher, number)
-            text = api.ask(of, (example, SYSTEM_PROMPT))
+            text = api.ask(of, partial(chat, example, SYSTEM_PROMPT))
             if not is_usable(text):
                 problem.answers.append("malformed")
                 continue
@@ -483,7 +292,7 @@ def solve(problem, api) -> str:
             problem.answers.append(verdict)
             if problem.right or problem.grade:
                 return "kept"
-    except ConnectionError as error:
+    except Unanswered as error:
         return f"unanswered: {error}"
     return fate
 
@@ -501,7 +310,7 @@ def judge(problem, example, api) -> int:
     reference = " or ".join((example.answer, *example.equivalent))
     more = f"\n\nReference: {reference}\n\nGrade:\n{problem.response}"
     of = (digest(problem.key, more), api.args.judge, 0)
-    return int(api.ask(of, (example, JUDGE_PROMPT, more), GRADE))
+    return int(api.ask(of, partial(chat, example, JUDGE_PROMPT, more), GRADE))
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -574,7 +383,7 @@ def main(args):
     (out / "images").mkdir(parents=True, exist_ok=True)
     problems, fates = select(args)
     print(f"{len(problems)} problems to ask, left out: {dict(fates)}", flush=True)
-    api = Api(args)
+    api = Api(args, out / "answers.jsonl")
     with api.file, ThreadPoolExecutor(args.concurrency) as pool:
         try:
             asked = pool.map(partial(solve, api=api), problems)

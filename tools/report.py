@@ -3,14 +3,19 @@ One HTML page of runs, to be looked at anywhere: results with their errors, ligh
 the game, curves, and a browser of rollouts.
 
     python tools/report.py out/sft out/align out/align-grpo --eval out/eval.json --out report.html
+    python tools/report.py out/tiny-*/align out/tiny-*/rlvr --mean --eval out/tiny-*/eval.json
 
 Of each run folder it reads log.jsonl, warmup/log.jsonl and rollouts.jsonl. It needs nothing but
 Python, and the page loads nothing: no network, no fonts, no libraries.
 
+With --mean, runs of one arm, whose arguments differ in the seed and in its number in paths alone,
+are drawn as one curve, their mean with its 95 % interval (Student's t over the runs); so are their
+results, where --eval names their folders as the command line does.
+
 A curve is drawn through at most POINTS means over stretches of steps, and of a run's rollouts.jsonl
-at most GROUPS groups are taken, evenly over the steps; the page says so. NaN is a gap in a curve. A
-last line that a kill cut short is left out; whatever else cannot be read ends in an error that
-names file and line.
+at most --groups groups are taken, evenly over the steps; the page says so. A gap in a curve is
+where there was no data (null, or NaN). A last line that a kill cut short is left out; whatever else
+cannot be read ends in an error that names file and line.
 """
 
 import argparse
@@ -23,9 +28,11 @@ from dataclasses import dataclass
 from html import escape
 from math import inf
 from pathlib import Path
+from statistics import mean, stdev
 
 POINTS = 240  # of a curve, at most
-GROUPS = 40  # of a run, at most
+GROUPS = 100  # of a run, at most, by default
+MANY = 4  # runs, of which all lights are shown at once
 LATE = 10  # steps that a light's figure is the mean of
 
 STAGES = ("sft", "warm-up", "align", "rlvr")  # warm-up: of stage 2's discriminator
@@ -71,6 +78,12 @@ CHARTS = [  # in the order of the page
 def mean_of_last(values):
     late = values[-LATE:]
     return sum(late) / len(late)
+
+
+def larger_of_all_and_last(values):
+    """Return the mean of the last steps, or that of all where it is larger: a run that was bad for
+    long is not good because it ended well."""
+    return max(mean_of_last(values), sum(values) / len(values))
 
 
 def change(values):
@@ -120,9 +133,11 @@ LIGHTS = [
         "Saturated pairs",
         stages=("align",),
         metrics=("*/saturated",),
+        figure=larger_of_all_and_last,
         green=(0, 0.5),
         amber=(0, 0.9),
-        meaning="Where σ(margin) > 0.99 the discriminator has won and learns no more.",
+        meaning="Where σ(margin) > 0.99 the discriminator has won and learns no more. Of all steps "
+        "and the last ones the larger mean.",
         mend="Lower --disc_lr, shorten its warm-up, or raise --score_l2 and --lr.",
     ),
     Light(
@@ -145,12 +160,22 @@ LIGHTS = [
     ),
     Light(
         "Canary: format",
-        stages=("align", "rlvr"),
+        stages=("align",),
         metrics=("format",),
         green=(0.9, inf),
         amber=(0.7, inf),
         meaning="Share of rollouts with all parts in their order.",
-        mend="Lower --lr, in alignment raise --malformed_penalty; read the malformed ones below.",
+        mend="Lower --lr or raise --malformed_penalty; read the malformed ones below.",
+    ),
+    Light(
+        "Format",
+        stages=("rlvr",),
+        metrics=("format",),
+        green=(0.9, inf),
+        amber=(0.7, inf),
+        meaning="Share of rollouts with all parts in their order; others get no reward at all.",
+        mend="Read the malformed ones below. Cut ones need --max_response, others a policy that "
+        "has learned the form: longer SFT, or a lower --lr.",
     ),
     Light(
         "Canary: accuracy",
@@ -201,6 +226,16 @@ class Run:
     header: dict  # the first record of log.jsonl: arguments, commit, hardware
     steps: list[dict]  # log.jsonl's other records: {"step", metrics ..}
     groups: list[dict]  # rollouts.jsonl's records
+    folder: Path = Path()
+
+
+@dataclass
+class Arm:
+    """Runs whose curves are drawn as one, their mean; without --mean each run is one by itself."""
+
+    name: str
+    stage: str
+    runs: list[Run]
 
 
 def read_lines(path):
@@ -248,7 +283,7 @@ def read_run(folder, name, stage=None):
     groups = []
     if (folder / "rollouts.jsonl").is_file():
         groups = read_lines(folder / "rollouts.jsonl")
-    return Run(name, stage or stage_of(header["args"]), header, steps, groups)
+    return Run(name, stage or stage_of(header["args"]), header, steps, groups, folder)
 
 
 def stage_of(args):
@@ -259,26 +294,71 @@ def stage_of(args):
     return "sft"
 
 
+def arms_of(runs, as_means):
+    """Return the Arms of the runs, in their order."""
+    if not as_means:
+        return [Arm(run.name, run.stage, [run]) for run in runs]
+    found = {}
+    for run in runs:
+        found.setdefault((run.stage, settings_of(run)), []).append(run)
+    arms = []
+    for (stage, _), members in found.items():
+        arms.append(Arm(common_name([run.name for run in members]), stage, members))
+    return arms
+
+
+def settings_of(run):
+    """Return as text the arguments that all seeds of an arm share: those of a run but for the seed
+    and --out, and with * for the seed's number in paths ("tiny-3/sft/last" of seed 3)."""
+    settings = dict(run.header["args"])
+    seed = settings.pop("seed", None)
+    for name in ("out", "config", "resume"):
+        settings.pop(name, None)
+    for name, value in settings.items():
+        if isinstance(value, str):
+            settings[name] = re.sub(rf"(?<!\d){seed}(?!\d)", "*", value)
+    return json.dumps(settings, sort_keys=True)
+
+
+def common_name(names):
+    """Return one name for several: "a-0/x" and "a-1/x" are "a-*/x, mean of 2"."""
+    if len(names) == 1:
+        return names[0]
+    in_parts = [re.split(r"(\d+)", name) for name in names]
+    if len({len(parts) for parts in in_parts}) > 1:
+        return f"{names[0]} .., mean of {len(names)}"
+    common = ""
+    for alike in zip(*in_parts, strict=True):
+        common += alike[0] if len(set(alike)) == 1 else "*"
+    return f"{common}, mean of {len(names)}"
+
+
 def short_names(paths):
     """
-    Return a name for each path: its last part, the one before where that is "last" (a checkpoint's
-    folder), both of another checkpoint of a run, or the whole path where two would have the same
-    name.
+    Return a name for each path: as many of its last parts as tell it from the others, without
+    "last" (a checkpoint's folder), with the run's name before another checkpoint's.
     """
-    short = []
-    for path in paths:
-        path = Path(path)
+    named = []
+    for path in map(Path, paths):
         if path.name == "last":
-            short.append(path.parent.name)
+            named.append(path.parent)
         elif path.name == "best" or path.name.startswith("step-"):
-            short.append(f"{path.parent.name} {path.name}")
+            named.append(path.parent.with_name(f"{path.parent.name} {path.name}"))
         else:
-            short.append(path.name)
-    count = Counter(short)
+            named.append(path)
     names = []
-    for name, path in zip(short, paths, strict=True):
-        names.append(name if name and count[name] == 1 else str(path))
+    for path in named:
+        others = [other for other in named if other != path]
+        names.append(shortest_end(path, others))
     return names
+
+
+def shortest_end(path, others):
+    for length in range(1, len(path.parts) + 1):
+        end = path.parts[-length:]
+        if all(other.parts[-length:] != end for other in others):
+            return str(Path(*end))
+    return str(path)
 
 
 def read_results(paths):
@@ -323,11 +403,15 @@ def keys_of(run, metric):
 
 
 def logged(run, key):
-    """Return [(step, value)] of a metric where it was logged; a value may be NaN."""
+    """Return [(step, value)] of a metric where it was logged; a value may be NaN, which the file
+    has as null."""
     found = []
     for record in run.steps:
-        if isinstance(record.get(key), int | float):
-            found.append((record["step"], record[key]))
+        value = record.get(key, "")
+        if value is None:
+            value = math.nan
+        if isinstance(value, int | float):
+            found.append((record["step"], value))
     return found
 
 
@@ -336,30 +420,58 @@ def measured(run, key):
     return [value for _, value in logged(run, key) if math.isfinite(value)]
 
 
-def points(run, key, most=POINTS):
+# Student's t that 2.5 % of the values exceed, by degrees of freedom from 1; beyond: 1.96.
+T_QUANTILES = (
+    *(12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160),
+    *(2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056),
+    *(2.052, 2.048, 2.045, 2.042),
+)
+
+
+def half_interval(values):
+    """Return the half width of the mean's 95 % interval; None of a single value."""
+    if len(values) < 2:
+        return None
+    freedom = len(values) - 1
+    t = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96
+    return t * stdev(values) / math.sqrt(len(values))
+
+
+def points(runs, key, most=POINTS):
     """
-    Return [[step, value]] of a metric, at most `most`: means over stretches of steps, None where
-    all of a stretch are NaN.
+    Return ([[step, value]], [[step, low, high]]) of a metric, at most `most` of each: the means of
+    the runs' means over stretches of the steps that all of them have, None where all of a stretch
+    are NaN; and the means' intervals, where there are several.
     """
-    values = logged(run, key)
-    stretch = max(1, math.ceil(len(values) / most))
+    curves = [dict(logged(run, key)) for run in runs]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    stretch = max(1, math.ceil(len(steps) / most))
     thinned = []
-    for begin in range(0, len(values), stretch):
-        part = values[begin : begin + stretch]
-        finite = [value for _, value in part if math.isfinite(value)]
-        mean = None
-        if finite:
-            mean = float(f"{sum(finite) / len(finite):.4g}")
-        last_step, _ = part[-1]
-        thinned.append([last_step, mean])
-    return thinned
+    band = []
+    for begin in range(0, len(steps), stretch):
+        part = steps[begin : begin + stretch]
+        means = []  # of each run
+        for curve in curves:
+            finite = [curve[step] for step in part if math.isfinite(curve[step])]
+            if finite:
+                means.append(mean(finite))
+        middle = rounded(mean(means)) if means else None
+        thinned.append([part[-1], middle])
+        half = half_interval(means)
+        if half is not None:
+            band.append([part[-1], rounded(middle - half), rounded(middle + half)])
+    return thinned, band
 
 
-def charts(runs):
-    """Return what the page draws, with the runs of one stage in one chart."""
+def rounded(value):
+    return float(f"{value:.4g}")
+
+
+def charts(arms):
+    """Return what the page draws, with the arms of one stage in one chart."""
     found = []
     for stage in STAGES:
-        same_stage = [run for run in runs if run.stage == stage]
+        same_stage = [arm for arm in arms if arm.stage == stage]
         for chart in CHARTS:
             if stage not in chart.stages:
                 continue
@@ -371,28 +483,33 @@ def charts(runs):
     return found
 
 
-def series_of(runs, metric):
-    """Return the curves of one chart. A run has the same colours in each chart of its stage."""
+def series_of(arms, metric):
+    """Return the curves of one chart. An arm has the same colours in each chart of its stage."""
     series = []
     colour = 0
-    for run in runs:
-        for key in keys_of(run, metric):
-            curve = points(run, key)
+    for arm in arms:
+        for key in dict.fromkeys(key for run in arm.runs for key in keys_of(run, metric)):
+            curve, band = points(arm.runs, key)
             if any(value is not None for _, value in curve):
-                label = curve_label(run, key, several=len(runs) > 1)
-                series.append({"label": label, "colour": colour, "points": curve})
+                label = curve_label(arm, key, several=len(arms) > 1 or len(arm.runs) > 1)
+                drawn = {"label": label, "colour": colour, "points": curve, "band": band}
+                series.append(drawn)
             colour += 1
     return series
 
 
-def curve_label(run, key, several):
+def curve_label(arm, key, several):
     of_span = "/" in key and not key.startswith("eval/")
     name = key.split("/")[0] if of_span else key
     if not several:
         return name
     if of_span:
-        return f"{run.name} {name}"
-    return run.name
+        return f"{arm.name} {name}"
+    return arm.name
+
+
+WORDS = {"green": "healthy", "amber": "watch", "red": "act", "grey": "no data"}
+SEVERITY = ["grey", "green", "amber", "red"]
 
 
 @dataclass
@@ -419,7 +536,7 @@ def examine(run, light):
     if not figures:
         return Finding(light, "grey", "not measured")
     colours = [colour_of(light, figure) for figure in figures.values()]
-    worst = max(colours, key=["green", "amber", "red"].index)
+    worst = max(colours, key=SEVERITY.index)
     shown = []
     for key, figure in figures.items():
         name = key.split("/")[0] + " " if "/" in key or len(figures) > 1 else ""
@@ -460,15 +577,47 @@ def cell(value):
     return escape(str(value))
 
 
-def results_section(results):
+def results_section(results, arms):
     """
-    Return the accuracy of each policy on each file in each mode; below, folded, whatever else
-    eval.py has measured.
+    Return the accuracy of each policy, or arm, on each file in each mode; below, folded, whatever
+    else eval.py has measured.
     """
     if not results:
         return ""
+    accuracies = accuracy_table(merge_results(results, arms))
     more = f"<details><summary>All figures</summary>{all_figures_table(results)}</details>"
-    return f'<section id="results"><h2>Results</h2>{accuracy_table(results)}{more}</section>'
+    return f'<section id="results"><h2>Results</h2>{accuracies}{more}</section>'
+
+
+def merge_results(results, arms):
+    """
+    Return the results with those of an arm's runs, of each file and mode, as one: their mean. Which
+    run a policy is of is known by its folder.
+    """
+    arm_of = {}
+    for arm in arms:
+        for run in arm.runs:
+            if len(arm.runs) > 1:
+                arm_of[run.folder.resolve()] = arm.name
+    merged = {}
+    for number, result in enumerate(results):
+        policy = Path(result["policy"])
+        checkpoint = "last"
+        if policy.name in ("last", "best") or policy.name.startswith("step-"):
+            checkpoint = policy.name
+            policy = policy.parent
+        arm = arm_of.get(policy.resolve())
+        of = (arm, checkpoint, Path(result["data"]).stem, result["mode"]) if arm else number
+        merged.setdefault(of, []).append(result)
+    found = []
+    for of, same in merged.items():
+        if isinstance(of, int):
+            found.append(same[0])
+        else:
+            arm, checkpoint, _, _ = of
+            label = arm if checkpoint == "last" else f"{arm} {checkpoint}"
+            found.append({**same[0], "label": label, "of_runs": same})
+    return found
 
 
 def accuracy_table(results):
@@ -483,6 +632,8 @@ def accuracy_table(results):
     for label, cells in rows.items():
         lines.append([label, *(cells.get(column, "–") for column in columns)])
     title = "Accuracy in %, with its binomial standard error over the prompts"
+    if any("of_runs" in result for result in results):
+        title += "; of several runs their mean, with its 95 % interval over the runs"
     return table(title, ["policy", *columns], lines)
 
 
@@ -491,11 +642,23 @@ def percentage(result):
     Return (accuracy, standard error) in %. Samples of one prompt are not independent: the error
     counts prompts.
     """
+    if "of_runs" in result:
+        return mean_percentage([one["accuracy"] for one in result["of_runs"]])
     p = result["accuracy"]
     n = result["prompts"]
     if not isinstance(p, float | int) or not math.isfinite(p) or not n:
         return "no data"
     return 100 * p, 100 * math.sqrt(p * (1 - p) / n)
+
+
+def mean_percentage(accuracies):
+    """Return (mean, half of its interval) in %; the mean alone where there is a single one."""
+    finite = [one for one in accuracies if isinstance(one, float | int) and math.isfinite(one)]
+    if not finite:
+        return "no data"
+    half = half_interval(finite)
+    middle = 100 * mean(finite)
+    return f"{middle:.1f}" if half is None else (middle, 100 * half)
 
 
 def all_figures_table(results):
@@ -504,25 +667,42 @@ def all_figures_table(results):
         keys.pop(key, None)
     lines = []
     for result in results:
-        lines.append([result["label"], *(result.get(key, "–") for key in keys)])
+        cells = [result.get(key) for key in keys]
+        lines.append([result["label"], *("–" if value is None else value for value in cells)])
     return table("All figures", ["policy", *keys], lines)
 
 
 def health_section(runs):
-    """Return the lights of each run, with what they mean and what to do."""
+    """
+    Return the lights of each run, with what they mean and what to do. Of many runs those in which
+    all is well are folded.
+    """
     blocks = []
     for run in runs:
-        items = "".join(light_item(finding) for finding in lights(run))
-        blocks.append(f'<h3>{escape(run.name)}</h3><ul class="lights">{items}</ul>')
-    note = f"Means of the last {LATE} steps that have the figure; skipped updates: all."
+        findings = lights(run)
+        items = "".join(light_item(finding) for finding in findings)
+        worst = max((finding.colour for finding in findings), key=SEVERITY.index, default="grey")
+        opened = " open" if len(runs) <= MANY or worst in ("amber", "red") else ""
+        title = f"{escape(run.name)} <small>{counts_of(findings)}</small>"
+        cards = f'<ul class="lights">{items}</ul>'
+        blocks.append(f"<details{opened}><summary><h3>{title}</h3></summary>{cards}</details>")
+    note = (
+        f"Means of the last {LATE} steps that have the figure, where nothing else is said; skipped "
+        "updates: all."
+    )
     title = f'<h2>Health</h2><p class="dim">{note}</p>'
     return f'<section id="health">{title}{"".join(blocks)}</section>'
 
 
+def counts_of(findings):
+    """Return in words how many of the lights have each colour: `7 healthy, 1 act`."""
+    count = Counter(finding.colour for finding in findings)
+    return ", ".join(f"{count[colour]} {WORDS[colour]}" for colour in WORDS if count[colour])
+
+
 def light_item(finding):
-    words = {"green": "healthy", "amber": "watch", "red": "act", "grey": "no data"}
     light = finding.light
-    title = f"<b>{light.name} <i>● {words[finding.colour]}</i></b>"
+    title = f"<b>{light.name} <i>● {WORDS[finding.colour]}</i></b>"
     # a flag is not broken over two lines
     mend = re.sub(r"(--\w+)", r'<span class="flag">\1</span>', escape(light.mend))
     advice = f'<p>{escape(light.meaning)} <span class="mend">{mend}</span></p>'
@@ -543,24 +723,25 @@ def runs_table(runs):
     return table("What ran", ["run", "stage", "steps", "minutes", "on", "commit"], lines)
 
 
-def some_groups(run):
-    """Return at most GROUPS of the run's groups, evenly over the steps, with the run's name."""
-    count = min(GROUPS, len(run.groups))
+def some_groups(run, most):
+    """Return at most `most` of the run's groups, evenly over the steps, with the run's name."""
+    count = min(most, len(run.groups))
     chosen = [run.groups[i * len(run.groups) // count] for i in range(count)]
     return [{**group, "run": run.name} for group in chosen]
 
 
-def page(runs, results):
+def page(runs, results, as_means=False, most_groups=GROUPS):
     """Return the whole page: report.html beside this file, its {{slots}} filled."""
+    arms = arms_of(runs, as_means)
     groups = []
     for run in runs:
-        groups += some_groups(run)
+        groups += some_groups(run, most_groups)
     left = sum(len(run.groups) for run in runs) - len(groups)
     longest = max(len(run.steps) for run in runs)
-    content = {"charts": charts(runs), "groups": groups}
+    content = {"charts": charts(arms), "groups": groups}
     data = json.dumps(content, separators=(",", ":"), allow_nan=False)
     pieces = {
-        "results": results_section(results),
+        "results": results_section(results, arms),
         "health": health_section(runs),
         "thinned": "",
         "left": "",
@@ -570,6 +751,8 @@ def page(runs, results):
     if longest > POINTS:
         stretch = math.ceil(longest / POINTS)
         pieces["thinned"] = f"Each point is the mean of up to {stretch} steps."
+    if any(len(arm.runs) > 1 for arm in arms):
+        pieces["thinned"] += " The band around the mean of several runs is its 95 % interval."
     if left:
         pieces["left"] = f"{left} more groups are in the runs' rollouts.jsonl."
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -595,11 +778,21 @@ def main():
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
     )
+    parser.add_argument(
+        "--mean", action="store_true", help="draw runs that differ in their seed as their mean"
+    )
+    parser.add_argument(
+        "--groups",
+        type=int,
+        default=GROUPS,
+        metavar="N",
+        help=f"groups of rollouts of each run, at most (default: {GROUPS})",
+    )
     args = parser.parse_args()
     runs = []
     for folder, name in zip(args.runs, short_names(args.runs), strict=True):
         runs += read_runs(folder, name)
-    text = page(runs, read_results(args.eval))
+    text = page(runs, read_results(args.eval), args.mean, args.groups)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8", errors="replace")
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
