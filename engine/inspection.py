@@ -29,23 +29,7 @@ from tqdm import tqdm
 from engine.answers import MAX_CHARS
 from engine.arguments import Common
 from engine.benchmarks import is_among
-from engine.formula import parse
-from engine.kinds import (
-    CODE,
-    MAX_DEPTH,
-    NO_SIGN,
-    NUMBERED,
-    assignment,
-    bound,
-    collection,
-    interval,
-    is_equation,
-    label,
-    letters,
-    truth,
-    union,
-)
-from engine.quantities import clock, measure, number, range_of, ratio, split_unit
+from engine.kinds import deciding_kind
 from engine.rows import BadRow, open_image, shrink
 from engine.spelling import clean
 
@@ -428,54 +412,34 @@ NO_ANSWER = "none"
 
 
 def kind_of_answer(answer, choices=()):
-    """What the verifier (engine/answers.py) takes a reference for, asked in its order."""
+    """What the verifier takes a reference for: the kind of answer that decides about it and itself.
+    TEXT: only the same words are right."""
     if answer is None:
         return NO_ANSWER
     if len(answer) > MAX_CHARS:
         return TEXT
     gold = clean(answer)
+    kind = deciding_kind(gold, gold)
     if choices and is_among(answer, choices):
-        return "option's letter" if label(gold) or letters(gold) else "option's text"
-    if "()" in gold or max(map(gold.count, "([{")) > MAX_DEPTH:
-        return TEXT
-    for kind, is_one in ANSWERS:
-        if is_one(gold):
-            return kind
-    return TEXT
+        return "option's letter" if kind in ("choice", "letters") else "option's text"
+    return SAID.get(kind, kind) or TEXT
 
 
-def is_number(gold):
-    numbered = NUMBERED.match(gold)  # `No. 7`
-    return number(gold[numbered.end() :] if numbered else gold)
-
-
-def is_quantity(gold):
-    core, _ = split_unit(gold)
-    return measure(gold) or (core != gold and parse(core))
-
-
-def is_list(gold):
-    return collection(gold) or interval(gold) or union(gold)
-
-
-def is_formula(gold):
-    if CODE.fullmatch(gold) or NO_SIGN.fullmatch(gold):
-        return False
-    return assignment(gold) or is_equation(gold) or parse(gold)
-
-
-ANSWERS = (  # kind, what says something where a cleaned text is of it
-    ("option's letter", lambda gold: label(gold) or letters(gold)),
-    ("yes or no", truth),
-    ("time", clock),
-    ("ratio", ratio),
-    ("range", range_of),
-    ("bound", bound),
-    ("number", is_number),
-    ("quantity", is_quantity),
-    ("list or interval", is_list),
-    ("formula", is_formula),
-)
+SAID = {  # kinds of engine/kinds.py whose names say little outside of it
+    "choice": "option's letter",
+    "letters": "option's letter",
+    "truth": "yes or no",
+    "clock": "time",
+    "measure": "number",
+    "collection": "list or interval",
+    "interval": "list or interval",
+    "assignment": "equation",
+    "code": TEXT,
+    "quotient_of_formulas": "formula",
+    "place_in_order": "place in an order",
+    "decimal_comma": "number",
+    "opening_hours": "opening hours",
+}
 
 
 # ------------------------------------------------------------------------------ what is compared

@@ -637,10 +637,13 @@ CODE = re.compile(  # `5-4-3-2-1`, `04/02/2005`, the size `3 \\times 4`: nothing
 )
 
 
+def same_code(p, g):
+    """Equal codes are equal texts, which were compared before."""
+    return False if CODE.fullmatch(p) or CODE.fullmatch(g) else None
+
+
 def same_formula(p, g):
     """Mathematics on both sides, each read to its end."""
-    if CODE.fullmatch(p) or CODE.fullmatch(g):
-        return False
     if is_words(p) and is_words(g):
         return None  # though `ab` could be a product
     p_tree = parse(p)
@@ -678,16 +681,22 @@ KINDS = (
     same_chain,
     same_assignment,
     same_quotient_of_formulas,
+    same_code,
     same_formula,
 )
 
 
-def is_decided(p, g):
-    """Does any kind decide about two cleaned texts? Not as a formula about a word: `car` could be a
-    product, and is none."""
+def deciding_kind(p, g):
+    """The name of the kind of answer that decides about two cleaned texts, as `measure` of
+    `same_measure`; None where they can only be compared as texts. Not as a formula about a word:
+    `car` could be a product, and is none."""
     for kind in KINDS:
         if kind is same_formula and (is_words(p) or is_words(g)):
             continue
         if kind(p, g) is not None:
-            return True
-    return False
+            return kind.__name__.removeprefix("same_")
+    return None
+
+
+def is_decided(p, g):
+    return deciding_kind(p, g) is not None
