@@ -86,6 +86,8 @@ def test_judge_and_summarise():
     assert (m["length"], m["prompts"]) == (6, 2)
     assert m["items"] == pytest.approx((2 + 1 + 1) / 3)  # the malformed one has no caption
     assert m["steps"] == pytest.approx((2 + 1 + 2) / 3)
+    worse = without_reference | {"accuracy": [1.0, 0.0, 0.0, 0.0]}
+    assert evaluation.summarise([with_reference, worse], [1])["pass@1"] == 0.375
     # only where there is a reference
     assert (m["reference_items"], m["reference_steps"], m["same_caption"]) == (2, 2, 0.5)
 

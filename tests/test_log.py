@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,18 @@ def test_log(tmp_path, capsys):
     found = records(path)
     assert [record.get("step") for record in found] == [None, 1, 2, None, 3]
     assert found[-1]["loss"] == 9
+
+
+def test_seconds_are_those_of_a_step(tmp_path, monkeypatch):
+    times = iter([10.0, 11.0, 13.0])
+    clock = SimpleNamespace(perf_counter=lambda: next(times), time=lambda: 0.0)
+    monkeypatch.setattr("engine.log.time", clock)
+    args = Args(policy="p", out=str(tmp_path / "run"), steps=2)
+    log = Log(args.out, args)
+    for step in (1, 2):
+        log.step(step, {})
+    _, *steps = records(Path(args.out, "log.jsonl"))
+    assert [record["seconds"] for record in steps] == [1.0, 2.0]
 
 
 def test_printed_lines(tmp_path, capsys):

@@ -291,3 +291,11 @@ def test_images_of_one_size_are_one_call(hf, monkeypatch):
     )
     hf.model.visual(torch.randn(5 * 16, 96), grid_thw=torch.tensor([[1, 4, 4]] * 5))
     assert [shape[0] for shape in calls] == [5] * len(hf.model.visual.blocks)
+
+
+def test_rows(hf):
+    """Values of the scored tokens, a row for each child: from its first place on, 0 behind it."""
+    tree = Tree(tiny_prompt(hf), [[5, 6], [7, 8, 9], [4]])
+    pack = build_pack([tree], [(0, [0, 1, 2])])
+    rows = pack.rows(torch.arange(1.0, 7.0))
+    assert rows.tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
