@@ -201,6 +201,14 @@ def test_same_rollouts_on_any_number_of_ranks(place):
     assert texts(7, 8)[0] == {}  # a rank without rows
 
 
+@pytest.mark.parametrize(
+    "file, every, due", [("f", 3, [0, 3, 6, 7]), ("f", 0, [0, 7]), ("", 3, [])]
+)
+def test_when_validation_is_due(file, every, due):
+    args = SimpleNamespace(eval_data=file, eval_every=every)
+    assert [step for step in range(8) if evaluation.validation_is_due(args, step, 7)] == due
+
+
 def test_rows_are_dealt_out():
     data = range(10)
     shares = [[*evaluation.own_rows(data, 5, SimpleNamespace(rank=r, world=2))] for r in (0, 1)]
