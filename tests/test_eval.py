@@ -201,6 +201,16 @@ def test_same_rollouts_on_any_number_of_ranks(place):
     assert texts(7, 8)[0] == {}  # a rank without rows
 
 
+def test_samples_are_nearly_greedy_where_it_is_cold(place, tmp_path):
+    """The rows lie elsewhere than the images."""
+    (tmp_path / "rows.jsonl").write_text((place / "rows.jsonl").read_text())
+    flags = ["--data", tmp_path / "rows.jsonl", "--image_root", place, "--limit", 1]
+    flags += ["--samples", 2, "--temperature", 1e-4, "--rollouts_out", tmp_path / "r.jsonl"]
+    script.main(arguments(place, *flags))
+    greedy, cold = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert cold["text"] == greedy["text"] * 2
+
+
 @pytest.mark.parametrize(
     "file, every, due", [("f", 3, [0, 3, 6, 7]), ("f", 0, [0, 7]), ("", 3, [])]
 )

@@ -27,6 +27,9 @@ def test_span_metrics():
     assert m["longer"] == (1 + 0.5 + 0 + 0) / 4
     assert m["margin"] == 1.75
     assert m["saturated"] == 0.25
+    one = T([0])
+    lost = span_metrics(T([0.0]), T([9.0]), one, one, one)
+    assert lost["saturated"] == 0
     assert m["margin_p10"] == pytest.approx(-1.4)
     assert m["margin_p90"] == pytest.approx(5.9)
     assert (m["reference_mean"], m["reference_absmax"], m["policy_mean"]) == (2.5, 8, 0.75)
