@@ -187,8 +187,9 @@ def test_both_sharegpt_dialects_are_the_same_example(folder):
     a = {"messages": [system, USER, ASSISTANT], "images": ["images/0.png"]}
     turns = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": RESPONSE}]
     b = {"conversations": turns, "images": ["images/0.png"], "system": "Look."}
-    one, two = read(write(folder, a, b), "sft").fetch(range(2))
-    assert one.messages == two.messages == a["messages"]
+    told_twice = a | {"system": "Look."}
+    one, two, three = read(write(folder, a, b, told_twice), "sft").fetch(range(3))
+    assert one.messages == two.messages == three.messages == a["messages"]
     assert one.images == two.images == [str(folder / "images/0.png")]
     assert (two.where, two.row) == (f"{folder}/rows.jsonl:2", 1)
 

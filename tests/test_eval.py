@@ -86,6 +86,8 @@ def test_judge_and_summarise():
     assert (m["length"], m["prompts"]) == (6, 2)
     assert m["items"] == pytest.approx((2 + 1 + 1) / 3)  # the malformed one has no caption
     assert m["steps"] == pytest.approx((2 + 1 + 2) / 3)
+    worse = without_reference | {"accuracy": [1.0, 0.0, 0.0, 0.0]}
+    assert evaluation.summarise([with_reference, worse], [1])["pass@1"] == 0.375
     # only where there is a reference
     assert (m["reference_items"], m["reference_steps"], m["same_caption"]) == (2, 2, 0.5)
 
@@ -206,6 +208,24 @@ def test_same_rollouts_on_any_number_of_ranks(place):
     assert [bool(bad) for _, bad in parts] == [False, False, True]
     assert left_out == parts[2][1]
     assert texts(7, 8)[0] == {}  # a rank without rows
+
+
+def test_samples_are_nearly_greedy_where_it_is_cold(place, tmp_path):
+    """The rows lie elsewhere than the images."""
+    (tmp_path / "rows.jsonl").write_text((place / "rows.jsonl").read_text())
+    flags = ["--data", tmp_path / "rows.jsonl", "--image_root", place, "--limit", 1]
+    flags += ["--samples", 2, "--temperature", 1e-4, "--rollouts_out", tmp_path / "r.jsonl"]
+    script.main(arguments(place, *flags))
+    greedy, cold = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert cold["text"] == greedy["text"] * 2
+
+
+@pytest.mark.parametrize(
+    "file, every, due", [("f", 3, [0, 3, 6, 7]), ("f", 0, [0, 7]), ("", 3, [])]
+)
+def test_when_validation_is_due(file, every, due):
+    args = SimpleNamespace(eval_data=file, eval_every=every)
+    assert [step for step in range(8) if evaluation.validation_is_due(args, step, 7)] == due
 
 
 def test_rows_are_dealt_out():

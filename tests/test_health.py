@@ -2,11 +2,13 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine import health
+from engine.rollouts import Group
 
 T = torch.tensor
 NONE = torch.zeros(0)
@@ -25,6 +27,9 @@ def test_span_metrics():
     assert m["longer"] == (1 + 0.5 + 0 + 0) / 4
     assert m["margin"] == 1.75
     assert m["saturated"] == 0.25
+    one = T([0])
+    lost = span_metrics(T([0.0]), T([9.0]), one, one, one)
+    assert lost["saturated"] == 0
     assert m["margin_p10"] == pytest.approx(-1.4)
     assert m["margin_p90"] == pytest.approx(5.9)
     assert (m["reference_mean"], m["reference_absmax"], m["policy_mean"]) == (2.5, 8, 0.75)
@@ -191,6 +196,19 @@ def test_game_metrics_of_one_and_of_three_spans():
     assert three["reasoning/policy_mean"] == -5
     with pytest.raises(ValueError):
         health.game_metrics(pairs, torch.zeros(2, 0, 1), clip=10)  # a load for each span
+
+
+def test_probes_see_what_the_discriminator_sees():
+    """Its prompt, which may be blind, and well-formed rollouts."""
+    prompt = SimpleNamespace(ids=T([1, 2, 3]))
+    seen = SimpleNamespace(ids=T([1, 3]))
+    group = Group(prompt, seen=seen, reference=[[5], [6]], well_formed=T([True, False]))
+    group.spans = [[[7], [8]], None]
+    found = health.probes_of([group], ["caption", "answer"])
+    assert found == {
+        "caption": ([[1, 3]], [[5]], [[7]]),
+        "answer": ([[1, 3]], [[6]], [[8]]),
+    }
 
 
 def test_probe_metrics():

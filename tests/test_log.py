@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import strict_records
@@ -68,6 +69,18 @@ def test_other_readers_open_it(tmp_path, block):
     options = reader.ReadOptions(block_size=max(block, 2000))  # a header is one line
     table = reader.read_json(Path(args.out, "log.jsonl"), options)
     assert table["loss"].to_pylist()[5:8] == [None, 0.5, 0.5]
+
+
+def test_seconds_are_those_of_a_step(tmp_path, monkeypatch):
+    times = iter([10.0, 11.0, 13.0])
+    clock = SimpleNamespace(perf_counter=lambda: next(times), time=lambda: 0.0)
+    monkeypatch.setattr("engine.log.time", clock)
+    args = Args(policy="p", out=str(tmp_path / "run"), steps=2)
+    log = Log(args.out, args)
+    for step in (1, 2):
+        log.step(step, {})
+    _, *steps = records(Path(args.out, "log.jsonl"))
+    assert [record["seconds"] for record in steps] == [1.0, 2.0]
 
 
 def test_printed_lines(tmp_path, capsys):

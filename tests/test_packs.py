@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
 from torch.nn.attention.flex_attention import flex_attention
 
+from engine import packs
 from engine.attention import FlexLayout, adopt, forward_pack
 from engine.logprob import token_logps
 from engine.packs import Tree, build_pack, filler, plan
@@ -291,3 +292,18 @@ def test_images_of_one_size_are_one_call(hf, monkeypatch):
     )
     hf.model.visual(torch.randn(5 * 16, 96), grid_thw=torch.tensor([[1, 4, 4]] * 5))
     assert [shape[0] for shape in calls] == [5] * len(hf.model.visual.blocks)
+
+
+def test_ranks_split_a_tree_that_fits(hf, monkeypatch):
+    tree = Tree(tiny_prompt(hf), [[3] * 6, [4] * 6, [5] * 6, [6] * 6])
+    assert not packs.is_split([tree], 1000)
+    monkeypatch.setattr(packs, "world", lambda: 2)
+    assert packs.is_split([tree], 1000)
+
+
+def test_rows(hf):
+    """Values of the scored tokens, a row for each child: from its first place on, 0 behind it."""
+    tree = Tree(tiny_prompt(hf), [[5, 6], [7, 8, 9], [4]])
+    pack = build_pack([tree], [(0, [0, 1, 2])])
+    rows = pack.rows(torch.arange(1.0, 7.0))
+    assert rows.tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]

@@ -41,7 +41,7 @@ CASES = {
     "gspo": dict(algo="gspo", steps=3, max_side=16),
     "gspo, 2 minibatches": dict(algo="gspo", minibatches=2, clip_low=0.01, clip_high=0.02),
     "dr_grpo": dict(algo="dr_grpo", temperature=0.8),
-    "dr_grpo, 2 minibatches": dict(algo="dr_grpo", minibatches=2, clip_low=0.02, steps=1),
+    "dr_grpo, 2 minibatches": dict(algo="dr_grpo", minibatches=2, clip_low=0.02, kl=0.5, steps=1),
     "kl": dict(kl=0.5, minibatches=2, temperature=0.8),
     "kl, 1 minibatch": dict(kl=0.5, prompts_per_step=2, steps=2),
     "kl, vision frozen": dict(kl=0.5, prompts_per_step=2, minibatches=2, freeze_vision=True),

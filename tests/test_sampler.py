@@ -357,3 +357,11 @@ def test_slots_without_a_row_are_given_up(hf, monkeypatch):
     assert ids_of(found) == ids_of(shared)
     monkeypatch.setattr(sampler, "SHRINK_BELOW", 0)
     assert ids_of(found) == ids_of(sample(hf, prompts, rows, 60, slots=12))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_stays_in_its_mode(hf, training):
+    """Activation checkpointing, say, acts in training alone."""
+    hf.train(training)
+    sample(hf, [tiny_prompt(hf)], [(0, 0)], 2)
+    assert hf.training == hf.model.language_model.training == training

@@ -879,6 +879,8 @@ def test_rows_that_are_trained_on_are_found_in_other_files(world, tmp_path, caps
     alone = replace(args, eval_rows=2)
     evaluation.warn_of_overlap(read(file, "eval"), read(world.curated, "sft"), alone)
     assert capsys.readouterr().out == ""
+    evaluation.warn_of_overlap(read(world.rl, "eval"), examples, alone)
+    assert "warning: 2 of the 2 rows to validate on" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- what stays

@@ -185,6 +185,8 @@ def check_shown(folder, trace, kinds=()):
         shown = json.loads(line)
         group = step["trained"][0]
         assert shown["step"] == step["step"] and f":{group['row'] + 1}" in shown["where"]
+        told = (shown["question"], shown["answer"], shown["reference"])
+        assert told == (group["question"], group["answer"], group["response"])
         assert [one["text"] for one in shown["rollouts"]] == group["texts"]
         for k, one in enumerate(shown["rollouts"]):
             assert one["tokens"] == len(group["ids"][k]) and one["stop"] == group["stops"][k]

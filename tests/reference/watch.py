@@ -31,6 +31,9 @@ def plain(group):
     kept = {
         "id": id(group),
         "row": prompt.example.row,
+        "question": prompt.example.messages[-1]["content"],
+        "answer": prompt.example.answer,
+        "response": prompt.example.response,
         "prompt": prompt.ids.tolist(),
         "positions": prompt.positions.clone(),
         "pixels": None if prompt.pixel_values is None else prompt.pixel_values.clone(),
