@@ -127,8 +127,8 @@ LABEL_ALONE = re.compile(  # `B`, `(b)`, `Option B.`
 LABELLED = re.compile(  # `(B) the dog`, `Option B: the dog`, `(B) (0, 1)`; not `(A) (B)`
     r"(?:(?i:option|choice|answer) )?(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?! |\([A-J]\))(.+)"
 )
-NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`
-    r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
+NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`, `A. No, B`
+    r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?i:no|not|wait|actually)\b.*\b[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
 )
 ONE_LETTER = r"[(\[]?[A-H][)\]]?"
 LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`, `options A and C`
