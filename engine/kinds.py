@@ -127,8 +127,8 @@ LABEL_ALONE = re.compile(  # `B`, `(b)`, `Option B.`
 LABELLED = re.compile(  # `(B) the dog`, `Option B: the dog`, `(B) (0, 1)`; not `(A) (B)`
     r"(?:(?i:option|choice|answer) )?(?:\((?=[A-J]\)))?([A-J])(?:\) ?|[.:] )(?! |\([A-J]\))(.+)"
 )
-NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`
-    r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
+NOT_ITS_TEXT = re.compile(  # `(A) B) ...`, `(A) or (B)`, `(A) is wrong`, `A. No, B`
+    r"\b[A-J][).:]|^[A-J]\W+[A-J]\b|^(?i:no|not|wait|actually)\b.*\b[A-J]\b|^(?:and|or|but|is|isn't|was|are|not|no|nor|vs|wrong)\b"
 )
 ONE_LETTER = r"[(\[]?[A-H][)\]]?"
 LETTERS = re.compile(  # `A, C`, `A and C`, `(A) (C)`, `options A and C`
@@ -519,6 +519,8 @@ def same_collection(p, g):
         return None
     if bool(OR.search(p)) != bool(OR.search(g)) and not are_solutions(p_list, g_list, p + g):
         return False
+    if are_alternatives(p) and is_point(g_list) or are_alternatives(g) and is_point(p_list):
+        return False
     p_names = set(p_list.names) - {""}
     g_names = set(g_list.names) - {""}
     if p_names and g_names:
@@ -563,6 +565,15 @@ AND = re.compile(r"\band\b")
 def are_solutions(p_list, g_list, texts):
     """`x = 1 or x = 2` lists values, as `1, 2` does; `red or blue` does not, nor `1 and 2`."""
     return not AND.search(texts) and not any(map(is_words, p_list.items + g_list.items))
+
+
+def are_alternatives(text):
+    r"""`3 or 4`, `\pm 3`."""
+    return bool(OR.search(text) or PLUS_MINUS.search(text))
+
+
+def is_point(several):
+    return several.brackets in ("()", "[]")
 
 
 def named(several):

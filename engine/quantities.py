@@ -97,6 +97,7 @@ UNIT_TAIL = re.compile(  # `km/h`, `m^2`, `red apples`: up to seven words behind
     rf"(?<![{LETTER}\\\\^_{{'-]){UNIT_WORD}"
     rf"(?:(?: ?(?:\\cdot|[*/]) ?| ){UNIT_WORD}){{0,6}}$"
 )
+UNKNOWN = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 DECADE = re.compile(r"\d{3}0s")  # `1990s`, which are no seconds
 PERCENT = unit("%")
 HOUR = unit("h")
@@ -113,6 +114,8 @@ def split_unit(text):
     while tail:
         core = text[: tail.start()].strip()
         found = unit(tail[0])
+        if len(tail[0]) == 1 and UNKNOWN.search(core) and not number(core):
+            break  # `2\pi r h`
         if core and found and (found.known or number(core)):
             return core, found
         tail = UNIT_TAIL.search(text, tail.start() + 1)
@@ -244,7 +247,7 @@ def values_of(numbers):
 def same_terms(p_terms, g_terms):
     if p_terms == g_terms:
         return True
-    if len(p_terms) != len(g_terms) or not in_lowest_terms(g_terms):
+    if len(p_terms) != len(g_terms) or 0 in p_terms or not in_lowest_terms(g_terms):
         return False
     return all(p * g_terms[0] == g * p_terms[0] for p, g in zip(p_terms, g_terms, strict=True))
 
