@@ -24,6 +24,20 @@ environment() {
     fi
 }
 
+# Beside a torch for CPUs the torchvision of PyPI lacks its own operators and cannot be imported.
+# Nobody here calls them: names for the two that it asks for are enough.
+name_nms() {
+    if ! "$ENVIRONMENTS/models/bin/python" -c "import torchvision" 2> /dev/null; then
+        cat > "$(echo "$ENVIRONMENTS"/models/lib/python3*/site-packages)/sitecustomize.py" <<'PY'
+import torch
+
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+PY
+    fi
+}
+
 # jq has no environment: it reads every line, or says where it cannot.
 ask_jq() {
     local rows
@@ -46,6 +60,7 @@ try() {
     else
         environment models torch torchvision transformers==5.23.0 trl accelerate datasets openai \
             fastapi uvicorn pillow
+        name_nms
     fi
     "$ENVIRONMENTS/$place/bin/python" bench/consumers.py "$name" "$RUN" 2> "$ENVIRONMENTS/errors"
 }

@@ -294,3 +294,13 @@ def test_two_runs_do_not_share_a_cache(server, tmp_path):
     first = Grader(args)
     with first.api.file, pytest.raises(SystemExit, match="c.jsonl: another run .* --judge_cache"):
         Grader(args)
+
+
+def test_the_arguments_of_the_api_have_a_heading_of_their_own(capsys):
+    with pytest.raises(SystemExit):
+        parse(script.Args, ["--help"])
+    of_this_script, _, of_the_api = capsys.readouterr().out.partition("\nof the API:\n")
+    assert "\n  --judge_agreement" in of_this_script and "\n  --policy" in of_this_script
+    for name in ("base_url", "key_env", "request", "concurrency", "timeout", "retries"):
+        assert f"\n  --{name} " in "\n" + of_the_api
+        assert f"\n  --{name} " not in of_this_script

@@ -545,6 +545,7 @@ def test_two_runs_beside_each_other(tmp_path):
     say(document.querySelectorAll("#group ol").length);
     show(1);
     heads();
+    say(document.documentElement.scrollWidth <= innerWidth);
     pick("beside", "a");
     place();
     """
@@ -554,6 +555,7 @@ def test_two_runs_beside_each_other(tmp_path):
         "a, step 1 1 right, 0 wrong, 0 malformed / b, step 3 0 right, 1 wrong, 0 malformed",
         "2",
         "a, step 20 1 right, 0 wrong, 0 malformed / b, step 18 1 right, 0 wrong, 0 malformed",
+        "true",
         "no such rollouts",
     ]
 
