@@ -33,7 +33,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of a parameter, in AdamW's state
 
 # The classes and functions that an index of torch.distributed.checkpoint may name.
 RECORDS = re.compile(
-    r"pathlib \w*Path"
+    r"pathlib(\._local)? \w*Path"  # the second of Python 3.13
     r"|torch (Size|bool|b?float\d+|u?int\d+)"
     r"|torch\.serialization _get_layout"
     r"|torch\.distributed\.checkpoint\.metadata \w*(Metadata|Index|Meta|Properties|ENCODING)"
