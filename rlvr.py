@@ -144,6 +144,11 @@ class Args(Common):
                 f"--overlong {overlong}{preset} must be below --max_response {self.max_response}: "
                 "give --overlong, 0 for no penalty"
             )
+        if 0 < (self.dual_clip or 0) <= 1:
+            raise ValueError(
+                f"--dual_clip is {self.dual_clip}: a bound of |advantage| or less would stop every "
+                "token with a negative one; it must be above 1, or 0 for none"
+            )
         if self.minibatches > self.prompts_per_step:
             raise ValueError("--minibatches is at most --prompts_per_step")
 

@@ -161,6 +161,18 @@ def test_config_holds_arguments_not_what_follows_from_them(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line, says",
+    [
+        ("--dual_clip 1", "--dual_clip is 1.0: a bound of |advantage| or less"),
+        ("--algo dapo --max_response 96", "--overlong 4096, as --algo dapo has it, must be below"),
+        ("--overlong 96 --max_response 96", "--overlong 96 must be below --max_response 96: give"),
+    ],
+)
+def test_what_is_wrong_in_rlvr(line, says, capsys):
+    assert says in refused(capsys, [*NEEDED, *line.split()], rlvr.Args)
+
+
+@pytest.mark.parametrize(
     "config, says",
     [
         ({"aplha": 1}, "has no aplha: did you mean alpha?"),

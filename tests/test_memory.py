@@ -75,7 +75,8 @@ def test_account_by_hand(shared):
     experts = 2_127_532_032 + copies + routers_and_head
     assert held["discriminator: AdamW"] == pytest.approx(experts * 8 / 8, rel=1e-4)
     assert held["rollout copy of the policy"] == 4_437_815_808 * 2
-    assert held["KV cache, 16 rows of 8192"] == 16 * 8192 * 36 * 2 * 8 * 128 * 2
+    tokens = 16 * 6144 + 4 * 2048  # of 16 rows, and of 4 prompts, which are kept once
+    assert held["KV cache, 16 rows, 4 prompts"] == tokens * 36 * 2 * 8 * 128 * 2
     phases = sums(entries)
     assert phases["policy's update"] < 25 * GB
     assert phases["always"] < 30 * GB
@@ -129,7 +130,7 @@ def test_a_configuration_is_enough(tiny, capsys, monkeypatch, stage):
     assert "AdamW" in out
     assert ("discriminator's update" in out) == (stage == "align")
     assert ("KV cache" in out) == (stage != "sft")
-    assert ("256 rows of 8192" in out) == (stage == "align")
+    assert ("256 rows, 4 prompts" in out) == (stage == "align")
     assert not dist.is_initialized()
     assert [path.name for path in tiny.iterdir()] == ["config.json"]
 
@@ -145,7 +146,7 @@ def test_a_configuration_is_enough(tiny, capsys, monkeypatch, stage):
 def test_stage_1_samples_where_its_validation_does(tiny, capsys):
     flags = ["--policy", str(tiny), "--eval_rollouts", "--eval_data", "held_out.jsonl"]
     memory.main(["sft", *flags, "--slots", "4"])
-    assert "KV cache, 4 rows of 8192" in capsys.readouterr().out
+    assert "KV cache, 4 rows, 4 prompts" in capsys.readouterr().out
 
 
 def test_what_is_on_the_cpu_is_said_apart(tiny, capsys):

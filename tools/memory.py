@@ -150,10 +150,13 @@ def sampling(policy, args, ranks) -> list[Entry]:
         entries.append(Entry(ALWAYS, "rollout copy of the policy", copied))
     keys = text.num_key_value_heads * text.head_dim
     cache = text.num_hidden_layers * 2 * keys * bytes_each  # keys and values of one token
-    row = args.max_prompt + args.max_response
-    rows = args.slots * row * cache
+    # Long prompts are kept once for all of their rows; a validation has one row of each.
+    prompts = args.slots
+    if not args.eval_data:
+        prompts = min(args.slots, args.prompts_per_step)
+    rows = (args.slots * args.max_response + prompts * args.max_prompt) * cache
     prefill = max(args.pack_tokens, args.max_prompt) * cache
-    entries.append(Entry("rollouts", f"KV cache, {args.slots} rows of {row}", rows))
+    entries.append(Entry("rollouts", f"KV cache, {args.slots} rows, {prompts} prompts", rows))
     entries.append(Entry("rollouts", "keys and values of a prefill", prefill))
     return entries
 
