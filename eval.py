@@ -38,7 +38,7 @@ import torch
 
 from data import parts, read
 from engine.api import ApiArgs
-from engine.arguments import check, is_first_rank, option, parse
+from engine.arguments import check, is_first_rank, is_missing, option, parse
 from engine.checkpoint import kept_steps
 from engine.evaluation import GREEDY, Mode, evaluate, known_of, left_out_of, mean, summarise
 from engine.grader import Grader, agreement, claim_of
@@ -147,7 +147,7 @@ class Args(ApiArgs):
     def check_files(self):
         """What would else be found out behind hours of sampling, or never."""
         for path in self.data:
-            if not Path(path).is_file():
+            if is_missing(path) or Path(path).is_dir():
                 raise ValueError(f"--data {path}: no such file")
         if self.image_root is not None and not Path(self.image_root).is_dir():
             raise ValueError(f"--image_root {self.image_root}: no such folder")

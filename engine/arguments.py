@@ -8,6 +8,7 @@ at any number of ranks; only `--pack_tokens` is per device, it bounds memory and
 
 import argparse
 import difflib
+import glob
 import inspect
 import json
 import math
@@ -353,11 +354,19 @@ def look_at_paths(args, embedded):
             raise ValueError(f"--{name} {path}: no such folder (and no model on the hub)")
     for name in ("data", "eval_data", "pairs"):
         path = getattr(args, name, "")
-        if path and not Path(path).exists() and not path.startswith(HUB_DATA):
+        if path and is_missing(path):
             raise ValueError(f"--{name} {path}: no such file")
     for folder in (args.out, f"{args.out}/warmup"):
         if overwrites(folder, args.resume):
             raise ValueError(overwrites(folder, args.resume))
+
+
+def is_missing(path):
+    """Whether no data file is there under this name, as engine.files.find_data reads it. The hub's
+    are not asked for."""
+    if path.startswith(HUB_DATA):
+        return False
+    return not Path(path).exists() and not ("*" in path and glob.glob(path))
 
 
 def may_be_on_the_hub(path):

@@ -288,6 +288,8 @@ def test_wrong_paths_are_found_before_anything_is_loaded(line, says, capsys):
         Path(folder).mkdir(parents=True)
         Path(folder, "log.jsonl").touch()
     arguments.parse(align.Args, [*"--policy p --data d --out warm --resume".split()])
+    for data in ("hf://datasets/owner/name/rows.parquet", "*d"):
+        arguments.parse(align.Args, ["--policy", "p", "--data", data])
     assert refused(capsys, line.split(), align.Args).startswith(f"align.py: {says}")
 
 
