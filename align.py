@@ -59,10 +59,12 @@ from engine.rollouts import (
 from engine.rows import BadRow
 from model import RolloutCopy, freeze_vision, full_state, load, shard
 from model import save as save_policy
-from rewards import judge, verify
+from rewards import measure, verify
 
 WARMUP_CHECK = 20  # updates between held-out accuracies
 NO_GAIN = 5  # so many checks without a gain end the warm-up
+LEAST_GAIN = 0.005  # of held-out accuracy
+HELD_OUT = 64  # rows of the warm-up's data, at most, that it is never trained on
 
 
 @dataclass(kw_only=True)
@@ -263,7 +265,7 @@ class MixtureOfExperts(nn.Module):
     has its expert; prompt tokens, which the spans share, go through all of them, averaged.
     """
 
-    def __init__(self, mlp, experts, top_k, noise=0.0, routed=True):
+    def __init__(self, mlp, experts, top_k, noise=0.0, has_router=True):
         super().__init__()
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).T  # (D, 2I)
         down = mlp.down_proj.weight.T  # (I, D)
@@ -271,7 +273,7 @@ class MixtureOfExperts(nn.Module):
         self.experts.gate_up_proj = nn.Parameter(_noisy_copies(gate_up, experts, noise))
         self.experts.down_proj = nn.Parameter(_noisy_copies(down, experts, noise))
         self.gate = None
-        if routed:
+        if has_router:
             self.gate = nn.Linear(gate_up.shape[0], experts, bias=False)
             nn.init.normal_(self.gate.weight, std=0.02)
         self.act = mlp.act_fn
@@ -337,7 +339,9 @@ class Discriminator(nn.Module):
             experts = heads = spans
         if form != "dense":
             for layer in base.language_model.layers:
-                layer.mlp = MixtureOfExperts(layer.mlp, experts, top_k, noise, routed=form == "moe")
+                layer.mlp = MixtureOfExperts(
+                    layer.mlp, experts, top_k, noise, has_router=form == "moe"
+                )
                 self.mlps.append(layer.mlp)
         head = nn.Linear(base.language_model.config.hidden_size, heads, bias=False)
         nn.init.normal_(head.weight, std=0.02)
@@ -528,16 +532,17 @@ def pairs_in(pack, groups) -> Pairs:
     return pairs
 
 
-def pair_loss(ours, theirs, rollouts, args):
-    """The part of the discriminator's loss that is made of pairs, from raw scores of rollouts'
-    and references' spans, (P,) each: Bradley-Terry, and an L2 that holds the scores' level.
+def pair_loss(reference_score, policy_score, rollouts, args):
+    """The part of the discriminator's loss that is made of pairs, from raw scores of references'
+    and rollouts' spans, (P,) each: Bradley-Terry, and an L2 that holds the scores' level.
 
     rollouts: well-formed ones of the whole step. Each has a pair of every span.
     """
     spans = len(span_table(args))
-    squares = (theirs.square() + ours.square()) / 2  # raw: what is saturated is pulled back
+    # Raw scores: what is saturated is pulled back.
+    squares = (reference_score.square() + policy_score.square()) / 2
     l2 = squares.sum() / (rollouts * spans)
-    return bradley_terry(theirs, ours, rollouts) + args.score_l2 * l2
+    return bradley_terry(reference_score, policy_score, rollouts) + args.score_l2 * l2
 
 
 def balance_loss(pack, probability, routed, routed_whole, share):
@@ -578,22 +583,22 @@ def discriminator_pass(disc, groups, args, device, train=True):
         with torch.set_grad_enabled(train):
             raw, probability, routed = disc(pack)  # (K,), (L, T, E), (L, T, E)
             pairs = pairs_in(pack, groups)
-            ours = raw[pairs.row]  # (P,)
-            theirs = raw[pairs.reference_row]  # (P,)
-            loss = pair_loss(ours, theirs, rollouts, args)
+            policy_score = raw[pairs.row]  # (P,)
+            reference_score = raw[pairs.reference_row]  # (P,)
+            loss = pair_loss(reference_score, policy_score, rollouts, args)
             balance = balance_loss(pack, probability, routed, routed_whole, share)
             loss = loss + args.balance * balance
         if train:
             (loss * world()).backward()  # FSDP averages over ranks; the divisors are global already
         total += float(loss.detach()) if raw.isfinite().all() else torch.nan
         loads.append(load_of_spans(routed, pack, spans))
-        scores = zip(ours.tolist(), theirs.tolist(), strict=True)
-        for (g, k, s), (our, their) in zip(pairs.names(), scores, strict=True):
-            found.append((g, k, s, our, their))
+        scores = zip(policy_score.tolist(), reference_score.tolist(), strict=True)
+        for name, both in zip(pairs.names(), scores, strict=True):
+            found.append((*name, *both))
     for part in gather(found):
-        for g, k, s, our, their in part:
-            groups[g].score[s, k] = our
-            groups[g].reference_score[s] = their
+        for g, k, s, score, score_of_reference in part:
+            groups[g].score[s, k] = score
+            groups[g].reference_score[s] = score_of_reference
     for group in groups:
         share_scores_of_equal_spans(group)
     if not loads:  # there was nothing to score
@@ -695,7 +700,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     pairs_per_row = len(names) * (1 if from_pairs else args.group_size)
     rows = max(1, args.warmup_pairs // pairs_per_row)
     # the last rows are held out
-    held_out = max(1, min(64, len(data) // 10))
+    held_out = max(1, min(HELD_OUT, len(data) // 10))
     first_held_out = len(data) - held_out
     if first_held_out < 1:
         raise ValueError(
@@ -722,7 +727,8 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     if not from_pairs:
         roll(test, hf, encoder, args, (args.seed, 1, 0))
     done = best >= args.warmup_until or stale >= NO_GAIN
-    for step in range(start, start if done else args.warmup_steps):
+    end = start if done else args.warmup_steps
+    for step in range(start, end):
         # 1) pairs
         groups = data.draw(order, rows, build)
         if not from_pairs:
@@ -743,7 +749,9 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         if last_step or (step + 1) % WARMUP_CHECK == 0:
             metrics |= held_out_metrics(disc, test, args, ranks.device)
             accuracy = min(metrics[f"{name}/held_out"] for name in names)
-            stale = 0 if accuracy > best + 0.005 else stale + 1  # NaN, no pair at all, is no gain
+            stale = (
+                0 if accuracy > best + LEAST_GAIN else stale + 1
+            )  # NaN, no pair at all, is no gain
             best = max(best, accuracy)
         log.step(step + 1, metrics)
         # 5) save
@@ -833,7 +841,7 @@ def main(args):
     save_all = partial(save_players, policy, disc)
     checkpoints = Checkpoints(args, args.steps, players, save_all, start)
     if start == 0 and args.eval_data:
-        metrics = validate(sampler.refresh(), encoder, held_out, judge, args, ranks)
+        metrics = validate(sampler.refresh(), encoder, held_out, measure, args, ranks)
         log.step(0, metrics)
         checkpoints.save(0, metrics, {"order": order.state(), "rate": rate.state()})
 
@@ -875,7 +883,7 @@ def main(args):
         metrics["disc_grad_norm"] = disc_norm
         metrics["disc_skipped"] = disc_skipped
         if validation_is_due(args, step + 1, args.steps):
-            metrics |= validate(sampler.refresh(), encoder, held_out, judge, args, ranks)
+            metrics |= validate(sampler.refresh(), encoder, held_out, measure, args, ranks)
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0:
             shown_group = groups[0]

@@ -12,7 +12,7 @@ to the file's folder, or to `image_root`, and must not lead out of it.
         TEST_FILE ..]
 
 says what of a file is usable and what is in it (engine/inspection.py), and shows a row as it is
-read. Tokens are counted with --policy alone.
+read. Tokens are counted only with --policy.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ it look like the references?
 
 1. Sample one response per prompt greedily, and `--samples` rollouts per prompt at `--temperature`.
    The prompts are dealt out over the ranks; the responses are the same on any number of them.
-2. Judge each response by rewards.py: accuracy and format. From them follow pass@k without bias, the
-   tokens per response, and the share of responses that were cut at `--max_response`.
+2. Measure each response by rewards.py: accuracy and format. From them follow pass@k without bias,
+   the tokens per response, and the share of responses that were cut at `--max_response`.
 3. Measure the drift: items per caption and steps per reasoning of the well-formed responses, beside
    those of the references where the file has them, and the share of captions that are the
    reference's word by word.
@@ -46,7 +46,7 @@ from engine.log import provenance, to_json
 from engine.ranks import print0, setup
 from engine.rows import Data
 from model import load
-from rewards import judge, left_open
+from rewards import left_open, measure
 
 
 @dataclass(kw_only=True)
@@ -339,7 +339,7 @@ def sample(args, modes, ranks):
         for path in args.data:
             data = read(path, "eval", args.image_root, args.max_bad)
             by_mode = evaluate(
-                policy.hf, policy.encoder, data, judge, args, ranks, modes, args.limit, args.slots
+                policy.hf, policy.encoder, data, measure, args, ranks, modes, args.limit, args.slots
             )
             left_out = left_out_of(data)
             for mode in modes:

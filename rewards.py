@@ -48,14 +48,14 @@ def left_open(response, example):
     return found["answer"] if is_left else None
 
 
-def judge(example, rollout, text):
+def measure(example, rollout, text):
     """All that evaluation measures of a response: {name: value}, None where one has no meaning.
 
     rollout: its ids and how it stopped (engine.sampler.Rollout). What is known of the reference is
     None where there is no reference.
     """
     verdict = verify(text, example)
-    judged = {
+    measured = {
         "accuracy": verdict["accuracy"],
         "format": verdict["format"],
         "length": len(rollout.ids),  # tokens
@@ -70,12 +70,12 @@ def judge(example, rollout, text):
     written = parts(text)  # None: malformed
     reference = parts(example.response or "")
     if written:
-        judged["items"] = count_items(written["caption"])
-        judged["steps"] = count_steps(written["think"])
+        measured["items"] = count_items(written["caption"])
+        measured["steps"] = count_steps(written["think"])
     if reference:
-        judged["reference_items"] = count_items(reference["caption"])
-        judged["reference_steps"] = count_steps(reference["think"])
-        judged["same_caption"] = False
+        measured["reference_items"] = count_items(reference["caption"])
+        measured["reference_steps"] = count_steps(reference["think"])
+        measured["same_caption"] = False
     if written and reference:
-        judged["same_caption"] = written["caption"].split() == reference["caption"].split()
-    return judged
+        measured["same_caption"] = written["caption"].split() == reference["caption"].split()
+    return measured

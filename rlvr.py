@@ -10,8 +10,8 @@ responses.
 
 Differs from the released code: the loss has one denominator over all packs and ranks; `old_logp` is
 the trainer's own; surplus groups of DAPO are used in the next step, with the log-probs of the
-policy that sampled them. With one minibatch per step every ratio is 1 and clipping does nothing;
-`--minibatches` makes it matter.
+policy that sampled them. With one minibatch per step every ratio is 1 and clipping does nothing,
+but on that surplus; `--minibatches` makes it matter.
 
     python rlvr.py --policy ckpt/align                                # the embedded world, on a CPU
     torchrun --nproc_per_node=8 rlvr.py --policy ckpt/align --data rl.parquet --out ckpt/rlvr
@@ -47,12 +47,12 @@ from engine.rollouts import (
 from engine.sampler import Rollout
 from model import RolloutCopy, freeze_vision, load, shard
 from model import save as save_policy
-from rewards import judge, verify
+from rewards import measure, verify
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A row of METHOD's table of stage 3. Each entry is also a flag of its own."""
+    """A row of docs/method.md's table of algorithms. Each entry is also a flag of its own."""
 
     ratio: str = "token"
     clip_low: float = 0.2
@@ -99,7 +99,7 @@ class Args(Common):
         "of the learning rate: a share of all steps below 1, else steps; none: the algorithm's",
     )
     algo: Literal["grpo", "dapo", "gspo", "dr_grpo"] = option(
-        "grpo", "presets for the two above and for what follows"
+        "grpo", "sets the defaults of --ratio to --overlong, of --weight_decay and --warmup"
     )
     ratio: Literal["token", "sequence"] | None = option(
         None, "importance ratio per token, or per sequence (GSPO)"
@@ -419,7 +419,8 @@ def update_policy(policy, opt, groups, args, device, reference=None):
 
 def accumulate_gradient(policy, groups, on_policy, args, device, sums, most):
     """The gradient of the loss of a minibatch of `groups` -> this rank's part of that loss. All
-    ranks call it with the same groups. Adds to `sums`, and raises `most`, of update_policy."""
+    ranks call it with the same groups. Adds to the sums, and updates the maxima `most`, of
+    update_policy."""
     algorithm = chosen_algorithm(args)
     with_kl = groups[0].ref_logp is not None
     denominator = loss_denominator(groups, algorithm.aggregation, args.max_response)
@@ -507,7 +508,7 @@ def main(args):
     save_weights = partial(save_policy, policy)
     checkpoints = Checkpoints(args, args.steps, players, save_weights, start)
     if start == 0 and args.eval_data:
-        metrics = validate(sampler.refresh(), encoder, held_out, judge, args, ranks)
+        metrics = validate(sampler.refresh(), encoder, held_out, measure, args, ranks)
         log.step(0, metrics)
         checkpoints.save(0, metrics, state_of(order, rate, surplus))
 
@@ -533,7 +534,7 @@ def main(args):
         metrics["lr"] = opt.param_groups[0]["lr"]
         metrics["left_out"] = len(data.bad)
         if validation_is_due(args, step + 1, args.steps):
-            metrics |= validate(sampler.refresh(), encoder, held_out, judge, args, ranks)
+            metrics |= validate(sampler.refresh(), encoder, held_out, measure, args, ranks)
         log.step(step + 1, metrics)
         if args.sample_every and step % args.sample_every == 0 and groups:
             show_rollouts(log, step + 1, groups[0], groups[0].verdicts)

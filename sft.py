@@ -37,7 +37,7 @@ from engine.packs import Tree, packs_of_own
 from engine.ranks import SAVED_AND_STOPPED, all_sum, print0, setup, world
 from model import RolloutCopy, freeze_vision, load, shard
 from model import save as save_policy
-from rewards import judge
+from rewards import measure
 
 
 @dataclass(kw_only=True)
@@ -106,7 +106,7 @@ def held_out_metrics(policy, sampler, held_out, build, args, ranks):
     metrics = {"eval/loss": held_out_loss(policy, conversations, args, ranks)}
     if args.eval_rollouts:
         hf = sampler.refresh()
-        metrics |= validate(hf, policy.encoder, held_out["eval"], judge, args, ranks)
+        metrics |= validate(hf, policy.encoder, held_out["eval"], measure, args, ranks)
     return metrics
 
 

@@ -118,6 +118,8 @@ class Checkpoints:
         self.write_weights = write_weights
         self.folder = Path(args.out)
         self.best = self.value_of_best(done)
+        if done >= steps:
+            print0(f"nothing to do: {done} of {steps} updates are made already")
 
     def value_of_best(self, done):
         """That of best/, or None where none is there. Nor does it count where its step comes after

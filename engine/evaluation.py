@@ -1,13 +1,12 @@
 """
-Evaluation: responses to the rows of a file, judged and summarised. eval.py does it with
+Evaluation: responses to the rows of a file, measured and summarised. eval.py does it with
 checkpoints, the stages with the policy that they train (--eval_data).
 
-What is known of a response is the business of `judge`, which is passed in (rewards.judge).
+What is known of a response is the business of `measure`, which is passed in (rewards.measure).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -15,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.inspection import image_digests, question_digest
 from engine.progress import Bar
 from engine.ranks import gather, is_main, print0
 from engine.rows import BadRow
@@ -35,20 +35,20 @@ class Mode:
 GREEDY = Mode("greedy", 1, 0.0)
 
 
-# ----------------------------------------------------------------------------- responses, judged
-def evaluate(hf, encoder, data, judge, args, ranks, modes=(GREEDY,), limit=0, slots=256):
+# ----------------------------------------------------------------------------- responses, measured
+def evaluate(hf, encoder, data, measure, args, ranks, modes=(GREEDY,), limit=0, slots=256):
     """
     Evaluate a model on a file in each of `modes`. All ranks call it.
 
     hf: the transformers model that samples, as for engine.sampler.generate.
     data: the file, opened by data.read(path, "eval"). Rows that cannot be used are left out.
-    judge(example, rollout, text): {name: value} of all that is known of a response.
+    measure(example, rollout, text): {name: value} of all that is known of a response.
     args: those of any stage; only `seed`, `max_response` and `pack_tokens` are used.
     limit: rows of the file, from its start; 0 means all.
     slots: rows decoded at once, per device.
 
     Returns {name of the mode: a record of each row, in the file's order} on every rank. A record
-    holds, under each of the judge's names, a list of one value per response; `row` and `where`.
+    holds, under each of the measured names, a list of one value per response; `row` and `where`.
     """
     records = {mode.name: [] for mode in modes}
     mine = own_rows(data, limit, ranks)
@@ -59,7 +59,7 @@ def evaluate(hf, encoder, data, judge, args, ranks, modes=(GREEDY,), limit=0, sl
             part = mine[start : start + chunk]
             prompts = data.fetch(part, encoder.prompt)
             for mode in modes:
-                found = sample_and_judge(hf, encoder, prompts, judge, args, mode, slots)
+                found = sample_and_measure(hf, encoder, prompts, measure, args, mode, slots)
                 records[mode.name] += found
             bar.update(len(part))
     everywhere = gather(records)
@@ -75,7 +75,7 @@ def own_rows(data, limit, ranks):
     return range(ranks.rank, min(limit or len(data), len(data)), ranks.world)
 
 
-def sample_and_judge(hf, encoder, prompts, judge, args, mode, slots):
+def sample_and_measure(hf, encoder, prompts, measure, args, mode, slots):
     """Return the record of each of the prompts."""
     rollouts = generate(
         hf,
@@ -93,15 +93,15 @@ def sample_and_judge(hf, encoder, prompts, judge, args, mode, slots):
     for p, prompt in enumerate(prompts):
         own = rollouts[p * mode.samples : (p + 1) * mode.samples]
         texts = [encoder.decode(rollout.ids) for rollout in own]
-        records.append(record_of(prompt.example, own, texts, judge))
+        records.append(record_of(prompt.example, own, texts, measure))
     return records
 
 
-def record_of(example, rollouts, texts, judge):
+def record_of(example, rollouts, texts, measure):
     """Return the record of a row and its responses: see `evaluate`."""
     record = {}
     for rollout, text in zip(rollouts, texts, strict=True):
-        for name, value in judge(example, rollout, text).items():
+        for name, value in measure(example, rollout, text).items():
             record.setdefault(name, []).append(value)
     return record | {"row": example.row, "where": example.where}
 
@@ -168,14 +168,14 @@ def validation_is_due(args, step, steps):
     return regular or step in (0, steps)
 
 
-def validate(hf, encoder, data, judge, args, ranks):
+def validate(hf, encoder, data, measure, args, ranks):
     """
     Metrics of the policy's greedy responses to the first --eval_rows rows of the held-out file
     `data`. All ranks call it. It draws no random number: the run goes on as it would without.
     """
     begin = time.perf_counter()
     records = evaluate(
-        hf, encoder, data, judge, args, ranks, limit=args.eval_rows, slots=args.slots
+        hf, encoder, data, measure, args, ranks, limit=args.eval_rows, slots=args.slots
     )
     found = summarise(records[GREEDY.name])
     return {
@@ -216,12 +216,13 @@ def shared_rows(held_out, rows, data, others):
     """Those of the `rows` of a file whose question and images a row of `others` in `data` has."""
     wanted = {}  # question -> {digest of its images: row}
     for example in good_rows(held_out, rows):
-        wanted.setdefault(question_of(example), {})[images_of(example)] = example.row
+        digests = wanted.setdefault(question_digest(example), {})
+        digests[image_digests(example)] = example.row
     shared = set()
     for example in good_rows(data, others):
-        same_question = wanted.get(question_of(example))
+        same_question = wanted.get(question_digest(example))
         if same_question:  # else its images are not read
-            shared.add(same_question.get(images_of(example)))
+            shared.add(same_question.get(image_digests(example)))
     return shared - {None}
 
 
@@ -231,20 +232,3 @@ def good_rows(data, rows):
             yield data[i]
         except BadRow:  # counted where it is used
             continue
-
-
-def question_of(example):
-    """The users' turns, whatever the system prompt, the white space and the images' places."""
-    turns = [turn["content"] for turn in example.messages if turn["role"] == "user"]
-    return " ".join(" ".join(turns).replace("<image>", " ").split())
-
-
-def images_of(example):
-    digest = hashlib.sha256()
-    for image in example.images:
-        if isinstance(image, str):
-            image = Path(image).read_bytes()
-        elif not isinstance(image, bytes):  # Pillow's
-            image = image.tobytes()
-        digest.update(image)
-    return digest.digest()

@@ -6,7 +6,7 @@ has the healthy ranges.
 
 NaN always means that there was no data, never 0. A discriminator that wins by something else than
 content shows here: by length (`length_corr`, `longer`, `length_probe`), or by the token at which
-the score is read (`leak_probe`).
+the score is read (`leak`).
 """
 
 from dataclasses import dataclass

@@ -171,11 +171,12 @@ class Inspection:
         args = self.args
         example = example_of(look.row)
         look.prompt, look.image, trained = self.encoder.lengths(example, look.shrunk)
-        if trained:
+        if example.messages[-1]["role"] == "assistant":  # a whole conversation, SFT's
             look.responses = [trained]
             if look.prompt + trained > args.max_prompt + args.max_response:
                 look.limits.append("--max_prompt and --max_response together")
             return
+        look.prompt += trained  # earlier answers of several turns
         for spans in self.sides(look.row):
             look.responses.append(sum(len(self.encoder.response(text)) for text in spans))
         if look.prompt > args.max_prompt:
@@ -205,7 +206,9 @@ class Inspection:
     def lines_of_usable(self):
         rows = len(self.data)
         read = len(self.read)
-        usable = read - self.bad_text.total() - self.bad_look.total()
+        usable = len(self.good)
+        if len(self.looked) == len(self.good):
+            usable -= self.bad_look.total()
         if read == rows:
             yield f"{self.data.path}: {usable:,} of {rows:,} rows usable"
         else:
@@ -214,14 +217,18 @@ class Inspection:
             yield f"  --texts 0 reads all, in about {duration(seconds)}, but opens no image more"
         if len(self.looked) < len(self.good):
             what = "images opened, tokens counted" if self.encoder else "images opened"
-            yield f"  {what} of {len(self.looked):,} rows alone (--rows), drawn at random"
+            of = f"only of {len(self.looked):,} of these (--rows)"
+            yield f"  {what} {of}, drawn at random: {len(self.looks):,} usable"
         yield from self.bad_text.lines()
         yield from self.bad_look.lines()
-        share = self.bad_text.total() / read + self.bad_look.total() / max(1, len(self.looked))
+        too_long = sum(1 for look in self.looks if look.limits)  # they are bad rows, too
+        of_looked = (self.bad_look.total() + too_long) / max(1, len(self.looked))
+        share = self.bad_text.total() / read + len(self.good) / read * of_looked
         bad = round(share * rows)
         if bad > Common.max_bad:
             limit = f"more than --max_bad, by default {Common.max_bad}"
-            yield f"  a stage would stop: {bad:,} bad rows of {rows:,} are {limit}"
+            what = f"{bad:,} bad or too long rows of {rows:,} are {limit}"
+            yield f"  a stage would stop: {what}"
 
     def lines_of_sizes(self):
         looks = self.looks
@@ -309,7 +316,7 @@ class Inspection:
             yield f"  such as row {row + 1}, like row {earlier + 1}"
             yield f"  {differ:,} of them have another answer"
         if len(self.read) < len(self.data):
-            yield f"  sought among {good:,} rows alone: most repeats in the file are not found"
+            yield f"  sought among {good:,} rows only: most repeats in the file are not found"
         yield f"  ({HOW_COMPARED})"
 
     # ------------------------------------------------------------------------ against another

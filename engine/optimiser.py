@@ -62,10 +62,9 @@ class Schedule:
         """Go on after `step` updates of a run whose schedule had that state.
 
         Where the run has another length now, nothing jumps: the warm-up keeps its own, and the
-        cosine goes down to the new end from where it has come to. Another `kind` is taken as given.
+        cosine goes down to the new end from where it has come to; where that is almost 0 it says
+        so. Another `kind` is taken as given.
         """
-        if step >= self.total:
-            print0(f"nothing to do: {step} of {self.total} updates are made already")
         if state["kind"] != self.kind:
             return
         total = self.total

@@ -41,7 +41,7 @@ class Group:
     reference: list[list[int]] = field(default_factory=list)  # ids of each of the reference's spans
     spans: list[list[list[int]] | None] = field(
         default_factory=list
-    )  # N of each span's; None: malformed
+    )  # for each rollout the ids of each span; None: malformed
     well_formed: torch.Tensor | None = None  # (N,) bool
     reference_score: torch.Tensor | None = None  # (spans,) raw scores
     score: torch.Tensor | None = None  # (spans, N) raw scores, NaN where malformed

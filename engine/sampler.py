@@ -42,7 +42,7 @@ BLOCK = {"cpu": 16, "cuda": 256}
 
 # Prompts of so many tokens on average are kept once for all of their rows. Shorter ones are copied
 # to each row: a step then has fewer operators.
-SHARE_FROM = {"cpu": 256, "cuda": 256}
+SHARE_FROM = 256
 
 # Once no row waits, slots without a row are given up where less than this share of them is busy.
 SHRINK_BELOW = 0.75
@@ -100,7 +100,7 @@ def generate(
     hf.eval()
     queue = _Queue(hf, prompts, rows, pack_tokens)
     if share_prompts is None:
-        share_prompts = sharing_pays(prompts, rows, hf.device)
+        share_prompts = sharing_pays(prompts, rows)
     decoder = _Decoder(
         hf, min(slots, len(rows)), max_tokens, eos, banned, temperature, share_prompts
     )
@@ -122,11 +122,11 @@ def generate(
     return rollouts
 
 
-def sharing_pays(prompts, rows, device):
+def sharing_pays(prompts, rows):
     """Whether rows of one prompt should share its keys and values in the store."""
     of_rows = {p for p, _ in rows}
     lengths = [len(prompts[p].ids) for p in of_rows]
-    long = sum(lengths) >= SHARE_FROM[device.type] * len(lengths)
+    long = sum(lengths) >= SHARE_FROM * len(lengths)
     return len(rows) > len(of_rows) and long
 
 
@@ -377,7 +377,8 @@ class _Decoder:
                 self.graph.replay()
 
     def capture(self):
-        """Make a step, and capture one as a graph. It holds until the store grows or shrinks."""
+        """Make a step, and capture one as a graph. It holds until a tensor of the store is
+        replaced by another: where it grows or shrinks."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -1,14 +1,15 @@
 """
 The keys and values of what the sampler decodes.
 
-Each row has a slot of the store. A prompt's keys and values are copied to the slots of all of its
-rows where prompts are short. Where they are long they are kept once (SharedPrompts): the rows of a
-prompt ask together, in one matrix product that reads them once, and each row's attention is merged
-of its prompt's part and its own.
+Each row has a slot of the store. Where a call's prompts are short, each one's keys and values are
+copied to the slots of all of its rows. Where they are long they are kept once (SharedPrompts): the
+rows of a prompt ask together, in one matrix product that reads them once, and each row's attention
+is merged of its prompt's part and its own.
 
     B slots   S positions of a slot   L layers   H key-value heads   Q query heads
     d width of a head
     of shared prompts: G places   R rows of one, at most   P tokens of the longest
+    of an attention: n batches   q queries of each
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Store:
         self.keys = [empty] * layers  # L of (B * H, S, d)
         self.values = [empty] * layers  # L of (B * H, S, d)
         self.bias = None  # (B * H, 1, S) of this step: 0 where its queries may look, else -inf
-        self.place = None  # (B * H,) where its keys and values go, counted in (B * H * S, d)
+        self.write_at = None  # (B * H,) where its keys and values go, counted in (B * H * S, d)
         self.layer = None  # whose keys and values were asked for last
         self.shared = SharedPrompts(hf, slots) if share_prompts else None
 
@@ -120,13 +121,13 @@ class Store:
         is_filled = positions <= filled.unsqueeze(1)  # (B * H, S)
         self.bias = torch.where(is_filled, 0.0, -torch.inf).unsqueeze(1)
         rows = torch.arange(len(filled), device=device)
-        self.place = rows * self.size + filled
+        self.write_at = rows * self.size + filled
 
     def update(self, key, value, layer, *_, **__):
         """Add this step's key and value (B, H, 1, d), and return all of the layer's."""
         for store, new in ((self.keys[layer], key), (self.values[layer], value)):
             by_place = store.flatten(0, 1)  # (B * H * S, d)
-            by_place.index_copy_(0, self.place, new.flatten(0, 2))
+            by_place.index_copy_(0, self.write_at, new.flatten(0, 2))
         self.layer = layer
         return self.keys[layer], self.values[layer]
 
@@ -166,7 +167,7 @@ class SharedPrompts:
         self.lengths = []  # G, tokens of the prompt in each place
         self.places = {}  # number of a prompt -> its place
         self.prompts = [None] * slots  # B, number of the prompt of each slot's row
-        self.most = 0  # R, which grows alone: so a captured step stays valid
+        self.most = 0  # R, which only grows until `keep`: a captured step stays valid longer
         self.is_arranged = True
         self.bias = None  # (G * H, 1, P) 0 on a prompt's tokens, NOTHING behind them
         self.slots = None  # (G * R,) the slot of each seat
@@ -224,7 +225,8 @@ class SharedPrompts:
 
     def arrange(self):
         """Seat the rows anew where slots were filled or given up -> whether any tensor of a step
-        was replaced, and not just written to."""
+        was replaced, and not just written to. Where keys and values were, for more places or longer
+        prompts, `bias` is too: it has their sizes."""
         if self.is_arranged:
             return False
         self.is_arranged = True

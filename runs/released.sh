@@ -72,12 +72,16 @@ account() { # GPUs, stage, flags
 
 if [ $DRY ]; then
     if [ ! "$MIRROR" ]; then
-        for what in $SFT $DISC $ALIGN_ROWS $RLVR_ROWS $EVAL; do download "$what"; done
+        needed="$SFT $DISC $ALIGN_ROWS"
+        if [ "$WARMUP" = own ]; then needed="$SFT Qwen/Qwen3-VL-2B-Instruct $PAIRS/* $ALIGN_ROWS"; fi
+        if [ "$FROM" = prism ]; then needed=$SFT-PRISM; fi
+        for what in $needed $RLVR_ROWS $EVAL; do download "$what"; done
     fi
     policy=$(model $SFT) base=$(model Qwen/Qwen3-VL-2B-Instruct) # it has the discriminator's sizes
     if [ "$CONFIGS" ]; then policy=$CONFIGS/$SIZE base=$CONFIGS/2B; fi
     for gpus in 1 4 8; do
-        account $gpus align --policy "$policy" --disc_init "$base" $(fit_on $gpus) $game
+        account $gpus align --policy "$policy" --disc_init "$base" --warmup_steps 0 \
+            $(fit_on $gpus) $game
         account $gpus rlvr --policy "$policy" $(fit_on $gpus) $rl
     done
     exit

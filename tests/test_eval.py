@@ -15,7 +15,7 @@ from engine import evaluation, rollouts
 from engine.arguments import parse
 from engine.sampler import Rollout
 from model import load
-from rewards import judge
+from rewards import measure
 from tools.init import init
 
 script = importlib.import_module("eval")
@@ -73,13 +73,13 @@ def test_judge_and_summarise():
     lengths_and_stops = [(3, "end"), (5, "end"), (9, "length"), (7, "end")]
     rollouts = [Rollout([1] * n, [0.0] * n, stop) for n, stop in lengths_and_stops]
     example = an_example(response(), row=3)
-    with_reference = evaluation.record_of(example, rollouts, texts, judge)
+    with_reference = evaluation.record_of(example, rollouts, texts, measure)
     assert with_reference["accuracy"] == [1, 0, 0, 1]
     assert with_reference["items"] == [2, 1, None, 1]
     assert with_reference["same_caption"] == [True, False, False, True]
     assert (with_reference["row"], with_reference["where"]) == (3, "f:4")
 
-    without_reference = evaluation.record_of(an_example(None), rollouts, texts, judge)
+    without_reference = evaluation.record_of(an_example(None), rollouts, texts, measure)
     m = evaluation.summarise([with_reference, without_reference], [1, 4])
     assert (m["accuracy"], m["pass@1"], m["pass@4"]) == (0.5, 0.5, 1)
     assert (m["format"], m["truncated"]) == (0.75, 0.25)
@@ -94,7 +94,7 @@ def test_judge_and_summarise():
 
 def test_a_mean_of_nothing_is_nan():
     rollouts = [Rollout([1], [0.0], "end")]
-    malformed = evaluation.record_of(an_example(None), rollouts, ["2"], judge)
+    malformed = evaluation.record_of(an_example(None), rollouts, ["2"], measure)
     summary = evaluation.summarise([malformed])
     for name in ("items", "steps", "reference_items", "same_caption"):
         assert math.isnan(summary[name])
@@ -193,7 +193,7 @@ def test_same_rollouts_on_any_number_of_ranks(place):
         """{(mode, row): texts} of one rank's part of the file, and what it left out."""
         data = read(args.data[0], "eval")
         ranks = SimpleNamespace(rank=rank, world=world)
-        records = evaluation.evaluate(policy.hf, policy.encoder, data, judge, args, ranks, modes)
+        records = evaluation.evaluate(policy.hf, policy.encoder, data, measure, args, ranks, modes)
         found = {}
         for mode in records:
             for record in records[mode]:
@@ -250,7 +250,7 @@ def test_what_the_sampler_is_told(monkeypatch, by):
     if by == "evaluation":
         monkeypatch.setattr(evaluation, "generate", generate)
         mode = evaluation.Mode("samples", 2, 0.7)
-        evaluation.sample_and_judge(
+        evaluation.sample_and_measure(
             None, encoder, prompts, lambda *_: {"right": 1}, args, mode, slots=3
         )
         seeds = [(6, 4), (6, 2)]  # the run's, the row
@@ -269,7 +269,7 @@ def test_a_stage_can_evaluate_with_its_own_arguments(place):
     policy = load(place / "model")
     data = read(place / "rows.jsonl", "eval")
     ranks = SimpleNamespace(rank=0, world=1)
-    records = evaluation.evaluate(policy.hf, policy.encoder, data, judge, args, ranks, limit=2)
+    records = evaluation.evaluate(policy.hf, policy.encoder, data, measure, args, ranks, limit=2)
     assert [record["row"] for record in records["greedy"]] == [0, 1]
     assert evaluation.summarise(records["greedy"])["prompts"] == 2
 

@@ -395,15 +395,15 @@ def test_a_sample_is_said_to_be_one(folder):  # noqa: F811
     out = text_of(found)
     assert f"{path}: 200 rows; of 50 drawn at random 50 usable" in out
     assert "--texts 0 reads all, in about" in out
-    assert "of 20 rows alone (--rows), drawn at random" in out
-    assert "sought among 50 rows alone: most repeats in the file are not found" in out
+    assert "images opened only of 20 of these (--rows), drawn at random: 20 usable" in out
+    assert "sought among 50 rows only: most repeats in the file are not found" in out
     other = inspect(path, "rl", texts=50, rows=20, seed=1)
     again = inspect(path, "rl", texts=50, rows=20)
     assert [look.index for look in again.looks] == [look.index for look in found.looks]
     assert [look.index for look in other.looks] != [look.index for look in found.looks]
     whole = inspect(path, "rl", texts=0, rows=0)
     assert len(whole.looks) == 200 and len(whole.repeats) == 100
-    assert "alone" not in text_of(whole) and "drawn" not in text_of(whole)
+    assert "only" not in text_of(whole) and "drawn" not in text_of(whole)
     overlap = "\n".join(found.compare(read(path)).lines())
     assert "sought among 50 rows here, of 200: most of what they share is not found" in overlap
 
@@ -420,9 +420,16 @@ def test_bad_rows_of_a_sample_are_those_of_the_file(folder):  # noqa: F811
     rows = [{"question": "How?", "answer": "1"}, {"question": "How?"}] * 150
     path = write(folder, *rows)
     out = text_of(inspect(path, "rl", texts=100))
-    bad = int(re.search(r"a stage would stop: (\d+) bad rows of 300", out)[1])
+    bad = int(re.search(r"a stage would stop: (\d+) bad or too long rows of 300", out)[1])
     assert 100 < bad < 200
     assert "a stage would stop" not in text_of(inspect(write(folder, *rows[:150]), "rl"))
+
+
+def test_rows_that_are_too_long_are_bad_rows_of_a_stage(images, checkpoint):  # noqa: F811
+    path = write(images, *[verl()] * 150)
+    encoder = data.open_encoder(checkpoint, max_prompt_tokens=10**9)
+    found = inspect(path, "align", encoder, max_prompt=3)
+    assert "a stage would stop: 150 bad or too long rows of 150" in text_of(found)
 
 
 def test_a_broken_image_is_counted_once_and_not_shown(images, capsys):  # noqa: F811

@@ -2,6 +2,7 @@
 memory."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -64,7 +65,7 @@ def test_parameters_of_the_real_models(shared):
 def test_account_by_hand(shared):
     """The 4B policy with a discriminator upcycled from 2B, on 8 ranks."""
     folder = shared / "data/qwen3vl"
-    flags = {"disc_init": str(folder / "2B"), "slots": 16, "checkpointing": True}
+    flags = {"disc_init": str(folder / "2B"), "slots": 16, "checkpointing": True, "warmup_steps": 0}
     args = arguments(align, folder / "4B", **flags)
     policy, disc = memory.skeletons(align, args)
     entries = memory.account(args, 8, policy, disc)
@@ -130,7 +131,7 @@ def test_a_configuration_is_enough(tiny, capsys, monkeypatch, stage):
     assert "AdamW" in out
     assert ("discriminator's update" in out) == (stage == "align")
     assert ("KV cache" in out) == (stage != "sft")
-    assert ("256 rows, 4 prompts" in out) == (stage == "align")
+    assert ("256 rows, 64 prompts" in out) == (stage == "align")  # the warm-up's held-out ones
     assert not dist.is_initialized()
     assert [path.name for path in tiny.iterdir()] == ["config.json"]
 
@@ -141,6 +142,19 @@ def test_a_configuration_is_enough(tiny, capsys, monkeypatch, stage):
     monkeypatch.delenv("RANK")
     memory.main([stage, "--policy", str(ROOT / "runs/tiny.json"), *flags])
     assert "fits in 80 GB: yes" in capsys.readouterr().out
+
+
+def test_prompts_that_are_kept_once(tiny):
+    """Those that one call samples from; a validation has a row of each."""
+
+    def prompts(stage, **flags):
+        return memory.prompts_at_once(arguments(stage, tiny, **flags))
+
+    assert prompts(align, warmup_steps=0) == prompts(align, disc_path="d") == 4
+    assert prompts(align, pairs="p") == 4 and prompts(align) == 64
+    assert prompts(rlvr) == 32 and prompts(rlvr, algo="dapo") == 96
+    held_out = dict(eval_data="held_out.jsonl")
+    assert prompts(rlvr, **held_out) == prompts(sft, **held_out) == math.inf
 
 
 def test_stage_1_samples_where_its_validation_does(tiny, capsys):

@@ -322,7 +322,7 @@ def test_long_prompts_are_kept_once(hf, monkeypatch):
 
     monkeypatch.setattr(sampler._Decoder, "advance", watched)
     monkeypatch.setattr(store.SharedPrompts, "arrange", watched_arrange)
-    monkeypatch.setitem(sampler.SHARE_FROM, "cpu", 200)
+    monkeypatch.setattr(sampler, "SHARE_FROM", 200)
     found = sample(hf, prompts, all_rows(prompts, 4), 6, **options)
     assert ids_of(found) == ids_of(expected)
     sizes, places, tokens = zip(*stores[:-1], strict=True)
@@ -332,12 +332,11 @@ def test_long_prompts_are_kept_once(hf, monkeypatch):
 
 def test_which_prompts_are_shared(hf):
     """Long ones with several rows; a short copy in each row's slot costs less than a seat."""
-    long, short = tiny_prompt(hf, sampler.SHARE_FROM["cpu"], None), tiny_prompt(hf, 5, None)
-    cpu = torch.device("cpu")
-    assert sampler.sharing_pays([long], all_rows([long], 2), cpu)
-    assert not sampler.sharing_pays([long], all_rows([long], 1), cpu)
-    assert not sampler.sharing_pays([short], all_rows([short], 16), cpu)
-    assert not sampler.sharing_pays([long, short], all_rows([long, short], 16), cpu)
+    long, short = tiny_prompt(hf, sampler.SHARE_FROM, None), tiny_prompt(hf, 5, None)
+    assert sampler.sharing_pays([long], all_rows([long], 2))
+    assert not sampler.sharing_pays([long], all_rows([long], 1))
+    assert not sampler.sharing_pays([short], all_rows([short], 16))
+    assert not sampler.sharing_pays([long, short], all_rows([long, short], 16))
 
 
 def test_slots_without_a_row_are_given_up(hf, monkeypatch):

@@ -19,6 +19,7 @@ are parameters alone.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -150,15 +151,24 @@ def sampling(policy, args, ranks) -> list[Entry]:
         entries.append(Entry(ALWAYS, "rollout copy of the policy", copied))
     keys = text.num_key_value_heads * text.head_dim
     cache = text.num_hidden_layers * 2 * keys * bytes_each  # keys and values of one token
-    # Long prompts are kept once for all of their rows; a validation has one row of each.
-    prompts = args.slots
-    if not args.eval_data:
-        prompts = min(args.slots, args.prompts_per_step)
+    prompts = min(args.slots, prompts_at_once(args))
     rows = (args.slots * args.max_response + prompts * args.max_prompt) * cache
     prefill = max(args.pack_tokens, args.max_prompt) * cache
     entries.append(Entry("rollouts", f"KV cache, {args.slots} rows, {prompts} prompts", rows))
     entries.append(Entry("rollouts", "keys and values of a prefill", prefill))
     return entries
+
+
+def prompts_at_once(args):
+    """How many prompts are in a sampling call: each is kept once for all of its rows."""
+    if args.eval_data or not hasattr(args, "prompts_per_step"):
+        return math.inf  # a validation has one row of each
+    prompts = args.prompts_per_step
+    if isinstance(args, align.Args) and args.warmup_steps and not (args.disc_path or args.pairs):
+        prompts = max(prompts, align.HELD_OUT)
+    if isinstance(args, rlvr.Args) and rlvr.chosen_algorithm(args).dynamic_sampling:
+        prompts = max(prompts, args.prompts_per_draw)
+    return prompts
 
 
 def update(player: Player, tokens, args, ranks) -> list[Entry]:
