@@ -211,7 +211,7 @@ class Args(Common):
 if os.environ.get("LATE") == os.environ.get("RANK", "0"):
     time.sleep(1)
 args = parse(Args)
-print("ran", args.data, args.out, args.alpha, args.steps)
+sys.stdout.write(f"ran {{args.data}} {{args.out}} {{args.alpha}} {{args.steps}}\\n")  # at once
 '''
 
 

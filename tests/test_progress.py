@@ -12,7 +12,7 @@ from data import read
 from engine import checkpoint, evaluation, progress
 from engine.packs import Tree, packs_of_own
 from model import load
-from rewards import judge
+from rewards import measure
 
 
 class Terminal(io.StringIO):
@@ -35,7 +35,7 @@ def evaluate(place):  # noqa: F811
     policy.encoder.eos_ids = ()  # all rows end at the limit
     data = read(place / "rows.jsonl", "eval")
     ranks = SimpleNamespace(rank=0, world=1)
-    evaluation.evaluate(policy.hf, policy.encoder, data, judge, arguments(place), ranks)
+    evaluation.evaluate(policy.hf, policy.encoder, data, measure, arguments(place), ranks)
 
 
 def test_evaluation_encoding_and_sampling_are_shown(place, monkeypatch):  # noqa: F811
