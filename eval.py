@@ -386,6 +386,9 @@ def main(args):
         results.append({**one.what, **summary, "left_out": one.left_out})
         if args.filter and one.mode is sampled:
             kept = rows_in_band(one.records, *args.filter)
+            unknown = sum(1 for record in one.records if not known_of(record["accuracy"]))
+            if unknown:
+                print(f"{unknown} rows are not kept: the judge graded none of their responses")
             write_rows(one.data.path, kept, args.filter_out, args.image_root)
 
     print(table(results))

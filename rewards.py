@@ -21,8 +21,9 @@ def verify(response, example):
 def score(response, gold, choices=(), equivalent_answers=()):
     """The verdict on a response: floats accuracy, format and reward, all 0 where it is malformed.
 
-    Every name of the verdict is logged, as a mean over the step's rollouts. gold: the reference
-    answer. choices: the texts of the options, in order. equivalent_answers:
+    Every name of the verdict is logged, as a mean over the step's rollouts.
+
+    gold: the reference answer. choices: the texts of the options, in order. equivalent_answers:
     other references, each as good as `gold`. A list may be None, as files have it.
     """
     verdict = {"accuracy": 0.0, "format": 0.0, "reward": 0.0}

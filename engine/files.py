@@ -59,7 +59,7 @@ def find_data(path) -> str:
     """The path of a data file: the same, or that of the hub's file, fetched or from the cache.
 
     path: a file, or hf://datasets/OWNER/NAME/FILE; FILE may hold *, as "testmini-*.parquet", where
-    one file alone matches. Of the hub only a file that holds its images can be read, as parquet
+    only one file matches. Of the hub only a file that holds its images can be read, as parquet
     does. Raises FileNotFoundError where no file matches, ValueError where several do.
     """
     path = str(path)

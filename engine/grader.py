@@ -139,7 +139,7 @@ def agreement(pairs, grader, most, seed):
     of all verdicts (NaN without any).
     """
     drawn = random.Random(seed).sample(list(pairs), min(most, len(pairs)))
-    counts = {"both right": 0, "both wrong": 0, "rules alone": 0, "judge alone": 0}
+    counts = dict.fromkeys(OUTCOMES.values(), 0)
     no_verdict = 0
     for claim, judged in grader.verdicts(drawn).items():
         if judged is None:

@@ -475,7 +475,7 @@ def image_digests(example, sizes=None):
             digests.append(None)
             continue
         try:
-            content = Path(image).read_bytes() if isinstance(image, str) else image
+            content = Path(image).read_bytes() if isinstance(image, str) else bytes_of(image)
             digests.append(hashlib.blake2b(content, digest_size=12).digest())
         except OSError:
             digests.append(image)  # no reader may see it: like no other file
@@ -483,7 +483,12 @@ def image_digests(example, sizes=None):
 
 
 def file_size(image):
-    return os.path.getsize(image) if isinstance(image, str) else len(image)
+    return os.path.getsize(image) if isinstance(image, str) else len(bytes_of(image))
+
+
+def bytes_of(image):
+    """Of an image in memory: a file's, or a PIL image's pixels."""
+    return image if isinstance(image, bytes) else image.tobytes()
 
 
 # -------------------------------------------------------------------------------------- the rest

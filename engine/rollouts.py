@@ -39,9 +39,8 @@ class Group:
     # Stage 2. Spans stand in the order of the table of spans.
     seen: object = None  # the prompt as the discriminator sees it
     reference: list[list[int]] = field(default_factory=list)  # ids of each of the reference's spans
-    spans: list[list[list[int]] | None] = field(
-        default_factory=list
-    )  # for each rollout the ids of each span; None: malformed
+    # for each rollout the ids of each span; None: malformed
+    spans: list[list[list[int]] | None] = field(default_factory=list)
     well_formed: torch.Tensor | None = None  # (N,) bool
     reference_score: torch.Tensor | None = None  # (spans,) raw scores
     score: torch.Tensor | None = None  # (spans, N) raw scores, NaN where malformed

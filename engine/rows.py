@@ -241,7 +241,7 @@ def open_image(source, where=""):
 def shrink(image, max_side=None):
     """The image itself, scaled down where its longer side is more than max_side pixels."""
     if max_side:
-        image.thumbnail((max_side, max_side))  # in place, larger ones alone
+        image.thumbnail((max_side, max_side))  # in place, only larger ones
     return image
 
 

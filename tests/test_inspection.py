@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHARED
+from PIL import Image
 from test_data import (  # noqa: F401
     ASSISTANT,
     RESPONSE,
@@ -29,7 +30,7 @@ import data
 from data import Check, read, split_spans
 from engine.answers import equivalent
 from engine.arguments import Common
-from engine.inspection import Inspection, kind_of_answer, quantile, sample
+from engine.inspection import Inspection, image_digests, kind_of_answer, quantile, sample
 from engine.rows import BadRow
 
 LONG = RESPONSE.replace("one dot", "one dot, " * 30)
@@ -50,6 +51,12 @@ def end_of(capsys, *arguments):
         data.main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     return end.value.code, printed.out, printed.err
+
+
+def test_images_in_memory_have_digests_too():
+    red, blue = (Image.new("RGB", (2, 2), colour) for colour in ("red", "blue"))
+    of = [image_digests(SimpleNamespace(images=[image])) for image in (red, red.copy(), blue)]
+    assert of[0] == of[1] != of[2]
 
 
 # ----------------------------------------------------------------------------- the command

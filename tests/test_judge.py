@@ -197,6 +197,14 @@ def test_what_is_no_verdict_is_refused_and_counted(server, run, tmp_path):
     assert server.times["red"] == 8  # asked again once, for each of 4 questions
 
 
+def test_rows_without_a_verdict_are_not_kept_and_counted(server, run, tmp_path, capsys):
+    server.behave = lambda answer, _: (200, "same" if answer == TRIAL.answer else "who knows")
+    kept = tmp_path / "kept.jsonl"
+    run("--retries", 0, "--filter", 0.0, 1.0, "--filter_out", kept)
+    assert kept.read_text() == ""
+    assert "4 rows are not kept: the judge graded none of their" in capsys.readouterr().out
+
+
 def test_an_error_of_all_requests_ends_the_run_before_it_begins(server, run, monkeypatch):
     monkeypatch.setattr(script, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     server.behave = lambda *_: (401, "")
