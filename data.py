@@ -29,7 +29,7 @@ from string import ascii_lowercase
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from engine.answers import MAX_CHARS
 from engine.arguments import Common, end, make_parser, option, refuse_unknown_flags
@@ -48,6 +48,7 @@ from engine.benchmarks import (
     unwrap,
 )
 from engine.files import find, find_data
+from engine.images import open_image_processor
 from engine.inspection import Inspection
 from engine.rows import BadRow, Data, find_image, open_image, shrink
 
@@ -103,8 +104,7 @@ class Prompt:
     ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (3, T) int64, multimodal rotary
     next_position: int  # where a child segment goes on
-    pixel_values: torch.Tensor | None  # (P, C) float32, the patches of all images
-    grid_thw: torch.Tensor | None  # (n, 3) int64, each image's patches in time, height, width
+    images: dict  # name -> tensor, as the model's forward takes all its images; {}: it has none
     image_mask: torch.Tensor  # (T,) bool
     example: Example
 
@@ -562,21 +562,21 @@ class Encoder:
         )
 
     def pixels(self, example):
-        """The images as the model takes them: (patches (P, C) float32, grids (n, 3)), or Nones.
+        """The images as the model's forward takes them: a dict of tensors by name, {} for none.
 
         The one place where images are prepared. Each is opened upright in RGB (open_image), scaled
         so that its area lies within `size`, normalised and cut into patches by the checkpoint's own
         image processor. Raises BadRow.
         """
         if self.blind or not example.images:
-            return None, None
+            return {}
         images = [open_image(image, example.where) for image in example.images]
         images = [shrink(image, self.max_side) for image in images]
         try:
             made = self.image_processor(images=images, size=self.size, return_tensors="pt")
         except ValueError as error:
             raise no_shape(example, error) from None
-        return made["pixel_values"], made["image_grid_thw"]
+        return dict(made)
 
     def lengths(self, example, sizes):
         """Tokens of a row's turns, without the work on its pixels: (not trained on, of them image,
@@ -594,7 +594,8 @@ class Encoder:
 
     def _encode(self, example, messages, limit):
         ids, trained = self._tokens(example, messages)
-        pixels, grid = self.pixels(example)
+        images = self.pixels(example)
+        grid = images.get("image_grid_thw")  # (n, 3)
         patches = torch.tensor([], dtype=torch.int64) if grid is None else grid.prod(-1)  # (n,)
         widths = self._widths(ids, patches, example)
         if widths.sum() > limit:  # never cut
@@ -614,7 +615,7 @@ class Encoder:
             )
             positions = found[:, 0]
         next_position = int(positions.max()) + 1
-        prompt = Prompt(ids, positions, next_position, pixels, grid, image_mask, example)
+        prompt = Prompt(ids, positions, next_position, images, image_mask, example)
         return prompt, trained
 
     def _widths(self, ids, patches, example):
@@ -712,7 +713,7 @@ def open_encoder(path, base=None, **options) -> Encoder:
         with torch.device("meta"):
             base = AutoModelForImageTextToText.from_config(config).model
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    image_processor = open_image_processor(folder)
     older = folder / "chat_template.json"
     if not tokenizer.chat_template and older.exists():
         tokenizer.chat_template = json.loads(older.read_text())["chat_template"]

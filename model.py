@@ -39,6 +39,7 @@ from engine.files import (
     with_older_experts,
     write_config,
 )
+from engine.images import blank_image
 from engine.logprob import token_logps
 from engine.ranks import is_main, world
 
@@ -91,6 +92,7 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     expect_packs_run(hf, folder)
     adopt(hf.model)
     encoder = open_encoder(folder, hf.model, **encoder_options)
+    hf.model.blank_image = blank_image(encoder.image_processor, hf.model)
     expect_rows(hf, encoder.tokenizer, folder)
     return Policy(hf.to(device), encoder, folder)
 

@@ -136,7 +136,7 @@ def main():
         adamw_mb={name: held / 1e6 for name, held in moments.items()},
         rows=len(trees),
         tokens=sum(len(tree.prompt.ids) for tree in trees),
-        patches=sum(len(tree.prompt.pixel_values) for tree in trees),
+        patches=sum(len(tree.prompt.images["pixel_values"]) for tree in trees),
         parameters=sum(p.numel() for p in contenders["trained"].policy.parameters()),
         of_vision=sum(p.numel() for p in contenders["trained"].policy.hf.model.visual.parameters()),
         device=args.device,

@@ -109,7 +109,9 @@ def model(size, device="cpu", seed=0, layers=None):
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     with torch.device(device):
-        return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+        hf = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    hf.model.blank_image = prompt(hf, 1, 2).images
+    return hf
 
 
 def prompt(hf, text, side, seed=0):
@@ -118,28 +120,28 @@ def prompt(hf, text, side, seed=0):
     config = hf.config
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, config.text_config.vocab_size - 8, (text,), generator=random)
-    pixels = None
-    grid = None
+    images = {}
     if side:
         image = [config.image_token_id] * (side // 2) ** 2
         image = [config.vision_start_token_id, *image, config.vision_end_token_id]
         ids = torch.cat([torch.tensor(image), ids])
         channels = 6 * config.vision_config.patch_size**2  # 3 colours, 2 frames
-        pixels = torch.randn(side**2, channels, generator=random)
-        grid = torch.tensor([[1, side, side]])
+        images["pixel_values"] = torch.randn(side**2, channels, generator=random)
+        images["image_grid_thw"] = torch.tensor([[1, side, side]])
     mask = ids == config.image_token_id
     positions = torch.arange(len(ids)).expand(3, -1)
     if side:
         found = hf.model.get_rope_index(
-            ids[None], mm_token_type_ids=mask[None].int(), image_grid_thw=grid
+            ids[None],
+            mm_token_type_ids=mask[None].int(),
+            image_grid_thw=images["image_grid_thw"],
         )
         positions = found[0][:, 0]
     return Prompt(
         ids=ids,
         positions=positions,
         next_position=int(positions.max()) + 1,
-        pixel_values=pixels,
-        grid_thw=grid,
+        images=images,
         image_mask=mask,
         example=None,
     )

@@ -103,14 +103,15 @@ class PolicyCase:
         kept = [torch.ones_like(row) for row in whole]
         ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True).to(self.device)
         mask = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).to(self.device)
-        pixels = self.root.pixel_values.to(self.device, self.theirs.dtype)
+        pixels = self.root.images["pixel_values"].to(self.device, self.theirs.dtype)
+        grid = self.root.images["image_grid_thw"].to(self.device)
         self.theirs.model.rope_deltas = None
         output = self.theirs.model(
             input_ids=ids,
             attention_mask=mask if len(texts) > 1 else None,
             mm_token_type_ids=(ids == self.theirs.config.image_token_id).int(),
             pixel_values=pixels.repeat(len(texts), 1),
-            image_grid_thw=self.root.grid_thw.to(self.device).repeat(len(texts), 1),
+            image_grid_thw=grid.repeat(len(texts), 1),
         )
         return output.last_hidden_state[:, len(self.root.ids) - 1 :]
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText
 from data import Prompt, read
 from engine import sampler, store
 from engine.attention import adopt
+from engine.images import together
 from engine.sampler import all_rows, generate
 from model import load
 
@@ -67,13 +68,13 @@ class Case:
         for row, p in enumerate(self.prompts):
             ids[row, longest - len(p.ids) :] = p.ids
             mask[row, longest - len(p.ids) :] = 1
-        pixels = torch.cat([p.pixel_values for p in self.prompts])
+        images = together([p.images for p in self.prompts])
         out = self.theirs.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             mm_token_type_ids=(ids == self.theirs.config.image_token_id).int().to(device),
-            pixel_values=pixels.to(device, self.theirs.dtype),
-            image_grid_thw=torch.cat([p.grid_thw for p in self.prompts]).to(device),
+            pixel_values=images["pixel_values"].to(device, self.theirs.dtype),
+            image_grid_thw=images["image_grid_thw"].to(device),
             do_sample=True,
             temperature=1.0,
             top_k=0,

@@ -77,8 +77,7 @@ def example_prompt():
         ids=ids,
         positions=positions[:, 0],
         next_position=int(positions.max()) + 1,
-        pixel_values=None,
-        grid_thw=None,
+        images={},
     )
 
 

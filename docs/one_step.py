@@ -76,8 +76,10 @@ words = encoder.tokenizer.convert_ids_to_tokens(group.prompt.ids.tolist())
 show("words", " ".join(words), "the prompt's tokens; the image has one for each 2 x 2 patches")
 show("prompt.ids", group.prompt.ids, "(T,) their ids")
 show("prompt.positions", group.prompt.positions, "(3, T) rotary positions: time, height, width")
-show("prompt.pixel_values", group.prompt.pixel_values, "the image's patches, flattened")
-show("prompt.grid_thw", group.prompt.grid_thw, "the image in patches: time, height, width")
+pixels = group.prompt.images["pixel_values"]
+grid = group.prompt.images["image_grid_thw"]
+show("prompt.images['pixel_values']", pixels, "the image's patches, flattened")
+show("prompt.images['image_grid_thw']", grid, "the image in patches: time, height, width")
 
 # %%
 heading(

@@ -203,30 +203,34 @@ def adopt(base):
 def forward_pack(base, pack, **kwargs):
     """Final hidden states (T, D) of `pack` under `base`, a transformers model without head."""
     nothing = 0.0
-    if pack.pixel_values is None:
-        nothing = _blank_image(base, pack.ids.device)
+    if not pack.images:
+        nothing = _run_blank_image(base, pack.ids.device)
     output = base(
         input_ids=pack.ids.unsqueeze(0),
         position_ids=pack.positions.unsqueeze(1),
-        pixel_values=pack.pixel_values,
-        image_grid_thw=pack.grid_thw,
         layout=pack.layout,
+        **pack.images,
         **kwargs,
     )
     return output.last_hidden_state[0] + nothing
 
 
-def _blank_image(base, device):
-    """Run the vision tower on one blank image -> 0, with a gradient of zeros.
+def _run_blank_image(base, device):
+    """Run the vision tower on `base.blank_image` -> 0, with a gradient of zeros.
 
     All ranks run the tower in every forward, and first, or the collectives of a sharded one never
     meet. So does one rank alone: a parameter then has a gradient of zero, which AdamW treats
     otherwise than none, on any number of ranks.
     """
-    config = base.config.vision_config
-    side = config.spatial_merge_size
-    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    pixels = torch.zeros(side**2, width, device=device)
-    seen = base.visual(pixels, grid_thw=torch.tensor([[1, side, side]], device=device))
-    features = [seen.pooler_output, *getattr(seen, "deepstack_features", ())]
-    return 0.0 * sum(feature.sum() for feature in features)
+    blank = {name: tensor.to(device) for name, tensor in base.blank_image.items()}
+    seen = base.get_image_features(**blank, return_dict=True)
+    features = [seen.pooler_output, getattr(seen, "deepstack_features", None)]
+    return 0.0 * sum(feature.sum() for feature in _tensors(features))
+
+
+def _tensors(features):
+    """Yield the tensors in lists of lists: of each image, and of each layer that is fed."""
+    if isinstance(features, torch.Tensor):
+        yield features
+    for feature in features if isinstance(features, list | tuple) else ():
+        yield from _tensors(feature)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from engine.arguments import HUB_DATA, may_be_on_the_hub
+from engine.images import blank_image, open_image_processor
 from engine.ranks import is_main
 
 # What a checkpoint folder holds besides weights and config.json: copied as it is, so that any
@@ -275,8 +276,10 @@ def read_backbone(path):
             if key != "lm_head.weight":
                 state[key] = tensor.float()
     settings = AutoConfig.for_model(**dense)
-    hf = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32)
-    return hf.model, state, config
+    base = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32).model
+    if any(folder.glob("p*processor_config.json")):
+        base.blank_image = blank_image(open_image_processor(folder), base)
+    return base, state, config
 
 
 def same_input(a, b):

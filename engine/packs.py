@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine import attention
+from engine.images import together
 from engine.progress import progress
 from engine.ranks import all_max, rank, world
 
@@ -35,7 +36,7 @@ from engine.ranks import all_max, rank, world
 class Tree:
     """A prompt and what continues it."""
 
-    prompt: object  # data.Prompt: ids, positions, next_position, pixel_values, grid_thw
+    prompt: object  # data.Prompt: ids, positions, next_position, images
     children: list[list[int]] = field(default_factory=list)  # token ids of each
     kinds: list[int] | None = None  # of each child: the number of its span (discriminator)
     shared: int = 0  # so many first children (the reference's) stand in each part of a split tree
@@ -86,8 +87,7 @@ class Pack:
     trees: list[int]  # G, the place of each of the pack's trees in the list of trees
     tree_tokens: torch.Tensor  # (G,) tokens of each whole tree, other packs' parts included
     copies: torch.Tensor  # (T,) in how many packs the token stands: above 1 in roots of split trees
-    pixel_values: torch.Tensor | None  # (P, C) patches of all images
-    grid_thw: torch.Tensor | None  # (images, 3)
+    images: dict[str, torch.Tensor]  # of all prompts, as the model's forward takes them; {}: none
     layout: object = None  # computes attention over the pack (attention.py)
 
     def ancestors(self, segment):
@@ -314,12 +314,7 @@ def _to_pack(trees, chosen, segments, children, ends, scored, device):
     kind = torch.tensor([segment.kind for segment in segments])
     copies = torch.tensor([segment.copies for segment in segments])
     nothing = torch.zeros(0, dtype=torch.long)  # where nothing is scored
-    prompts = [trees[t].prompt for t in chosen]
-    images = [prompt for prompt in prompts if prompt.pixel_values is not None]
-    pixel_values = grid_thw = None
-    if images:
-        pixel_values = torch.cat([prompt.pixel_values for prompt in images]).to(device)
-        grid_thw = torch.cat([prompt.grid_thw for prompt in images]).to(device)
+    images = together([trees[t].prompt.images for t in chosen])
     pack = Pack(
         ids=torch.cat([segment.ids for segment in segments]).to(device),
         positions=torch.cat([segment.positions for segment in segments], 1).to(device),
@@ -335,8 +330,7 @@ def _to_pack(trees, chosen, segments, children, ends, scored, device):
         trees=chosen,
         tree_tokens=torch.tensor([trees[t].tokens() for t in chosen], device=device),
         copies=copies[number].to(device),
-        pixel_values=pixel_values,
-        grid_thw=grid_thw,
+        images={name: tensor.to(device) for name, tensor in images.items()},
     )
     pack.layout = attention.layout_of(pack)
     return pack

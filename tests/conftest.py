@@ -24,6 +24,10 @@ torch.set_num_threads(1)
 VOCAB, IMAGE, VIDEO, START, STOP, PAD, EOS = 64, 60, 61, 58, 59, 0, 1
 
 
+# Of one visual token, as the tiny model takes it
+BLANK = {"pixel_values": torch.zeros(4, 3 * 2 * 16), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+
+
 def tiny_config(**text):
     return Qwen3VLConfig(
         text_config=dict(
@@ -76,6 +80,7 @@ def tiny_hf(seed=0, packs=True, **text):
             p.data.normal_(0, 0.15)
     if packs:
         adopt(hf.model)
+    hf.model.blank_image = BLANK
     return hf
 
 
@@ -83,21 +88,21 @@ def tiny_prompt(hf, length=5, grid=(1, 4, 4), seed=0):
     """A prompt of `length` text tokens, an image of `grid` (None: no image) in front."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 50, (length,), generator=g)
-    pixels = grids = None
+    images = {}
     if grid:
         n = grid[0] * grid[1] * grid[2]
         ids = torch.cat([torch.tensor([START] + [IMAGE] * (n // 4) + [STOP]), ids])
-        pixels, grids = torch.randn(n, 3 * 2 * 16, generator=g), torch.tensor([grid])
+        images["pixel_values"] = torch.randn(n, 3 * 2 * 16, generator=g)
+        images["image_grid_thw"] = torch.tensor([grid])
     image = (ids == IMAGE).int()
     positions, _ = hf.model.get_rope_index(
-        ids[None], mm_token_type_ids=image[None], image_grid_thw=grids
+        ids[None], mm_token_type_ids=image[None], image_grid_thw=images.get("image_grid_thw")
     )
     return SimpleNamespace(
         ids=ids,
         positions=positions[:, 0],
         next_position=int(positions.max()) + 1,
-        pixel_values=pixels,
-        grid_thw=grids,
+        images=images,
         image_mask=image.bool(),
     )
 
@@ -117,8 +122,7 @@ def plain_logits(hf, prompt, ids):
         return hf(
             input_ids=full,
             mm_token_type_ids=(full == IMAGE).int(),
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.grid_thw,
+            **prompt.images,
         ).logits[0]
     finally:
         patches.__class__ = kind

@@ -766,12 +766,16 @@ def test_bad_image(folder, bpe, name, capsys):  # noqa: F811
         whole(read(folder / "rows.parquet", "rl"), bpe, [0])
 
 
+def grid_of(prompt):
+    return prompt.images["image_grid_thw"]
+
+
 def test_an_image_beyond_the_limit_is_refused_or_made_smaller_never_cut(folder, real):  # noqa: F811
     """With the real image settings: all of an image's tokens or none."""
     picture(640, 480).save(folder / "images/0.png")
     example = read(write(folder, verl()), "rl")[0]
     prompt = real.prompt(example)
-    assert prompt.image_mask.sum() == (640 // 32) * (480 // 32) == prompt.grid_thw.prod() // 4
+    assert prompt.image_mask.sum() == (640 // 32) * (480 // 32) == grid_of(prompt).prod() // 4
     length = len(prompt.ids)
     small = copy.copy(real)
     small.max_prompt_tokens = length - 1
@@ -780,7 +784,7 @@ def test_an_image_beyond_the_limit_is_refused_or_made_smaller_never_cut(folder, 
         small.prompt(example)
     small.size = real.size | {"longest_edge": 320 * 240}
     fitted = small.prompt(example)
-    assert 0 < fitted.image_mask.sum() == fitted.grid_thw.prod() // 4 <= 320 * 240 // 32**2
+    assert 0 < fitted.image_mask.sum() == grid_of(fitted).prod() // 4 <= 320 * 240 // 32**2
 
 
 # ------------------------------------------------------------------------------ nothing is injected

@@ -844,15 +844,15 @@ def test_prompt_is_the_jointly_tokenised_template(encoder):
     prompt = encoder.prompt(Example(messages, [picture(), picture(32, 16)]))
     ids = prompt.ids.tolist()
     assert ids == joint_ids(encoder, messages, (9, 8))
-    assert prompt.grid_thw.tolist() == [[1, 6, 6], [1, 4, 8]]
-    assert prompt.pixel_values.shape == (36 + 32, 3 * 2 * 4 * 4)
+    assert prompt.images["image_grid_thw"].tolist() == [[1, 6, 6], [1, 4, 8]]
+    assert prompt.images["pixel_values"].shape == (36 + 32, 3 * 2 * 4 * 4)
     assert prompt.image_mask.tolist() == [i == encoder.image_id for i in ids]
 
 
 def test_small_images_keep_their_pixels(encoder):
     prompt = encoder.prompt(Example([USER], [picture()]))
     # (channel, frame, height, width) of the first patch
-    corner = prompt.pixel_values[0].view(3, 2, 4, 4)[:, 0]
+    corner = prompt.images["pixel_values"][0].view(3, 2, 4, 4)[:, 0]
     expected = torch.tensor(np.asarray(picture())[:4, :4]).permute(2, 0, 1).float()
     assert torch.allclose((corner + 1) * 127.5, expected)
 
@@ -880,7 +880,7 @@ def test_positions_are_the_models_own(encoder):
     text = encoder.prompt(Example([{"role": "user", "content": "How many"}], []))
     assert text.positions.tolist() == [list(range(len(text.ids)))] * 3
     assert text.next_position == len(text.ids)
-    assert text.pixel_values is None and text.grid_thw is None
+    assert text.images == {}
     assert not text.image_mask.any()
 
 
@@ -948,7 +948,7 @@ def test_blind_leaves_images_out(encoder):
     blind = encoder_of(encoder.tokenizer, blind=True).prompt(Example([USER], ["never opened"]))
     sighted = encoder.prompt(Example([USER | {"content": "\nHow many dots?"}], []))
     assert torch.equal(blind.ids, sighted.ids)
-    assert blind.pixel_values is None and blind.next_position == len(blind.ids)
+    assert blind.images == {} and blind.next_position == len(blind.ids)
 
 
 def test_max_side_is_a_limit_on_the_longer_side():
@@ -958,11 +958,10 @@ def test_max_side_is_a_limit_on_the_longer_side():
     plain = encoder_of(tokenizer)
     for size, grid in (((64, 16), [1, 2, 8]), ((24, 24), [1, 6, 6])):
         example = Example([USER], [Image.new("RGB", size)])
-        assert small.prompt(example).grid_thw.tolist() == [grid]
+        assert small.prompt(example).images["image_grid_thw"].tolist() == [grid]
         assert example.images[0].size == size  # the row's own image stays
-    assert plain.prompt(Example([USER], [Image.new("RGB", (64, 16))])).grid_thw.tolist() != [
-        [1, 2, 8]
-    ]
+    wide = Example([USER], [Image.new("RGB", (64, 16))])
+    assert plain.prompt(wide).images["image_grid_thw"].tolist() != [[1, 2, 8]]
 
 
 def test_banned_ids(encoder):
@@ -1018,8 +1017,11 @@ def test_an_encoder_without_weights_encodes_the_same(checkpoint, bpe):
     example = Example([USER, ASSISTANT], [picture(40, 40)])
     ours = encoder_of(bpe.tokenizer, max_pixels=30 * 30).conversation(example)
     found = opened.conversation(example)
-    for name in ("ids", "positions", "pixel_values", "grid_thw", "image_mask"):
+    for name in ("ids", "positions", "image_mask"):
         assert torch.equal(getattr(found[0], name), getattr(ours[0], name)), name
+    assert found[0].images.keys() == ours[0].images.keys()
+    for name, tensor in ours[0].images.items():
+        assert torch.equal(found[0].images[name], tensor), name
     assert torch.equal(found[1], ours[1])
     assert (opened.banned, opened.eos_ids) == (bpe.banned, bpe.eos_ids)
 
@@ -1245,7 +1247,7 @@ def test_real_files(real, file, kind, n):
     for example in examples[:: n // 5]:
         prompt = real.prompt(example)
         turns = example.messages[: -1 if kind == "sft" else None]
-        n_tokens = (prompt.grid_thw.prod(-1) // 4).tolist()
+        n_tokens = (prompt.images["image_grid_thw"].prod(-1) // 4).tolist()
         assert prompt.ids.tolist() == joint_ids(real, turns, n_tokens)
         assert len(example.images) == 1 and "<image1>" not in turns[-1]["content"]
         if kind == "sft":

@@ -262,7 +262,7 @@ def test_activations_are_what_is_measured(player, dtype, checkpointing):
         model.freeze_vision(hf.model)
     side = 32 if player == "frozen" else 8
     prompt = tiny_prompt(hf, length=64, grid=(1, side, 16))
-    prompt.pixel_values = prompt.pixel_values.to(dtype)
+    prompt.images["pixel_values"] = prompt.images["pixel_values"].to(dtype)
     tree = Tree(prompt, [[5] * 96] * 4, kinds=[0, 1] * 2)
     pack = build_pack([tree], [(0, list(range(4)))])
     pack.layout = Dense()
@@ -288,7 +288,7 @@ def test_activations_are_what_is_measured(player, dtype, checkpointing):
     if checkpointing:
         model.recompute(hf.model)
     compute()
-    size = (len(pack.ids), len(prompt.pixel_values), dtype.itemsize)
+    size = (len(pack.ids), len(prompt.images["pixel_values"]), dtype.itemsize)
     found = memory.activations(hf.model, *size, checkpointing, experts_per_token)
     assert 0.95 < found / peak(compute) < 1.15
 

@@ -81,8 +81,7 @@ def plain_logps(folder, prompt, answer):
         logits = hf(
             input_ids=ids,
             mm_token_type_ids=(ids == hf.config.image_token_id).int(),
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.grid_thw,
+            **prompt.images,
         ).logits[0]
     logp = logits[-len(answer) - 1 : -1].log_softmax(-1)
     return logp.gather(1, torch.tensor(answer)[:, None])[:, 0]
@@ -410,8 +409,9 @@ def test_what_is_saved_opens_in_transformers_4(checkpoint, corpus, tmp_path):
         disc = align.Discriminator(model.load(checkpoint).hf.model, form, noise=0.1)
         align.save_discriminator(disc, checkpoint, tmp_path / f"disc_{form}")
     prompt = policy.encoder.prompt(example())
-    inputs = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw)
-    inputs |= dict(input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None])
+    inputs = prompt.images | dict(
+        input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None]
+    )
     torch.save(inputs, tmp_path / "inputs.pt")
     folders = ["policy", "moe", "disc_moe", "disc_dense"]
     command = [python, "-c", OTHER_VERSION, *folders]

@@ -164,10 +164,8 @@ def logps(policy, text="<image>count red"):
 def plain(hf, prompt, ids):
     """transformers' own inputs for a row."""
     ids = torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None]
-    images = {}
-    if prompt.pixel_values is not None:
-        images = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid_thw)
-    return dict(input_ids=ids, mm_token_type_ids=(ids == hf.config.image_token_id).int(), **images)
+    kinds = (ids == hf.config.image_token_id).int()
+    return dict(input_ids=ids, mm_token_type_ids=kinds, **prompt.images)
 
 
 # -------------------------------------------------------------------- the released discriminator

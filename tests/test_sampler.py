@@ -46,11 +46,7 @@ def test_greedy_equals_generate(slots, shares):
         image = (prompt.ids == IMAGE).int()[None]
         images = {}
         if image.any():
-            images = {
-                "pixel_values": prompt.pixel_values,
-                "image_grid_thw": prompt.grid_thw,
-                "mm_token_type_ids": image,
-            }
+            images = prompt.images | {"mm_token_type_ids": image}
         expected = plain.generate(
             input_ids=prompt.ids[None],
             max_new_tokens=12,

@@ -150,8 +150,7 @@ def opens_everywhere(folder, world):
         logits = plain(
             input_ids=ids,
             mm_token_type_ids=kinds,
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.grid_thw,
+            **prompt.images,
         ).logits[0, -len(answer) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
     torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-5)
@@ -774,7 +773,7 @@ def test_a_frozen_tower_has_no_graph_and_is_not_gathered_again(world, monkeypatc
     monkeypatch.setattr(FSDPParamGroup, "unshard", unshard)
     prompt = policy.encoder.prompt(read(world.align, "align")[0])
     text = replace(prompt, ids=prompt.ids[-4:], positions=torch.arange(4).expand(3, -1))
-    text = replace(text, pixel_values=None, grid_thw=None)
+    text = replace(text, images={})
     for made in (prompt, text):
         response = policy.encoder.response("<caption> tl red square </caption>")
         loss = policy(build_pack([Tree(made, [response])], [(0, [0])])).sum()

@@ -36,7 +36,7 @@ def plain(group):
         "response": prompt.example.response,
         "prompt": prompt.ids.tolist(),
         "positions": prompt.positions.clone(),
-        "pixels": None if prompt.pixel_values is None else prompt.pixel_values.clone(),
+        "pixels": prompt.images["pixel_values"].clone() if prompt.images else None,
         "seen": group.seen.ids.tolist() if group.seen is not None else None,
         "ids": [list(rollout.ids) for rollout in group.rollouts],
         "logps": [list(rollout.logps) for rollout in group.rollouts],
