@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from engine import states
+
 
 def layout_of(pack):
     """What computes attention over `pack` on its device."""
@@ -197,11 +199,15 @@ def adopt(base):
     patches = base.visual.patch_embed.proj
     if type(patches) is nn.Conv3d and patches.kernel_size == patches.stride:
         patches.__class__ = PatchProduct
+    states.adopt(base)
     return base
 
 
-def forward_pack(base, pack, **kwargs):
-    """Final hidden states (T, D) of `pack` under `base`, a transformers model without head."""
+def forward_pack(base, pack, kept=None, **kwargs):
+    """Final hidden states (T, D) of `pack` under `base`, a transformers model without head.
+
+    kept: a dictionary for what linear attention hands on behind the segments (states.Forest).
+    """
     nothing = 0.0
     if pack.pixel_values is None:
         nothing = _blank_image(base, pack.ids.device)
@@ -211,6 +217,7 @@ def forward_pack(base, pack, **kwargs):
         pixel_values=pack.pixel_values,
         image_grid_thw=pack.grid_thw,
         layout=pack.layout,
+        recurrence=states.forest_of(base, pack, kept),
         **kwargs,
     )
     return output.last_hidden_state[0] + nothing

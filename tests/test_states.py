@@ -1,0 +1,191 @@
+"""Linear attention over packs and in the sampler equals transformers' own forward of separate
+rows: Qwen3.5, dense and of mixture type."""
+
+import copy
+
+import pytest
+import torch
+from conftest import EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+)
+
+from engine.attention import adopt, forward_pack
+from engine.logprob import token_logps
+from engine.packs import Tree, build_pack, filler, plan
+from engine.states import CHUNK, Forest
+from model import recompute
+from test_packs import whole
+from test_sampler import BANNED, ids_of, sample
+from engine.sampler import all_rows
+
+KINDS = {
+    "dense": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+    "moe": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
+}
+
+
+def tiny_config(kind="dense", layers=("linear_attention", "full_attention"), **text):
+    config, _ = KINDS[kind]
+    mlp = dict(intermediate_size=48)
+    if kind == "moe":
+        mlp = dict(
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=len(layers),
+        layer_types=list(layers),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+        vocab_size=VOCAB,
+        eos_token_id=EOS,
+        pad_token_id=None,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
+    return config(
+        text_config=sizes | mlp | text,
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            num_heads=2,
+            intermediate_size=48,
+            patch_size=4,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=32,
+            num_position_embeddings=64,
+        ),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=STOP,
+        tie_word_embeddings=True,
+    )
+
+
+def tiny_models(kind="dense", seed=0, **config):
+    """(for packs, plain): the same random weights, large enough that mistakes show."""
+    torch.manual_seed(seed)
+    _, model = KINDS[kind]
+    plain = model(tiny_config(kind, **config)).eval()
+    for name, parameter in plain.named_parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.15)
+        if "A_log" in name:  # so slowly that a state is felt over a whole row
+            parameter.data.uniform_(-4, 0)
+    ours = copy.deepcopy(plain)
+    adopt(ours.model)
+    return ours, plain
+
+
+def plain_logits(plain, prompt, ids):
+    full = torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None]
+    plain.model.rope_deltas = None
+    return plain(
+        input_ids=full,
+        mm_token_type_ids=(full == IMAGE).int(),
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.grid_thw,
+    ).logits[0]
+
+
+def texts(*lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 50, (n,), generator=g).tolist() for n in lengths]
+
+
+def forest(hf):
+    """Unequal lengths, over several chunks too; prompts shorter than the convolution; images of
+    several sizes, none; a tree without children."""
+    prompts = [
+        tiny_prompt(hf, 5, (1, 4, 4), 0),
+        tiny_prompt(hf, CHUNK + 9, None, 1),
+        tiny_prompt(hf, 3, (1, 8, 4), 2),
+        tiny_prompt(hf, 2, None, 3),
+        tiny_prompt(hf, 1, None, 4),
+    ]
+    children = [
+        texts(4, 1, 17, 2 * CHUNK + 3),
+        texts(2, CHUNK, seed=1),
+        [],
+        texts(1, 6, seed=2),
+        texts(3, 2, seed=3),
+    ]
+    return [Tree(p, c) for p, c in zip(prompts, children, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_equal_separate_rows(kind):
+    ours, plain = tiny_models(kind)
+    trees = forest(ours)
+    pack = build_pack(trees, whole(trees), pad_to=128)  # with a tail, as on CUDA
+    hidden = forward_pack(ours.model, pack)
+    logits = ours.lm_head(hidden[pack.source])
+    weights = torch.linspace(-1, 1, len(pack.target))
+    found = token_logps(hidden[pack.source], ours.lm_head.weight, pack.target)
+    (found * weights).sum().backward()
+    for k, (t, c) in enumerate(pack.children):
+        ids = trees[t].children[c]
+        expected = plain_logits(plain, trees[t].prompt, ids)[-len(ids) - 1 : -1]
+        mine = pack.sequence == k
+        torch.testing.assert_close(logits[mine], expected, atol=1e-5, rtol=1e-5)
+        logps = expected.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+        (logps * weights[mine]).sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if b.grad is not None:
+            largest = b.grad.abs().max().clamp(min=1)
+            torch.testing.assert_close(
+                a.grad / largest,
+                b.grad / largest,
+                atol=1e-5,
+                rtol=1e-4,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+@pytest.mark.parametrize("slots, shares", [(1, False), (2, True), (64, False), (64, True)])
+def test_greedy_equals_generate(slots, shares):
+    ours, plain = tiny_models()
+    prompts = [tree.prompt for tree in forest(ours)[:4]]
+    options = dict(temperature=0, slots=slots, share_prompts=shares)
+    rollouts = sample(ours, prompts, all_rows(prompts, 1), 12, **options)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        image = (prompt.ids == IMAGE).int()[None]
+        images = {}
+        if image.any():
+            images = {
+                "pixel_values": prompt.pixel_values,
+                "image_grid_thw": prompt.grid_thw,
+                "mm_token_type_ids": image,
+            }
+        expected = plain.generate(
+            input_ids=prompt.ids[None],
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+            suppress_tokens=list(BANNED),
+            attention_mask=torch.ones_like(image),
+            **images,
+        )
+        assert rollout.ids == expected[0, len(prompt.ids) :].tolist()
