@@ -17,7 +17,7 @@ children flow into it. The sampler keeps the same two things of each row (SlotSt
 
 Projections, norms and gates work token by token and do not know of trees.
 
-    T tokens of a pack   B slots   N either of them   n segments of a batch   L tokens of its longest
+    T tokens of a pack   B slots   N either   n segments of a batch   L tokens of its longest
     C channels of the convolution   W its width, 4   H heads   K, V width of a key, of a value
 """
 
@@ -304,6 +304,7 @@ class SlotStates:
         return convolve(net, row).squeeze(1)
 
     def recur(self, net, query, key, value, beta, decay):
-        """This step's query and key (B, H, K), value (B, H, V), beta and decay (B, H): (B, H, V)."""
+        """This step's query and key (B, H, K), value (B, H, V), beta and decay (B, H) ->
+        (B, H, V)."""
         state = self.states[net.layer_idx]
         return step(state, query, key, value, beta, decay).to(value.dtype)

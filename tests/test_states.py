@@ -2,10 +2,13 @@
 rows: Qwen3.5, dense and of mixture type."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from conftest import EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
+from test_packs import whole
+from test_sampler import BANNED, Asked, ids_of, sample
 from transformers import (
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
@@ -13,14 +16,13 @@ from transformers import (
     Qwen3_5MoeForConditionalGeneration,
 )
 
+from engine import sampler, states
 from engine.attention import adopt, forward_pack
 from engine.logprob import token_logps
-from engine.packs import Tree, build_pack, filler, plan
-from engine.states import CHUNK, Forest
-from model import recompute
-from test_packs import whole
-from test_sampler import BANNED, ids_of, sample
+from engine.packs import Segment, Tree, build_pack, filler, plan
 from engine.sampler import all_rows
+from engine.states import CHUNK
+from model import recompute
 
 KINDS = {
     "dense": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
@@ -189,3 +191,130 @@ def test_greedy_equals_generate(slots, shares):
             **images,
         )
         assert rollout.ids == expected[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_logps_of_refilled_slots_equal_the_trainers(monkeypatch, shares):
+    """Few slots, rows of very different lengths: each begins with its prompt's states, also in a
+    slot that another row has left, and after slots are given up."""
+    ours, _ = tiny_models(layers=("linear_attention", "linear_attention", "full_attention"))
+    prompts = [tree.prompt for tree in forest(ours)[:4]]
+    widths = []
+    advance = sampler._Decoder.advance
+
+    def watched(decoder, steps):
+        widths.append(len(decoder.rows))
+        advance(decoder, steps)
+
+    monkeypatch.setattr(sampler._Decoder, "advance", watched)
+    options = dict(slots=4, share_prompts=shares, pack_tokens=90, eos=(EOS, 7, 9))
+    rollouts = sample(ours, prompts, all_rows(prompts, 5), 30, **options)
+    assert widths[0] == 4 > widths[-1]
+    assert len({len(rollout.ids) for rollout in rollouts}) > 4
+    trees = [Tree(p, ids_of(rollouts[5 * i : 5 * i + 5])) for i, p in enumerate(prompts)]
+    parts = plan(trees, 100)
+    assert len(parts) > 3  # trees are split: their roots stand in each part
+    scored = 0
+    for part in parts:
+        pack = build_pack(trees, part)
+        hidden = forward_pack(ours.model, pack)[pack.source]
+        logps = token_logps(hidden, ours.lm_head.weight, pack.target, 1.0, BANNED)
+        mine = torch.cat([torch.tensor(rollouts[5 * t + c].logps) for t, c in pack.children])
+        torch.testing.assert_close(logps, mine, atol=1e-4, rtol=0)
+        scored += len(mine)
+    assert scored == sum(len(rollout.ids) for rollout in rollouts)
+
+
+def test_a_step_asks_the_host_nothing(monkeypatch):
+    """And leaves its tensors where they are: a captured graph writes to the same memory."""
+    ours, _ = tiny_models()
+    steps = []
+    memory = []
+    step = sampler._Decoder.step
+
+    def watched(decoder):
+        with Asked() as asked:
+            step(decoder)
+        steps.append(asked)
+        states = decoder.store.states
+        tensors = [*states.inputs.values(), *states.states.values()]
+        memory.append([tensor.data_ptr() for tensor in tensors])
+
+    monkeypatch.setattr(sampler._Decoder, "step", watched)
+    prompts = [tree.prompt for tree in forest(ours)[:4]]
+    sample(ours, prompts, all_rows(prompts, 2), 6, slots=3)
+    assert len(steps) > 3 and not steps[0].waits()
+    assert all(asked.names == steps[0].names for asked in steps)
+    assert all(of_step == memory[0] for of_step in memory[:4])
+
+
+def test_a_leak_over_a_boundary_is_seen(monkeypatch):
+    """The tests above would see it: a child that goes on from its sibling, inputs of the
+    convolution from what stands before in the pack, a row without boundaries, padding that changes
+    a state."""
+    ours, plain = tiny_models()
+    tree, _, other, *_ = forest(ours)
+    assert len(tree.prompt.ids) < len(other.prompt.ids) <= CHUNK  # it is padded
+    ids = tree.children[2]
+    expected = plain_logits(plain, tree.prompt, ids)[-len(ids) - 1 : -1]
+
+    def error(change):
+        with torch.no_grad(), monkeypatch.context() as patch:
+            pack = build_pack([tree, other], whole([tree, other]))
+            change(pack, patch)
+            logits = ours.lm_head(forward_pack(ours.model, pack)[pack.source])
+        return (logits[pack.sequence == 2] - expected).abs().max()
+
+    def nothing(pack, patch):
+        pass
+
+    def from_sibling(pack, patch):
+        pack.segments[3].parent = 2
+
+    def inputs_before(pack, patch):
+        last = states.last_places
+        patch.setattr(states, "last_places", lambda pack, number, n: last(pack, 2, n))
+
+    def no_boundaries(pack, patch):
+        pack.segments[:] = [Segment(0, pack.ids, pack.positions, 0)]
+        pack.segment = torch.zeros_like(pack.segment)
+
+    def padding(pack, patch):
+        patch.setattr(states, "Batch", partial(batch_without_ends, states.Batch))
+
+    def batch_without_ends(kind, is_real, **rest):
+        return kind(is_real=torch.ones_like(is_real), **rest)
+
+    assert error(nothing) < 1e-5
+    assert error(from_sibling) > 1e-3
+    assert error(inputs_before) > 1e-3
+    assert error(no_boundaries) > 1e-3
+    assert error(padding) > 1e-3
+
+
+def test_checkpointing_changes_nothing():
+    ours, _ = tiny_models()
+    other = copy.deepcopy(ours).train()
+    recompute(other)
+    trees = forest(ours)
+    pack = build_pack(trees, whole(trees))
+    for model in (ours, other):
+        hidden = forward_pack(model.model, pack)[pack.source]
+        token_logps(hidden, model.lm_head.weight, pack.target).sum().backward()
+    for a, b in zip(ours.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_filler_has_a_gradient_of_zeros():
+    ours, _ = tiny_models()
+    pack = filler("cpu")
+    hidden = forward_pack(ours.model, pack)[pack.source]
+    token_logps(hidden, ours.lm_head.weight, pack.target).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
+
+
+def test_rows_of_their_own_are_refused():
+    """Not run on in silence, over what a row's neighbours have left."""
+    ours, _ = tiny_models()
+    with pytest.raises(RuntimeError, match="loaded for packs"):
+        ours(input_ids=torch.tensor([[5, 6, 7]]))
