@@ -588,7 +588,7 @@ def test_any_server_asks_for_the_three_parts(real, tmp_path):
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": "<image>How many?"},
     ]
-    assert asked == policy.encoder._render(trained, True)
+    assert asked == policy.encoder._render(trained)
     system_turn = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
     assert asked.startswith(f"{system_turn}<|im_start|>user\n<|vision_start|>")
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
