@@ -2,20 +2,41 @@
 rows: Qwen3.5, dense and of mixture type."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
+import test_stages
 import torch
 from conftest import EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
+from safetensors.torch import load_file, save_file
 from test_packs import whole
+from test_ranks import FAST, job, on_ranks, same_runs
 from test_sampler import BANNED, Asked, ids_of, sample
+from test_stages import (
+    COMMON,
+    GAME,
+    ROLLOUTS,
+    check_game,
+    leave_no_group,  # noqa: F401
+    moved,
+    opens_everywhere,
+    records,
+    scores,
+    weights,
+)
 from transformers import (
+    AutoModelForImageTextToText,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
 )
 
+import align
+import model
+import rlvr
+from data import Example
 from engine import sampler, states
 from engine.attention import adopt, forward_pack
 from engine.logprob import token_logps
@@ -23,6 +44,7 @@ from engine.packs import Segment, Tree, build_pack, filler, plan
 from engine.sampler import all_rows
 from engine.states import CHUNK
 from model import recompute
+from tools.init import init
 
 KINDS = {
     "dense": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
@@ -88,8 +110,8 @@ def tiny_config(kind="dense", layers=("linear_attention", "full_attention"), **t
 def tiny_models(kind="dense", seed=0, **config):
     """(for packs, plain): the same random weights, large enough that mistakes show."""
     torch.manual_seed(seed)
-    _, model = KINDS[kind]
-    plain = model(tiny_config(kind, **config)).eval()
+    _, family = KINDS[kind]
+    plain = family(tiny_config(kind, **config)).eval()
     for name, parameter in plain.named_parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.15)
@@ -298,9 +320,9 @@ def test_checkpointing_changes_nothing():
     recompute(other)
     trees = forest(ours)
     pack = build_pack(trees, whole(trees))
-    for model in (ours, other):
-        hidden = forward_pack(model.model, pack)[pack.source]
-        token_logps(hidden, model.lm_head.weight, pack.target).sum().backward()
+    for hf in (ours, other):
+        hidden = forward_pack(hf.model, pack)[pack.source]
+        token_logps(hidden, hf.lm_head.weight, pack.target).sum().backward()
     for a, b in zip(ours.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -318,3 +340,71 @@ def test_rows_of_their_own_are_refused():
     ours, _ = tiny_models()
     with pytest.raises(RuntimeError, match="loaded for packs"):
         ours(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+# ---------------------------------------------------------------------------------- whole stages
+WORDS = {"messages": [{"content": "<caption> red square </caption> count all of them"}]}
+
+
+def test_checkpoints_open_everywhere(tmp_path):
+    """Dense and of mixture type: plain transformers computes from what is saved what our loader
+    does. Released ones hold weights of a head for several tokens at once (mtp), which no model of
+    transformers reads: they are left out."""
+    (tmp_path / "corpus.jsonl").write_text(json.dumps(WORDS))
+    for kind in KINDS:
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(tiny_config(kind).to_dict()))
+        init(folder / "config.json", folder, [tmp_path / "corpus.jsonl"])
+        weights = load_file(folder / "model.safetensors")
+        weights["mtp.fc.weight"] = torch.zeros(2, 2)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        policy = model.load(folder)
+        model.save(policy, folder / "saved")
+        plain = AutoModelForImageTextToText.from_pretrained(folder / "saved").eval()
+        prompt = policy.encoder.prompt(Example([{"role": "user", "content": "count red"}], []))
+        ids = policy.encoder.response("red square")
+        with torch.no_grad():
+            found = policy(build_pack([Tree(prompt, [ids])], [(0, [0])]))
+            logps = plain_logits(plain, prompt, ids)[-len(ids) - 1 : -1].log_softmax(-1)
+        expected = logps.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """test_stages' world with a policy that is a Qwen3.5."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_stages, "tiny_config", tiny_config)
+        return test_stages.build_world(tmp_path_factory.mktemp("qwen3_5"))
+
+
+def test_rlvr(world):
+    """Behind stage 1, which made the world's policy."""
+    out = f"{world.folder}/rlvr"
+    flags = dict(steps=1, lr=1e-3) | ROLLOUTS | COMMON
+    rlvr.main(rlvr.Args(policy=world.sft, data=world.rl, out=out, **flags))
+    (record,) = records(out)
+    assert record["logp_diff_max"] < 1e-4 and record["skipped"] == 0
+    assert moved(weights(f"{out}/last"), weights(world.sft))
+    opens_everywhere(f"{out}/last", world)
+
+
+@pytest.mark.slow
+def test_the_game(world):
+    """With a discriminator upcycled from the policy: a mixture in each layer's MLP."""
+    out = f"{world.folder}/align"
+    align.main(align.Args(policy=world.sft, data=world.align, out=out, **GAME))
+    check_game(out)
+    opens_everywhere(f"{out}/last", world)
+    disc = align.open_discriminator(f"{out}/last/discriminator")
+    assert disc.form == "moe"
+    assert scores(disc, world, model.load(world.sft)).isfinite().all()
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(world, tmp_path):
+    for ranks in (1, 2):
+        on_ranks(ranks, [job(name, world, tmp_path / f"{name}{ranks}") for name in FAST], tmp_path)
+    for name in FAST:
+        assert same_runs(tmp_path / f"{name}1", tmp_path / f"{name}2") == [(2,)]
