@@ -29,7 +29,12 @@ from string import ascii_lowercase
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from engine.answers import MAX_CHARS
 from engine.arguments import Common, end, make_parser, option, refuse_unknown_flags
@@ -644,15 +649,16 @@ class Encoder:
             at_end = k == len(messages)
             if not at_end and messages[k]["role"] != "assistant":
                 continue
-            # What the template adds behind an assistant's last turn is not kept.
-            closed = at_end and messages[-1]["role"] == "assistant"
-            text = self._render(messages[:k], not closed)
+            if at_end and messages[-1]["role"] == "assistant":
+                # What the template would make of an assistant's last turn, or add behind it, is
+                # not asked: nothing comes after it.
+                break
+            text = self._render(messages[:k])
             if not text.startswith(done):
                 mend = "Use an instruct model's template."
                 raise BadRow(example.where, "the chat template rewrites assistant turns", mend)
-            if not closed:
-                ids += self._ids(text[len(done) :])
-                trained += [False] * (len(ids) - len(trained))
+            ids += self._ids(text[len(done) :])
+            trained += [False] * (len(ids) - len(trained))
             if not at_end:
                 response = messages[k]["content"]
                 ids += self.response(response)
@@ -666,10 +672,10 @@ class Encoder:
         )
         return found["input_ids"]
 
-    def _render(self, messages, start_response):
+    def _render(self, messages):
         messages = [message | {"content": self._content(message)} for message in messages]
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=start_response
+            messages, tokenize=False, add_generation_prompt=True
         )
 
     def _content(self, message):
@@ -712,7 +718,7 @@ def open_encoder(path, base=None, **options) -> Encoder:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             base = AutoModelForImageTextToText.from_config(config).model
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     image_processor = open_image_processor(folder)
     older = folder / "chat_template.json"
     if not tokenizer.chat_template and older.exists():
@@ -727,17 +733,34 @@ def open_encoder(path, base=None, **options) -> Encoder:
     return Encoder(tokenizer, image_processor, base.config, rope_index, **options)
 
 
+def open_tokenizer(folder):
+    """The tokenizer in a checkpoint's folder, a Path.
+
+    For some types of model transformers has a class that takes only words and merges from
+    tokenizer.json, whatever that file holds: of a word-level one, as tools/init.py makes, it would
+    drop the words in silence. Then the file itself is what counts.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    in_file = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["type"]
+    if type(tokenizer.backend_tokenizer.model).__name__ != in_file:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
+
+
 def refuse_prefilled(tokenizer):
     """Raise ValueError for a chat template that begins the response itself, as a Thinking model's
-    does with <think>: no rollout could then begin with its caption."""
+    does with <think>: no rollout could then begin with its caption. One that closes what it begins,
+    as Qwen3.5's does where it shall not think, is none."""
     turn = {"role": "user", "content": "?"}
     text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    begun = [tag for tag in TAGS if tag in text.rpartition("?")[2]]
+    behind = text.rpartition("?")[2]
+    begun = [name for name in PARTS if behind.count(f"<{name}>") > behind.count(f"</{name}>")]
     if begun:
         raise ValueError(
-            f"the chat template begins each response with {begun[0]}, as a Thinking model's does, "
-            f"but responses here begin with {TAGS[0]}: start from an Instruct model, or take "
-            f"{begun[0]} out of the end of chat_template.jinja"
+            f"the chat template begins each response with <{begun[0]}>, as a Thinking model's does,"
+            f" but responses here begin with {TAGS[0]}: start from an Instruct model, or take "
+            f"<{begun[0]}> out of the end of chat_template.jinja. Where the template asks for "
+            "enable_thinking, write {%- set enable_thinking = false %} at its head"
         )
 
 

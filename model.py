@@ -29,6 +29,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from data import open_encoder, write_template
+from engine import states
 from engine.attention import adopt, forward_pack
 from engine.files import (
     copy_processor,
@@ -113,14 +114,17 @@ def is_tied(hf):
 
 
 def expect_packs_run(hf, folder):
-    """ValueError for a model whose parts or attention are not what packs need."""
+    """ValueError for a model whose parts or layers are not what packs need."""
     layers = set(getattr(hf.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    known = {"full_attention"}
     has_parts = hasattr(hf.model, "get_rope_index") and hasattr(hf.model, "language_model")
-    if not has_parts or layers != {"full_attention"}:
+    if has_parts and all(map(states.is_delta_net, states.delta_nets(hf.model).values())):
+        known.add("linear_attention")
+    if not has_parts or layers - known:
         raise ValueError(
             f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model or the like: "
-            "get_rope_index, language_model, full attention in every layer (these: "
-            f"{', '.join(sorted(layers))})"
+            "get_rope_index, language_model, in every layer full attention or Qwen3.5's linear "
+            f"attention (these: {', '.join(sorted(layers))})"
         )
 
 

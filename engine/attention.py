@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from engine import states
+
 
 def layout_of(pack):
     """What computes attention over `pack` on its device."""
@@ -197,11 +199,15 @@ def adopt(base):
     patches = base.visual.patch_embed.proj
     if type(patches) is nn.Conv3d and patches.kernel_size == patches.stride:
         patches.__class__ = PatchProduct
+    states.adopt(base)
     return base
 
 
-def forward_pack(base, pack, **kwargs):
-    """Final hidden states (T, D) of `pack` under `base`, a transformers model without head."""
+def forward_pack(base, pack, kept=None, **kwargs):
+    """Final hidden states (T, D) of `pack` under `base`, a transformers model without head.
+
+    kept: a dictionary for what linear attention hands on behind the segments (states.Forest).
+    """
     nothing = 0.0
     if not pack.images:
         nothing = _run_blank_image(base, pack.ids.device)
@@ -209,6 +215,7 @@ def forward_pack(base, pack, **kwargs):
         input_ids=pack.ids.unsqueeze(0),
         position_ids=pack.positions.unsqueeze(1),
         layout=pack.layout,
+        recurrence=states.forest_of(base, pack, kept),
         **pack.images,
         **kwargs,
     )

@@ -21,6 +21,7 @@ captured graph, and the host looks only every few tokens which rows have ended.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -209,8 +210,22 @@ def cache_argument(kind):
     return "cache" if "cache" in known else "past_key_values"
 
 
+def without_last(prompt):
+    """A prompt but for its last token, which the first step feeds to the model: what it predicts is
+    the row's first token. So a fresh row needs no step of its own, and a state, of which nothing
+    can be taken back, stands where that step begins. Raises ValueError for a prompt of one token.
+    """
+    if len(prompt.ids) < 2:
+        raise ValueError("a prompt of one token: there is nothing to read before its first step")
+    shorter = copy.copy(prompt)
+    shorter.ids = prompt.ids[:-1]
+    shorter.positions = prompt.positions[:, :-1]
+    return shorter
+
+
 class _Queue:
-    """The rows that wait for a slot, and the keys and values of the prompts that they continue.
+    """The rows that wait for a slot, and the keys, values and states of the prompts that they
+    continue.
 
     A prompt is read when the first of its rows gets a slot, together with those that are needed
     next as far as they fit into the same pack. It is dropped when its last row has got a slot.
@@ -249,14 +264,15 @@ class _Queue:
             if p not in needed and tokens > self.pack_tokens:
                 break
             chosen.append(self.unread.popleft())
-        trees = [Tree(self.prompts[p]) for p in chosen]
+        trees = [Tree(without_last(self.prompts[p])) for p in chosen]
         for part in plan(trees, self.pack_tokens):
             pack = build_pack(trees, part, self.hf.device)
             read = PromptCache()
-            forward_pack(self.hf.model, pack, **{cache_argument(type(self.hf.model)): read})
+            cache = {cache_argument(type(self.hf.model)): read}
+            forward_pack(self.hf.model, pack, kept=read.states, **cache)
             # The segments are the part's prompts, on CUDA with the padding behind them.
-            for (t, _), segment in zip(part, pack.segments, strict=False):
-                self.read[chosen[t]] = read.cut(segment.start, segment.length)
+            for number, (t, _) in enumerate(part):
+                self.read[chosen[t]] = read.cut(number, pack.segments[number])
 
     def drop_finished(self, prompts):
         """Forget the keys and values of those of `prompts` of which no row waits any more."""
@@ -312,13 +328,13 @@ class _Decoder:
     def fill(self, slots, row_numbers, p, prompt, cache, u):
         """Begin a row of `prompt`, number p, in each of `slots`.
 
-        row_numbers: of these rows.  cache: the prompt's prefill.  u: (rows, max_tokens).
-        The last token's keys and values are not copied: the first step feeds it to the model, since
-        what it predicts is the row's first token. So a fresh row needs no step of its own.
+        row_numbers: of these rows.  cache: of the prompt `without_last`.  u: (rows, max_tokens).
         """
         for slot, row in zip(slots, row_numbers, strict=True):
             self.rows[slot] = row
         length = len(prompt.ids) - 1
+        if self.store.states:
+            self.store.states.write_prompt(slots, cache.states)
         if self.store.shared:
             self.store.shared.add(p, slots, cache, length)
             length = 0  # of the slots' own positions
@@ -397,6 +413,7 @@ class _Decoder:
             inputs_embeds=embedded,
             position_ids=self.position.expand(3, -1).unsqueeze(2),  # (3, B, 1)
             layout=self.store,
+            recurrence=self.store.states,
             **{cache_argument(type(self.text)): self.store},
         )
         hidden = output.last_hidden_state[:, 0]  # (B, D)

@@ -6,7 +6,10 @@ copied to the slots of all of its rows. Where they are long they are kept once (
 rows of a prompt ask together, in one matrix product that reads them once, and each row's attention
 is merged of its prompt's part and its own.
 
-    B slots   S positions of a slot   L layers   H key-value heads   Q query heads
+Layers of linear attention have no keys and values but a state, which grows with nothing: each row
+has its own (states.SlotStates).
+
+    B slots   S positions of a slot   H key-value heads   Q query heads
     d width of a head
     of shared prompts: G places   R rows of one, at most   P tokens of the longest
     of an attention: n batches   q queries of each
@@ -18,31 +21,39 @@ import torch
 import torch.nn.functional as F
 
 from engine.logprob import product
+from engine.states import SlotStates, delta_nets
 
 NOTHING = -1e30  # a score that has no weight, and no NaN comes of it where all scores are so
 
 
 class PromptCache:
-    """The keys and values of tokens that lie side by side in a pack, per layer.
+    """What a read of prompts leaves of the tokens of a pack, or of one of its segments, by the
+    number of the layer.
 
     While a pack is read it stands in for a transformers cache, whose `update` is called.
     """
 
     def __init__(self):
-        self.keys = []  # L of (H, T, d)
-        self.values = []  # L of (H, T, d)
+        self.keys = {}  # of attention (H, T, d)
+        self.values = {}  # (H, T, d)
+        self.states = {}  # of linear attention, as states.Forest keeps them; of one segment a pair
 
     def update(self, key, value, layer, *_, **__):
         """Keep a layer's key and value (1, H, T, d); attention over the pack goes on with them."""
-        self.keys.append(key[0])
-        self.values.append(value[0])
+        self.keys[layer] = key[0]
+        self.values[layer] = value[0]
         return key, value
 
-    def cut(self, start, length):
-        """The tokens from `start` on, as a cache of their own that shares the memory."""
+    def cut(self, number, segment):
+        """What belongs to a segment of the pack, its number-th: keys and values share the memory of
+        the whole."""
         part = PromptCache()
-        part.keys = [key[:, start : start + length] for key in self.keys]
-        part.values = [value[:, start : start + length] for value in self.values]
+        own = slice(segment.start, segment.start + segment.length)
+        for layer in self.keys:
+            part.keys[layer] = self.keys[layer][:, own]
+            part.values[layer] = self.values[layer][:, own]
+        for layer, (inputs, states) in self.states.items():
+            part.states[layer] = (inputs[number], states[number])
         return part
 
 
@@ -76,42 +87,39 @@ class Store:
     """
 
     def __init__(self, hf, slots, share_prompts=False):
-        text = hf.model.language_model
-        layers = len(text.layers)
-        self.heads = text.config.num_key_value_heads
-        width = text.layers[0].self_attn.head_dim
-        empty = torch.zeros(slots * self.heads, 0, width, dtype=hf.dtype, device=hf.device)
-        self.keys = [empty] * layers  # L of (B * H, S, d)
-        self.values = [empty] * layers  # L of (B * H, S, d)
+        self.heads = hf.model.language_model.config.num_key_value_heads
+        self.size = 0  # S, the positions that each slot has
+        empty = (slots * self.heads, 0)
+        self.keys = no_keys(hf, *empty)  # number of a layer -> (B * H, S, d)
+        self.values = no_keys(hf, *empty)  # number of a layer -> (B * H, S, d)
+        self.states = SlotStates(hf, slots) if delta_nets(hf.model) else None
         self.bias = None  # (B * H, 1, S) of this step: 0 where its queries may look, else -inf
         self.write_at = None  # (B * H,) where its keys and values go, counted in (B * H * S, d)
         self.layer = None  # whose keys and values were asked for last
         self.shared = SharedPrompts(hf, slots) if share_prompts else None
 
-    @property
-    def size(self):
-        """S, the positions that each slot has."""
-        return self.keys[0].shape[1]
-
     def grow(self, positions):
         """Append `positions` to every slot, layer after layer: there are never two whole stores."""
+        self.size += positions
         for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
+            for layer, old in store.items():
                 store[layer] = F.pad(old, (0, 0, 0, positions))
 
     def keep(self, slots):
         """Keep only `slots`, which are then numbered from 0."""
         for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
+            for layer, old in store.items():
                 store[layer] = old.unflatten(0, (-1, self.heads))[slots].flatten(0, 1)
+        if self.states:
+            self.states.keep(slots)
         if self.shared:
             self.shared.keep(slots)
 
     def write_prompt(self, slots, cache, length):
-        """Copy the first `length` tokens of a prompt into each of `slots`."""
+        """Copy the `length` tokens of a prompt's read into each of `slots`."""
         for store, prompt in ((self.keys, cache.keys), (self.values, cache.values)):
-            for old, new in zip(store, prompt, strict=True):
-                old.unflatten(0, (-1, self.heads))[slots, :, :length] = new[:, :length]
+            for layer, new in prompt.items():
+                store[layer].unflatten(0, (-1, self.heads))[slots, :, :length] = new
 
     def begin_step(self, filled):
         """Prepare for one token more in each slot, at position filled (B,)."""
@@ -148,6 +156,16 @@ class Store:
         return out.view(slots, 1, query_heads, width)
 
 
+def no_keys(hf, *sizes):
+    """An empty tensor (*sizes, d) for each layer that has attention: {its number: tensor}."""
+    empty = {}
+    for number, layer in enumerate(hf.model.language_model.layers):
+        if hasattr(layer, "self_attn"):
+            width = layer.self_attn.head_dim
+            empty[number] = torch.zeros(*sizes, width, dtype=hf.dtype, device=hf.device)
+    return empty
+
+
 class SharedPrompts:
     """The keys and values of the prompts whose rows are in the slots, each prompt's once.
 
@@ -157,13 +175,11 @@ class SharedPrompts:
     """
 
     def __init__(self, hf, slots):
-        text = hf.model.language_model
-        layers = len(text.layers)
-        self.heads = text.config.num_key_value_heads
-        width = text.layers[0].self_attn.head_dim
-        empty = torch.zeros(0, self.heads, 0, width, dtype=hf.dtype, device=hf.device)
-        self.keys = [empty] * layers  # L of (G, H, P, d)
-        self.values = [empty] * layers  # L of (G, H, P, d)
+        self.heads = hf.model.language_model.config.num_key_value_heads
+        self.device = hf.device
+        self.longest = 0  # P
+        self.keys = no_keys(hf, 0, self.heads, 0)  # number of a layer -> (G, H, P, d)
+        self.values = no_keys(hf, 0, self.heads, 0)  # number of a layer -> (G, H, P, d)
         self.lengths = []  # G, tokens of the prompt in each place
         self.places = {}  # number of a prompt -> its place
         self.prompts = [None] * slots  # B, number of the prompt of each slot's row
@@ -174,7 +190,7 @@ class SharedPrompts:
         self.seats = None  # (B,) the seat of each slot
 
     def add(self, p, slots, cache, length):
-        """Let rows of prompt p begin in `slots`: keep the first `length` tokens of its prefill."""
+        """Let rows of prompt p begin in `slots`: keep the `length` tokens of its read."""
         for slot in slots:
             self.prompts[slot] = p
         self.is_arranged = False
@@ -185,8 +201,8 @@ class SharedPrompts:
         self.lengths[place] = length
         self._reserve(length)
         for store, prompt in ((self.keys, cache.keys), (self.values, cache.values)):
-            for old, new in zip(store, prompt, strict=True):
-                old[place, :, :length] = new[:, :length]
+            for layer, new in prompt.items():
+                store[layer][place, :, :length] = new
 
     def leave(self, slot):
         """The row in `slot` has ended."""
@@ -198,7 +214,7 @@ class SharedPrompts:
         kept = {p: place for p, place in self.places.items() if p in self.prompts}
         places = [*kept.values()]
         for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
+            for layer, old in store.items():
                 store[layer] = old[places]
         self.lengths = [self.lengths[place] for place in places]
         self.places = {p: number for number, p in enumerate(kept)}
@@ -216,11 +232,12 @@ class SharedPrompts:
 
     def _reserve(self, length):
         """Make room for `length` tokens in as many places as there are."""
-        places, _, tokens, _ = self.keys[0].shape
-        more = (0, 0, 0, max(0, length - tokens), 0, 0, 0, len(self.lengths) - places)
-        if any(more):
-            for store in (self.keys, self.values):
-                for layer, old in enumerate(store):
+        self.longest = max(self.longest, length)
+        for store in (self.keys, self.values):
+            for layer, old in store.items():
+                places, _, tokens, _ = old.shape
+                more = (0, 0, 0, self.longest - tokens, 0, 0, 0, len(self.lengths) - places)
+                if any(more):
                     store[layer] = F.pad(old, more)
 
     def arrange(self):
@@ -242,7 +259,7 @@ class SharedPrompts:
             for r, slot in enumerate(of_place):
                 slots[place, r] = slot
                 seats[slot] = place * self.most + r
-        tokens = torch.arange(self.keys[0].shape[2])
+        tokens = torch.arange(self.longest)
         is_behind = tokens >= torch.tensor(self.lengths).unsqueeze(1)  # (G, P)
         bias = torch.where(is_behind, NOTHING, 0.0)
         bias = bias.repeat_interleave(self.heads, 0)
@@ -259,8 +276,7 @@ class SharedPrompts:
         if old is not None and old.shape == new.shape:
             old.copy_(new)
             return False
-        device = self.keys[0].device
-        setattr(self, name, new.to(device))
+        setattr(self, name, new.to(self.device))
         return True
 
     def attend(self, by_head, layer):

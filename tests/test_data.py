@@ -986,13 +986,40 @@ def test_template_that_begins_the_response_is_refused(shared):
         encoder_of(tokenizer)
 
 
+THINKS_BY_DEFAULT = CHAT.replace(
+    "{{ m.content }}",
+    "{{ m.content if m.role == 'user' else m.content.split('</think>')[-1].lstrip() }}",
+) + (
+    "{% if add_generation_prompt %}{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def test_template_that_thinks_unless_told_not_to():
+    """As Qwen3.5's, in short: it begins <think>, or an empty one where it shall not think, and
+    drops the thinking of assistant turns."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKS_BY_DEFAULT
+    with pytest.raises(ValueError, match="begins each response with <think>") as refused:
+        encoder_of(tokenizer)
+    line = re.search("write ({%.*%}) at its head", str(refused.value))[1]
+    tokenizer.chat_template = line + THINKS_BY_DEFAULT
+    encoder = encoder_of(tokenizer)
+    question = {"role": "user", "content": "How?"}
+    conversation, trained = encoder.conversation(Example([question, ASSISTANT], []))
+    assert encoder.decode(conversation.ids[trained].tolist()).endswith(ASSISTANT["content"])
+    begun = tokenizer.decode(conversation.ids[~trained])
+    assert begun.endswith("<think>\n\n</think>\n\n")
+    assert begun == tokenizer.decode(encoder.prompt(Example([question], [])).ids)
+
+
 def test_template_that_rewrites_turns_is_refused():
     tokenizer = byte_tokenizer()
     thinking = "{{ m.content.split('</think>')[-1] }}"
     tokenizer.chat_template = CHAT.replace("{{ m.content }}", thinking)
     with pytest.raises(BadRow, match="the chat template rewrites assistant turns"):
         question = {"role": "user", "content": "How?"}
-        encoder_of(tokenizer).conversation(Example([question, ASSISTANT], []))
+        encoder_of(tokenizer).conversation(Example([question, ASSISTANT] * 2, []))
     tokenizer.chat_template = CHAT.replace("<|image_pad|>", "")
     with pytest.raises(BadRow, match="the chat template does not write the images"):
         encoder_of(tokenizer).prompt(Example([USER], [picture()]))
