@@ -694,7 +694,7 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
     # data: rows of pairs, or prompts whose rollouts become pairs with their references
     from_pairs = bool(args.pairs)
     kind = "pairs" if from_pairs else "align"
-    data = read(args.pairs or args.data, kind, args.image_root, args.max_bad)
+    data = read(args.pairs or args.data, kind, args.image_root, args.max_bad, args.workers)
     make_group = group_of_pair if from_pairs else new_group
     build = partial(make_group, encoder=encoder, disc_encoder=disc_encoder, args=args)
     pairs_per_row = len(names) * (1 if from_pairs else args.group_size)
@@ -818,11 +818,11 @@ def main(args):
     rate = Schedule(args.schedule, args.steps, args.warmup)
     players = {"policy": (policy, opt), "disc": (disc, disc_opt)}
     # data
-    data = read(args.data, "align", args.image_root, args.max_bad)
+    data = read(args.data, "align", args.image_root, args.max_bad, args.workers)
     build = partial(new_group, encoder=encoder, disc_encoder=disc_encoder, args=args)
     order = data.order(args.seed)
     if args.eval_data:
-        held_out = read(args.eval_data, "eval", args.image_root, args.max_bad)
+        held_out = read(args.eval_data, "eval", args.image_root, args.max_bad, args.workers)
         warn_of_overlap(held_out, data, args)
     # resume, or warm up
     start = 0

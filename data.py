@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+import threading
 import unicodedata
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,19 +115,20 @@ class Prompt:
     example: Example
 
 
-def read(path, kind=None, image_root=None, max_bad=100) -> Data:
+def read(path, kind=None, image_root=None, max_bad=100, workers=0) -> Data:
     """Open a data file: data[i] is an Example, of kind "pairs" a PairExample.
 
     path: as for files.find_data, also of the hub.
     kind: one of KINDS; None: as each row's fields suggest. Links are followed in an `image_root`
-    that the user names, not in the file's own folder. Raises what Rows and Data raise.
+    that the user names, not in the file's own folder. workers: threads that read and build rows,
+    see Data. Raises what Rows and Data raise.
     """
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
     path = find_data(path)
     root = os.path.abspath(image_root or os.path.dirname(path) or ".")
     parse = partial(to_example, kind=kind, root=root, links=bool(image_root))
-    return Data(path, parse, max_bad)
+    return Data(path, parse, max_bad, workers)
 
 
 # ------------------------------------------------------------------------------ the response's form
@@ -511,6 +513,8 @@ class Encoder:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_side = max_side
         self.blind = blind
+        # A call of the tokenizer can change its settings: threads take turns.
+        self.lock = threading.Lock()
         self.image_id = config.image_token_id
         # The image processor's edges are areas, for all their names; older files name them so.
         limits = dict(image_processor.size)
@@ -562,9 +566,10 @@ class Encoder:
         ids = [int(i) for i in ids]
         if ids and ids[-1] in self.eos_ids:
             ids.pop()
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        with self.lock:
+            return self.tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
 
     def pixels(self, example):
         """The images as the model's forward takes them: a dict of tensors by name, {} for none.
@@ -667,9 +672,10 @@ class Encoder:
         return torch.tensor(ids), torch.tensor(trained)
 
     def _ids(self, text, split=False):
-        found = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=split, verbose=False
-        )
+        with self.lock:
+            found = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=split, verbose=False
+            )
         return found["input_ids"]
 
     def _render(self, messages):

@@ -489,10 +489,10 @@ def main(args):
     rate = Schedule(args.schedule, args.steps, algorithm.warmup)
     players = {"policy": (policy, opt)}
     # data
-    data = read(args.data, "rl", args.image_root, args.max_bad)
+    data = read(args.data, "rl", args.image_root, args.max_bad, args.workers)
     order = data.order(args.seed)
     if args.eval_data:
-        held_out = read(args.eval_data, "eval", args.image_root, args.max_bad)
+        held_out = read(args.eval_data, "eval", args.image_root, args.max_bad, args.workers)
         warn_of_overlap(held_out, data, args)
     # resume
     start = 0

@@ -126,13 +126,13 @@ def main(args):
     opt = optimizer(policy, args.lr, args.weight_decay)
     players = {"policy": (policy, opt)}
     # data
-    data = read(args.data, "sft", args.image_root, args.max_bad)
+    data = read(args.data, "sft", args.image_root, args.max_bad, args.workers)
     build = partial(encoder.conversation, max_tokens=args.max_prompt + args.max_response)
     order = data.order(args.seed)
     held_out = {}
     if args.eval_data:
         for kind in ("sft", "eval") if args.eval_rollouts else ("sft",):
-            held_out[kind] = read(args.eval_data, kind, args.image_root, args.max_bad)
+            held_out[kind] = read(args.eval_data, kind, args.image_root, args.max_bad, args.workers)
         warn_of_overlap(held_out["sft"], data, args)
     steps = args.steps or max(1, int(len(data) * args.epochs / args.batch))
     epochs = steps * args.batch / len(data)

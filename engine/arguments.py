@@ -106,6 +106,11 @@ class Common:
     image_root: str | None = option(
         None, "folder that image paths are relative to and stay in; none: the data file's"
     )
+    workers: int = option(
+        2,
+        "threads per process that read and encode the next step's rows, and as many that verify "
+        "rollouts, while the device computes; 0: the main thread does it in between",
+    )
     freeze_vision: bool = option(False, "train neither the vision tower nor its mergers")
     eval_data: str = option(
         "", "rows that are not trained on, to validate on while training; none: no validation"

@@ -2,8 +2,8 @@
 
 `ask(pred, gold)` takes two trees of engine/formula.py. A worker process (`python
 engine/math_worker.py`, JSON lines over pipes) forks a child per question, with limits on time and
-memory. That needs no signals in the caller, so any thread or notebook may ask. POSIX; the worker
-alone imports Math-Verify.
+memory. That needs no signals in the caller, so any thread or notebook may ask; threads that ask at
+the same time have a worker each. POSIX; the worker alone imports Math-Verify.
 """
 
 import contextvars
@@ -16,25 +16,27 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 
-SECONDS = 1.5  # of all the questions about one answer
+# Of all the questions about one answer: seconds of a processor, so that a verdict does not hang on
+# what else the machine does.
+SECONDS = 1.5
+PATIENCE = 4  # times as long it may take by the clock, for a busy machine or one that waits
 MEMORY = 1 << 30  # bytes of a question
 
 MAX_REMEMBERED = 1 << 14  # verdicts
 
 _left = contextvars.ContextVar("seconds left", default=SECONDS)
 _verdicts = {}  # by question
-_lock = threading.Lock()
-_process = None
+_idle = []  # workers that nobody asks just now
+# Of threads with the same question one asks, and the others find its verdict.
+_locks = [threading.Lock() for _ in range(64)]
 
 
 def _forget():
-    """A fork gets a worker and a lock of its own, not its parent's pipes."""
-    global _lock, _process
-    _lock = threading.Lock()
-    _process = None
+    """A fork gets workers and locks of its own, not its parent's pipes."""
+    _idle.clear()
+    _locks[:] = [threading.Lock() for _ in _locks]
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -54,6 +56,11 @@ def ask(pred, gold, tolerance=0):
         )
         return False
     question = json.dumps([pred, gold, str(tolerance)])
+    with _locks[hash(question) % len(_locks)]:
+        return _answer(question)
+
+
+def _answer(question):
     if question in _verdicts:
         return _verdicts[question]
     left = _left.get()
@@ -70,21 +77,20 @@ def ask(pred, gold, tolerance=0):
 
 
 def exchange(question, seconds):
-    """(verdict, None at a limit; seconds) of the worker. One that somebody ended is replaced."""
-    global _process
-    with _lock:
-        process = _process
-        _process = None  # so that after an interrupt nobody reads another question's answer
-        if process is None or process.poll() is not None:
-            process = start()
-        process.stdin.write(json.dumps([question, seconds]).encode() + b"\n")
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                "the Math-Verify worker ended: `python engine/math_worker.py` shows why"
-            )
-        _process = process
-        return json.loads(line)
+    """(verdict, None at a limit; seconds) of a worker. One that somebody ended is replaced."""
+    # It is no longer idle: after an interrupt nobody reads another question's answer from it.
+    try:
+        process = _idle.pop()
+    except IndexError:
+        process = None
+    if process is None or process.poll() is not None:
+        process = start()
+    process.stdin.write(json.dumps([question, seconds]).encode() + b"\n")
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError("the Math-Verify worker ended: `python engine/math_worker.py` shows why")
+    _idle.append(process)
+    return json.loads(line)
 
 
 def start():
@@ -102,13 +108,12 @@ def serve():
     warm_up()
     for line in sys.stdin:
         question, seconds = json.loads(line)
-        begin = time.monotonic()
         child = os.fork()
         if child == 0:
             answer_and_exit(question, seconds)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        verdict = {EQUAL: True, UNEQUAL: False}.get(code)
-        print(json.dumps([verdict, time.monotonic() - begin]), flush=True)
+        _, status, used = os.wait4(child, 0)
+        verdict = {EQUAL: True, UNEQUAL: False}.get(os.waitstatus_to_exitcode(status))
+        print(json.dumps([verdict, used.ru_utime + used.ru_stime]), flush=True)
 
 
 def warm_up():
@@ -124,7 +129,9 @@ def warm_up():
 def answer_and_exit(question, seconds):
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the child, whatever it does
+        # Their signals end the child, whatever it does.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
         equal = judge(*json.loads(question))
         os._exit(EQUAL if equal else UNEQUAL)
     finally:

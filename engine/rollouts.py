@@ -21,6 +21,7 @@ from engine.packs import Tree
 from engine.ranks import gather, print0, rank, world
 from engine.rows import open_image
 from engine.sampler import Rollout, all_rows, generate
+from engine.workers import Workers
 
 
 @dataclass
@@ -57,11 +58,20 @@ def sample_groups(hf, encoder, groups, verify, args, seed):
     """Sample args.group_size rollouts of each group's prompt from the transformers model `hf`, and
     fill in their texts and verdicts. All ranks call it with the same groups.
 
-    verify(text, example) -> {name: number}. seed: ints that name this call (the run's seed, the
-    step, the draw): the same rollouts come out on any number of ranks.
+    verify(text, example) -> {name: number}; with args.workers threads it is called for rollouts
+    that have ended while others are still sampled. seed: ints that name this call (the run's seed,
+    the step, the draw): the same rollouts come out on any number of ranks.
     """
     rows = all_rows(groups, args.group_size)  # (group, k)
     mine = rows[rank() :: world()]
+    workers = Workers(args.workers)
+    jobs = {}  # number of a row -> the Job that reads and verifies its rollout
+
+    def begin(row, rollout):
+        g, _ = mine[row]
+        example = groups[g].prompt.example
+        jobs[row] = workers.begin(read_and_verify, rollout, example, encoder, verify)
+
     rollouts = generate(
         hf,
         [group.prompt for group in groups],
@@ -73,11 +83,12 @@ def sample_groups(hf, encoder, groups, verify, args, seed):
         seeds=[(*seed, number) for number in range(len(groups))],
         slots=args.slots,
         pack_tokens=args.pack_tokens,
+        on_end=begin,
     )
     found = []
-    for (g, k), rollout in zip(mine, rollouts, strict=True):
-        text = encoder.decode(rollout.ids)
-        found.append((g, k, rollout, text, verify(text, groups[g].prompt.example)))
+    for row, (g, k) in enumerate(mine):
+        text, verdict = jobs[row].result()
+        found.append((g, k, rollouts[row], text, verdict))
     everywhere = sorted((row for part in gather(found) for row in part), key=lambda row: row[:2])
     for g, group in enumerate(groups):
         of_group = everywhere[g * args.group_size : (g + 1) * args.group_size]
@@ -86,6 +97,12 @@ def sample_groups(hf, encoder, groups, verify, args, seed):
         verdicts = [verdict for _, _, _, _, verdict in of_group]
         for name in verdicts[0]:
             group.verdicts[name] = torch.tensor([verdict[name] for verdict in verdicts])
+
+
+def read_and_verify(rollout, example, encoder, verify):
+    """(text, verdict) of a rollout."""
+    text = encoder.decode(rollout.ids)
+    return text, verify(text, example)
 
 
 def sampler_logps(pack, groups):

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from array import array
 from collections import Counter
 from functools import cached_property
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from engine.progress import progress
 from engine.ranks import gather
+from engine.workers import Workers
 
 CHUNK = 1 << 20  # bytes of a JSON array that are read at a time
 MAX_ROW = 1 << 28  # bytes of the longest row in a JSON array
@@ -66,6 +68,7 @@ class Rows:
         self.ends = array("q")
         self.table = None  # of parquet: the unpacked file
         self.batch_ends = []  # of parquet: rows up to the end of each of the table's batches
+        self.lock = threading.Lock()  # Arrow promises no reader that threads may share
         if not os.path.isfile(path):
             what = "a folder" if os.path.isdir(path) else "no such file"
             raise FileNotFoundError(f"{path}: {what} (one JSON, JSONL or parquet file is expected)")
@@ -177,7 +180,8 @@ class Rows:
             raise IndexError(i)
         if self.table is not None:
             number = bisect.bisect_right(self.batch_ends, i)
-            batch = self.table.get_batch(number)
+            with self.lock:
+                batch = self.table.get_batch(number)
             first = self.batch_ends[number] - batch.num_rows
             return batch.slice(i - first, 1).to_pylist()[0]
         with open(self.path, "rb") as file:
@@ -292,6 +296,12 @@ class Order:
         self.taken += k
         return pairs
 
+    def peek(self, k):
+        """What `take(k)` will give; nothing is taken."""
+        pairs = self.take(k)
+        self.taken -= k
+        return pairs
+
     def state(self):
         return {
             "n": self.n,
@@ -325,15 +335,22 @@ class Data:
 
     `fetch`, `draw` and `share` leave bad rows out, keep them in `bad` and print the first five;
     they raise ValueError once more than `max_bad` rows are bad, or all.
+
+    With `workers` threads the rows of a call are read and built side by side, and `draw` and
+    `share` have the next call's begun before they return. Only when: which rows come in which
+    order, and what is found bad at which call, is the same with any number of threads. What is
+    built ahead counts for nothing until it is drawn.
     """
 
-    def __init__(self, path, parse, max_bad=100):
+    def __init__(self, path, parse, max_bad=100, workers=0):
         """`parse(row, where, index)` makes an example of a row, or raises BadRow."""
         self.rows = Rows(path)
         self.path = str(path)
         self.parse = parse
         self.max_bad = max_bad
         self.bad = {}  # index -> reason
+        self.workers = Workers(workers)
+        self.ahead = {}  # (index, build) -> the Job that builds a row of the next call
 
     def __len__(self):
         return len(self.rows)
@@ -364,18 +381,35 @@ class Data:
 
     def fetch(self, indices, build=_unchanged):
         """[build(self[i])] of the good rows i. `build`, as Encoder.prompt, may raise BadRow too."""
+        jobs = [self._begin(i, build) for i in indices]
         built = []
-        for i in progress(indices, "encoding"):
+        for i, job in zip(progress(indices, "encoding"), jobs, strict=True):
             if i in self.bad:
                 continue
             try:
-                built.append(build(self[i]))
+                built.append(job.result())
             except BadRow as error:
                 self.bad[i] = error.what
                 if len(self.bad) <= 5:
                     tqdm.write(f"left out: {error}", file=sys.stderr)  # above any bar
                 self._limit(f". The last: {error}")
         return built
+
+    def _begin(self, i, build):
+        """The Job that builds row i: the one that was begun ahead, or a new one."""
+        return self.ahead.pop((i, build), None) or self.workers.begin(self._build, i, build)
+
+    def _build(self, i, build):
+        return build(self[i])
+
+    def _begin_ahead(self, indices, build):
+        """Have the rows built that the next call will most likely ask for. Of an earlier call's
+        none is kept: no more than one call's rows are in memory ahead of their time."""
+        self.ahead = {}
+        if self.workers.number:
+            for i in indices:
+                if i not in self.bad:
+                    self.ahead[i, build] = self.workers.begin(self._build, i, build)
 
     def _limit(self, last=""):
         if len(self.bad) > self.max_bad or len(self.bad) == len(self):
@@ -390,6 +424,7 @@ class Data:
         while len(built) < k:
             indices = [i for _, i in order.take(k - len(built))]
             built += self.fetch(indices, build)
+        self._begin_ahead([i for _, i in order.peek(k)], build)
         return built
 
     def share(self, order, k, build, ranks):
@@ -407,4 +442,6 @@ class Data:
                 self.bad.update(bad)
             self._limit()
             good += sum(i not in self.bad for i in indices)
+        indices = [i for _, i in order.peek(k)]
+        self._begin_ahead(indices[ranks.rank :: ranks.world], build)
         return mine

@@ -76,6 +76,7 @@ def generate(
     pack_tokens=16384,
     look_every=None,
     share_prompts=None,
+    on_end=None,
 ):
     """Sample one rollout for each of `rows` and return them as a list, in the order of `rows`.
 
@@ -92,6 +93,7 @@ def generate(
         CPU and 16 on CUDA, where a look waits for the device.
     share_prompts: whether a prompt's keys and values are kept once for all of its rows. The default
         is by the prompts' length (SHARE_FROM), where a prompt has several rows.
+    on_end: called with each rollout as soon as it has ended, on_end(number in `rows`, rollout).
     """
     if not rows:
         return []
@@ -116,6 +118,8 @@ def generate(
             for slot in ended:
                 row, rollout = decoder.take(slot)
                 rollouts[row] = rollout
+                if on_end is not None:
+                    on_end(row, rollout)
             bar.update(len(ended), tokens)
             if not queue.waiting:
                 decoder.shrink()

@@ -159,12 +159,14 @@ def flat(value, name=""):
 
 
 def free_ports(n):
-    """Below the range that outgoing connections take theirs from: what is free now stays free."""
+    """Below the range that outgoing connections take theirs from: what is free now stays free. Not
+    by the seed that a stage has set: two suites on one machine would draw the same."""
+    draw = random.SystemRandom().randrange
     ports = []
     while len(ports) < n:
         with (
             contextlib.suppress(OSError),
-            socket.create_server(("127.0.0.1", port := random.randrange(10_000, 30_000))),
+            socket.create_server(("127.0.0.1", port := draw(10_000, 30_000))),
         ):
             ports += [str(port)] if str(port) not in ports else []
     return ports

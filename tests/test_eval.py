@@ -240,12 +240,18 @@ def test_what_the_sampler_is_told(monkeypatch, by):
     told = {}
 
     def generate(hf, prompts, rows, max_tokens, **options):
+        on_end = options.pop("on_end", None)
         told.update(options, max_tokens=max_tokens)
-        return [Rollout([5], [0.0], "length") for _ in rows]
+        found = [Rollout([5], [0.0], "length") for _ in rows]
+        if on_end:
+            for row, rollout in enumerate(found):
+                on_end(row, rollout)
+        return found
 
     encoder = SimpleNamespace(eos_ids=(1, 7), banned=(3, 4), decode=str)
     args = SimpleNamespace(seed=6, group_size=2, temperature=0.7, max_response=9, slots=3)
     args.pack_tokens = 50
+    args.workers = 0
     prompts = [SimpleNamespace(example=Example([], [], row=row)) for row in (4, 2)]
     if by == "evaluation":
         monkeypatch.setattr(evaluation, "generate", generate)

@@ -33,6 +33,7 @@ import rlvr
 import sft
 from engine import checkpoint, files, optimiser
 from engine.log import Log
+from engine.math_worker import PATIENCE, SECONDS
 from engine.ranks import SAVED_AND_STOPPED
 from tools.init import init
 
@@ -813,9 +814,9 @@ def text(row, side):
     return "".join(piece * count for piece, count in row[side + "_gen"])
 
 def peak_of_the_worker():
-    if not math_worker._process:
+    if not math_worker._idle:
         return 0
-    status = open(f"/proc/{{math_worker._process.pid}}/status").read()
+    status = open(f"/proc/{{math_worker._idle[-1].pid}}/status").read()
     return int(status.split("VmHWM:")[1].split()[0])
 
 def ask():
@@ -857,5 +858,5 @@ def test_the_verifier_is_bounded_outside_the_main_thread_too(shared, tmp_path):
     print(f"{n} hostile cases in a thread: slowest {slowest:.2f} s, ", end="")
     print(f"{own:.2f} GiB here, {worker:.2f} GiB in the worker")
     assert n > 100 and wrong == []
-    assert slowest < 2 and own < 1 and 0 < worker < 1
+    assert slowest < 1 + PATIENCE * SECONDS and own < 1 and 0 < worker < 1
     assert files == [] and not Path("/tmp/pwned").exists()  # no code has run
