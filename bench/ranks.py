@@ -119,7 +119,7 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func.name().split("::")
-        is_collective = namespace in COLLECTIVES and not name.startswith(("wait", "wrap"))
+        is_collective = namespace in COLLECTIVES and not name.startswith(("wait", "_wrap"))
         if is_collective:
             # Those of c10d take a tensor for the result first, where it is another one.
             place = 1 if namespace == "c10d" and "allreduce" not in name else 0
