@@ -429,9 +429,9 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(with_bytes), path)
 
 
-def number_of_rows(name: str, scale: float, quick: bool) -> int:
+def number_of_rows(name: str, scale: float, quick: bool, tests: int) -> int:
     """Rows of the file `name` in a world of this size, one at least."""
-    rows = FILES[name].rows
+    rows = tests if name.startswith("test") else FILES[name].rows
     if quick:
         rows = max(40, rows // 20)
     return max(1, round(scale * rows))
@@ -444,6 +444,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="folder for the files")
     parser.add_argument("--world", choices=WORLDS, default="tiny")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tests", type=int, default=500, help="rows of each test")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of rows")
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test's sizes: 1/20 of the rows, at least 40"
@@ -457,7 +458,7 @@ def main() -> None:
     files = {}  # name -> rows
     owned = set()  # scenes of all files so far
     for name in FILES:
-        number = number_of_rows(name, args.scale, args.quick)
+        number = number_of_rows(name, args.scale, args.quick, args.tests)
         rows = make(args.out, name, number, args.seed, world)
         files[name] = rows
         write(args.out / f"{name}.jsonl", rows)
