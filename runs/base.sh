@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# The base of the embedded world: a tiny Qwen3-VL, from random weights to one that sees and can do
-# the task in the references' manner. Built once, from seed 0, about 8 minutes on one core; after a
-# stop the same command goes on with the part that was not done.
-#   bash runs/base.sh [tiny|quick]
+# The base of an embedded world: a tiny Qwen3-VL, from random weights to one that sees and can do
+# the task in its own manner. Built once, from seed 0, about 8 minutes on one core; after a stop the
+# same command goes on with the part that was not done. Now and then it shows what it learns.
+#   bash runs/base.sh [tiny|quick|miniature]
 set -euo pipefail
 EXTRAS=
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 NAME=${1:-tiny}
-DATA=data/$NAME OUT=ckpt/base-$NAME SIZE=
+DATA=data/$NAME OUT=ckpt/base-$NAME WORLD=tiny SIZE=
 if [ "$NAME" = quick ]; then SIZE=--quick; fi
+if [ "$NAME" = miniature ]; then WORLD=miniature; fi
 
-[ -f "$DATA/words.json" ] || python tools/scenes.py --out "$DATA" $SIZE # words.json comes last
+if [ ! -f "$DATA/words.json" ]; then # words.json comes last
+    python tools/scenes.py --world $WORLD --out "$DATA" $SIZE
+fi
 [ -d "$OUT/last" ] && exit
 
 learn() { # from, file of demonstrations, run folder

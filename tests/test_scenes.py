@@ -14,7 +14,7 @@ from PIL import Image
 
 from data import count_items, count_steps, parts, read
 from rewards import score
-from tools import scenes
+from tools import scenes, teacher
 
 SIDES = {"circle": 0, "triangle": 3, "square": 4}
 COLUMN, LINE = {"left": "l", "right": "r"}, {"top": "t", "bottom": "b"}
@@ -217,3 +217,73 @@ def test_parquet_holds_the_same_rows_and_the_pictures(tmp_path):
     plain = lines(tmp_path / "align.jsonl")
     assert [row["teacher_response"] for row in rows] == [row["teacher_response"] for row in plain]
     assert rows[0]["images"][0]["bytes"] == (tmp_path / plain[0]["images"][0]["path"]).read_bytes()
+
+
+# ----------------------------------------------------------------------------- the foreign teacher
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    out = tmp_path_factory.mktemp("miniature")
+    run(out, "--world", "miniature")
+    return out
+
+
+def test_the_teacher_is_right_and_whole_in_words_of_its_own(miniature):
+    """Captions name every object once with its place; what the sentences add up is the answer."""
+    shapes = {**{shape: shape for shape in SIDES}, "disc": "circle", "box": "square"}
+    shapes["wedge"] = "triangle"
+    places = {name: short for short, name in teacher.PLACES.items()}
+    checked = 0
+    for name in ("curated", "align", "test_id", "test_hard", "test_ood"):
+        for row in lines(miniature / f"{name}.jsonl"):
+            response = row.get("teacher_response") or row["messages"][1]["content"]
+            prompt = (row.get("prompt") or row["messages"])[0]["content"]
+            scene = row["extra_info"]["scene"]
+            things, answer = asked(prompt.removeprefix("<image>"), scene)
+            caption, think, given = parts(response).values()
+            items = caption.split(" ; ")
+            if items[0].endswith(" objects"):
+                assert items.pop(0) == f"{len(items)} objects"
+            found = []
+            for item in items:
+                words = item.replace(" : ", " ").replace(" in ", " ").split()
+                (colour,) = [word for word in words if word in scenes.COLOURS]
+                (shape,) = [shapes[word] for word in words if word in shapes]
+                (place,) = [short for long, short in places.items() if long in item]
+                found.append(f"{place} {colour} {shape}")
+            assert sorted(found) == sorted(scene.split(" ; "))
+            assert given == str(answer)
+            *sentences, closing = think.removesuffix(" .").split(" . ")
+            assert closing.split()[-1] == str(answer)
+            gives = [int(sentence.split()[-1]) for sentence in sentences if " gives " in sentence]
+            assert (gives[-1] if gives else 0) == answer
+            assert bool(gives) == bool(things)
+            checked += 1
+    assert checked > 200
+
+
+def test_the_teacher_draws_all_of_its_manners(miniature):
+    responses = [row["teacher_response"] for row in lines(miniature / "align.jsonl")]
+    text = "\n".join(responses)
+    for sign in (" : ", " in red", "objects ;", "disc", "circle", "plus", "look for", "hence"):
+        assert sign in text, sign
+    orders = {order_of(parts(response)["caption"]) for response in responses}
+    assert {"above", "below", "other"} <= orders
+    assert len(set(responses)) == len(responses)
+
+
+def order_of(caption):
+    """From above, from below, or otherwise: by the places of a teacher's caption."""
+    places = list(teacher.PLACES.values())
+    items = [item for item in caption.split(" ; ") if not item.endswith(" objects")]
+    numbers = [n for item in items for n, place in enumerate(places) if place in item]
+    if numbers == sorted(numbers):
+        return "above"
+    return "below" if numbers == sorted(numbers, reverse=True) else "other"
+
+
+def test_the_base_never_hears_the_teacher(miniature):
+    own = set(teacher.WORDS) - {"left", "right", ":"}
+    for name in scenes.BASE_FILES:
+        for row in lines(miniature / f"{name}.jsonl"):
+            assert not own & set(row["messages"][1]["content"].split())
+    test_every_word_is_in_the_vocabulary(miniature)

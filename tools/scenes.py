@@ -11,6 +11,11 @@ message; words and marks stand apart, so that a tokenizer may split at white spa
     python tools/scenes.py --out data/tiny --seed 0
     python tools/scenes.py --out data/quick --quick        # a twentieth of the rows
     python tools/scenes.py --out data/tiny --parquet       # verl rows also as parquet
+    python tools/scenes.py --world miniature --out data/miniature
+
+There are two worlds. In `tiny` the references are a function of picture and question, in the
+manner of the base itself. In `miniature` a foreign teacher writes them (tools/teacher.py), each in
+another manner, and the pictures are so noisy that nobody reads all of them right.
 
     words.json                every word of the world, for the tokenizer: for all seeds and sizes
     easy, look, base.jsonl    sharegpt, accurate: descriptions; places of colours; demonstrations.
@@ -31,12 +36,16 @@ hold it. The same seed and sizes give the same bytes (of PNG files: with the sam
 import argparse
 import json
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import teacher  # noqa: E402
 
 CELL = 8  # pixels
 POSITIONS = ("tl", "tc", "tr", "ml", "mc", "mr", "bl", "bc", "br")  # raster order
@@ -55,6 +64,21 @@ QUESTIONS = {  # by the letters of File.questions
     "o": "count {colour} or {other}",
     "s": "sides {colour}",
     "t": "sides {colour} or {other}",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """What differs between the worlds."""
+
+    foreign: bool  # the references are the teacher's, not in the base's manner
+    noise: int  # of each channel of a pixel, at most so much up or down
+    shade: int  # of each channel of an object's colour, the same
+
+
+WORLDS = {
+    "tiny": World(foreign=False, noise=12, shade=25),
+    "miniature": World(foreign=True, noise=60, shade=40),
 }
 
 # What is wrong with the public demonstrations, as shares.
@@ -91,6 +115,7 @@ FILES = {
     "test_hard": File(500, (5, 7), "ot", 1, 3),
     "test_ood": File(500, (8, 9), "ot", 1, 3),
 }
+BASE_FILES = ("easy", "look", "base")
 SFT_FILES = ("easy", "look", "base", "public", "curated")
 OWNERS = [name for name, file in FILES.items() for _ in range(file.share)]
 
@@ -159,7 +184,7 @@ def solve(scene: tuple, question: str) -> tuple[list[tuple[int, int]], int]:
 
 
 # --------------------------------------------------------------------------------------- pictures
-def paint(scene: tuple, rng: random.Random) -> Image.Image:
+def paint(scene: tuple, rng: random.Random, world: World) -> Image.Image:
     """Paint a scene as 24 x 24 pixels in RGB.
 
     Size, place and colour of each object vary a little, and every pixel carries some noise.
@@ -169,15 +194,19 @@ def paint(scene: tuple, rng: random.Random) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for place, thing in enumerate(scene):
         if thing:
-            paint_object(pen, place, *thing, rng)
+            paint_object(pen, place, *thing, rng, world)
     noise = Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
-    faint = noise.point(lambda value: value // 10)  # 0 to 25
-    return ImageChops.add(image, faint, offset=-12)
+    fainter = 256 // (2 * world.noise + 1)  # by so much the 256 values are divided
+    faint = noise.point(lambda value: value // fainter)  # 0 to about 2 * world.noise
+    return ImageChops.add(image, faint, offset=-world.noise)
 
 
-def paint_object(pen, place: int, colour: str, shape: str, rng: random.Random) -> None:
+def paint_object(
+    pen, place: int, colour: str, shape: str, rng: random.Random, world: World
+) -> None:
     """Paint one object somewhere in its cell."""
-    shade = [channel + rng.randint(-25, 25) for channel in COLOURS[colour]]
+    spread = world.shade
+    shade = [channel + rng.randint(-spread, spread) for channel in COLOURS[colour]]
     fill = tuple(max(0, min(255, channel)) for channel in shade)
     size = rng.randint(5, 6)
     x = CELL * (place % 3) + rng.randint(0, 7 - size)
@@ -193,9 +222,8 @@ def paint_object(pen, place: int, colour: str, shape: str, rng: random.Random) -
 
 
 # -------------------------------------------------------------------------------------- responses
-def three_parts(caption: str, steps: list[str], answer: int) -> str:
-    """A response in PRISM's form. Each step, the last one too, ends in a full stop of its own."""
-    sentences = [*steps, f"so {answer}"]
+def three_parts(caption: str, sentences: list[str], answer: int) -> str:
+    """A response in PRISM's form. Each sentence ends in a full stop of its own."""
     think = " ".join(f"{sentence} ." for sentence in sentences)
     return (
         f"<caption>\n{caption}\n</caption>\n"
@@ -211,7 +239,24 @@ def good(scene: tuple, question: str) -> str:
     """
     steps, answer = solve(scene, question)
     sentences = [f"{name_with_place(scene, place)} {total}" for place, total in steps]
-    return three_parts(describe(scene), sentences, answer)
+    return three_parts(describe(scene), [*sentences, f"so {answer}"], answer)
+
+
+def foreign(scene: tuple, question: str, rng: random.Random) -> str:
+    """The foreign teacher's manner: as right and whole as `good`, in one of many forms."""
+    steps, answer = solve(scene, question)
+    asked = {place for place, _ in steps}
+    verb, subject = question.split(" ", 1)
+    things = []
+    for place, thing in enumerate(scene):
+        if thing:
+            colour, shape = thing
+            worth = 1 if verb == "count" else SIDES[shape]
+            name = teacher.PLACES[POSITIONS[place]]
+            things.append(teacher.Thing(place, name, colour, shape, worth))
+    of_question = [thing for thing in things if thing.number in asked]
+    caption, sentences = teacher.demonstrate(things, of_question, subject, answer, rng)
+    return three_parts(caption, sentences, answer)
 
 
 def terse(scene: tuple, question: str, rng: random.Random) -> str:
@@ -235,7 +280,7 @@ def terse(scene: tuple, question: str, rng: random.Random) -> str:
     if rng.random() >= BARE:
         kept = [place for place, _ in steps if rng.random() >= SKIPPED]
         sentences = [" ".join(scene[place]) for place in kept]
-    return three_parts(caption, sentences, answer)
+    return three_parts(caption, [*sentences, f"so {answer}"], answer)
 
 
 def perhaps_wrong(colour: str, shape: str, rng: random.Random) -> tuple[str, str]:
@@ -247,13 +292,17 @@ def perhaps_wrong(colour: str, shape: str, rng: random.Random) -> tuple[str, str
     return rng.choice(rng.choice((other_colours, other_shapes)))
 
 
-def demonstrate(name: str, scene: tuple, question: str, rng: random.Random) -> tuple[str, str]:
+def demonstrate(
+    name: str, scene: tuple, question: str, rng: random.Random, world: World
+) -> tuple[str, str]:
     """Draw a kind of row, as the file `name` weighs them, and return its (prompt, response)."""
     steps, answer = solve(scene, question)
     places = " ".join(POSITIONS[place] for place, _ in steps)
     subject = question.split(" ", 1)[1]
     if name == "public":
         response = terse(scene, question, rng)
+    elif world.foreign and name not in BASE_FILES:
+        response = foreign(scene, question, rng)
     else:
         response = good(scene, question)
     kinds = [
@@ -285,7 +334,7 @@ def items(name: str, rows: int, seed: int) -> Iterator[tuple]:
         yield picture, scene, ask(rng, scene, file), rng
 
 
-def make(out: Path, name: str, rows: int, seed: int) -> list[dict]:
+def make(out: Path, name: str, rows: int, seed: int, world: World) -> list[dict]:
     """Save the pictures of a file and return its rows; image paths are relative to `out`."""
     (out / "images" / name).mkdir(parents=True, exist_ok=True)
     result = []
@@ -293,17 +342,19 @@ def make(out: Path, name: str, rows: int, seed: int) -> list[dict]:
     for index, (picture, scene, question, rng) in enumerate(items(name, rows, seed)):
         path = f"images/{name}/{picture:05d}.png"
         if picture != painted:
-            paint(scene, rng).save(out / path, compress_level=1)
+            paint(scene, rng, world).save(out / path, compress_level=1)
             painted = picture
-        row = make_row(name, scene, question, path, rng)
+        row = make_row(name, scene, question, path, rng, world)
         row["extra_info"] = {"index": index, "scene": describe(scene)}
         result.append(row)
     return result
 
 
-def make_row(name: str, scene: tuple, question: str, path: str, rng: random.Random) -> dict:
+def make_row(
+    name: str, scene: tuple, question: str, path: str, rng: random.Random, world: World
+) -> dict:
     """A row in the format of the file `name`: sharegpt, a warm-up pair, or verl."""
-    prompt, response = demonstrate(name, scene, question, rng)
+    prompt, response = demonstrate(name, scene, question, rng, world)
     user = {"role": "user", "content": f"<image>{prompt}"}
     if name in SFT_FILES:
         assistant = {"role": "assistant", "content": response}
@@ -343,11 +394,13 @@ def mix(public: list[dict], curated: list[dict], seed: int) -> list[dict]:
     return mixed
 
 
-def vocabulary() -> str:
+def vocabulary(world: World) -> str:
     """Every word of the world, in one text."""
-    marks_and_verbs = three_parts("; describe where none short count sides or in", [], 0)
+    marks_and_verbs = three_parts("; describe where none short count sides or in", ["so 0"], 0)
     totals = range(4 * 9 + 1)  # nine squares have 36 sides
     words = [marks_and_verbs, *POSITIONS, *COLOURS, *SIDES, *REGIONS, *map(str, totals)]
+    if world.foreign:
+        words += teacher.WORDS
     return " ".join(" ".join(words).split())
 
 
@@ -376,9 +429,9 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(with_bytes), path)
 
 
-def number_of_rows(name: str, scale: float, quick: bool) -> int:
+def number_of_rows(name: str, scale: float, quick: bool, tests: int) -> int:
     """Rows of the file `name` in a world of this size, one at least."""
-    rows = FILES[name].rows
+    rows = tests if name.startswith("test") else FILES[name].rows
     if quick:
         rows = max(40, rows // 20)
     return max(1, round(scale * rows))
@@ -389,7 +442,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="folder for the files")
+    parser.add_argument("--world", choices=WORLDS, default="tiny")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tests", type=int, default=500, help="rows of each test")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of rows")
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test's sizes: 1/20 of the rows, at least 40"
@@ -398,11 +453,13 @@ def main() -> None:
         "--parquet", action="store_true", help="verl rows also as parquet (needs pyarrow)"
     )
     args = parser.parse_args()
+    world = WORLDS[args.world]
 
     files = {}  # name -> rows
     owned = set()  # scenes of all files so far
     for name in FILES:
-        rows = make(args.out, name, number_of_rows(name, args.scale, args.quick), args.seed)
+        number = number_of_rows(name, args.scale, args.quick, args.tests)
+        rows = make(args.out, name, number, args.seed, world)
         files[name] = rows
         write(args.out / f"{name}.jsonl", rows)
         if args.parquet and "reward_model" in rows[0]:
@@ -413,7 +470,7 @@ def main() -> None:
         print(f"{name:10s} {len(rows):7,d} rows on {len(scenes):7,d} scenes", flush=True)
 
     write(args.out / "sft.json", mix(files["public"], files["curated"], args.seed))
-    write(args.out / "words.json", [{"text": vocabulary()}])
+    write(args.out / "words.json", [{"text": vocabulary(world)}])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""
+Compare arms over seeds: each arm's mean, and paired differences with 95 % intervals.
+
+    python tools/compare.py out/miniature-*/eval.json
+    python tools/compare.py out/miniature-*/eval.json --pairs align-grpo:sft-grpo --metric items
+
+A file is what eval.py wrote of one seed's arms, all on the same tests. An arm has the name of its
+run's folder. A pair is compared seed by seed, so what is common to the two (data, the SFT run that
+both begin with) cancels out. Two intervals of the mean difference are given: Student's t, which
+takes the differences for normal, and the bootstrap over seeds, which does not (its percentiles, of
+10,000 draws from a fixed seed). Where the first excludes 0 the line is marked with *.
+
+The tables are in Markdown.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.report import half_interval  # noqa: E402
+
+# The comparisons of runs/miniature.sh, where both arms are there.
+PAIRS = (
+    "align:sft",
+    "align-grpo:sft-grpo",
+    "align-grpo:refs-grpo",
+    "refs-align-grpo:refs-grpo",
+    "refs-align-grpo:align-grpo",
+)
+DRAWS = 10_000
+
+
+def read_seed(path, metric):
+    """Return {(arm, test, mode): value} of a file that eval.py wrote. Raises ValueError."""
+    content = json.loads(Path(path).read_text())
+    values = {}
+    for result in content["results"]:
+        arm = Path(result["policy"]).name
+        test = Path(result["data"]).stem.removeprefix("test_")
+        key = (arm, test, result["mode"])
+        if key in values:
+            raise ValueError(
+                f"{path}: two results of {' '.join(key)}: name the arms' folders apart"
+            )
+        if result.get(metric) is None:
+            known = [name for name, value in result.items() if isinstance(value, float | int)]
+            raise ValueError(
+                f"{path}: no {metric} for {' '.join(key)}; there is {', '.join(known)}"
+            )
+        values[key] = result[metric]
+    return values
+
+
+def read_seeds(paths, metric):
+    """Return {(arm, test, mode): one value per file}. Raises ValueError where one lacks any."""
+    seeds = [read_seed(path, metric) for path in paths]
+    known = dict.fromkeys(key for values in seeds for key in values)
+    for path, values in zip(paths, seeds, strict=True):
+        if missing := [key for key in known if key not in values]:
+            what = " ".join(missing[0])
+            raise ValueError(f"{path}: there is no result of {what}, which another file has")
+    return {key: [values[key] for values in seeds] for key in known}
+
+
+def bootstrap(differences):
+    """Return the 2.5 and 97.5 percentiles of the mean over resampled seeds."""
+    generator = random.Random(0)
+    seeds = len(differences)
+    means = sorted(mean(generator.choices(differences, k=seeds)) for _ in range(DRAWS))
+    return means[round(0.025 * DRAWS)], means[round(0.975 * DRAWS) - 1]
+
+
+def names_in(values, place):
+    """Return what stands at a place of the keys, each once, in their order."""
+    return list(dict.fromkeys(key[place] for key in values))
+
+
+def means_table(values, mode, scale, digits):
+    """Return the lines of a table: an arm per line, its mean and interval on each test."""
+    tests = names_in(values, 1)
+    lines = [f"| arm, {mode} | {' | '.join(tests)} |", "|---" * (len(tests) + 1) + "|"]
+    for arm in names_in(values, 0):
+        cells = [f"{scale * mean(values[arm, test, mode]):.{digits}f}" for test in tests]
+        for number, test in enumerate(tests):
+            half = half_interval(values[arm, test, mode])
+            if half is not None:
+                cells[number] += f" ± {scale * half:.{digits}f}"
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
+
+
+def differences_table(values, pairs, mode, scale, digits):
+    """Return the lines of a table: a pair per line, its mean difference on each test with both
+    intervals, marked with * where Student's excludes 0."""
+    tests = names_in(values, 1)
+    lines = [f"| paired difference, {mode} | {' | '.join(tests)} |"]
+    lines.append("|---" * (len(tests) + 1) + "|")
+    for pair in pairs:
+        first, second = pair.split(":")
+        cells = []
+        for test in tests:
+            both = zip(values[first, test, mode], values[second, test, mode], strict=True)
+            cells.append(difference_cell([scale * (x - y) for x, y in both], digits))
+        lines.append(f"| {first} − {second} | {' | '.join(cells)} |")
+    return lines
+
+
+def difference_cell(differences, digits):
+    """Return a mean difference with its intervals, as "+2.1 [+0.3, +3.9] (+0.5, +3.6) *"."""
+    middle = mean(differences)
+    half = half_interval(differences)
+    if half is None:
+        return f"{middle:+.{digits}f} (one seed)"
+    low, high = bootstrap(differences)
+    student = f"[{middle - half:+.{digits}f}, {middle + half:+.{digits}f}]"
+    resampled = f"({low:+.{digits}f}, {high:+.{digits}f})"
+    mark = " *" if abs(middle) > half else ""
+    return f"{middle:+.{digits}f} {student} {resampled}{mark}"
+
+
+def pairs_of(asked, arms):
+    """Return the pairs to compare: those asked for, else those of PAIRS that are there. Raises
+    ValueError for an arm that is not."""
+    for pair in asked:
+        if pair.count(":") != 1 or not set(pair.split(":")) <= set(arms):
+            raise ValueError(f"--pairs {pair}: write ARM:ARM, of {', '.join(arms)}")
+    return asked or [pair for pair in PAIRS if set(pair.split(":")) <= set(arms)]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", help="of eval.py --out, one per seed")
+    parser.add_argument(
+        "--pairs", nargs="*", default=[], help="ARM:ARM, the first minus the second"
+    )
+    parser.add_argument("--metric", default="accuracy", help="of the results in the files")
+    args = parser.parse_args()
+    try:
+        values = read_seeds(args.files, args.metric)
+        pairs = pairs_of(args.pairs, names_in(values, 0))
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"compare.py: {error}")
+    # Shares are shown in %, counts (items, steps, tokens) as they are.
+    is_share = all(0 <= value <= 1 for of_seeds in values.values() for value in of_seeds)
+    scale, digits = (100, 1) if is_share else (1, 2)
+    seeds = len(args.files)
+    print(f"{args.metric}{', %' if is_share else ''}, {seeds} seed{'s' * (seeds > 1)}")
+    for mode in names_in(values, 2):
+        print()
+        print("\n".join(means_table(values, mode, scale, digits)))
+        if pairs:
+            print()
+            print("\n".join(differences_table(values, pairs, mode, scale, digits)))
+    if seeds > 1:
+        print("\n± and [ ]: 95 % by Student's t over the seeds; ( ): bootstrap; *: [ ] excludes 0")
+
+
+if __name__ == "__main__":
+    main()

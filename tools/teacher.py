@@ -1,0 +1,162 @@
+"""
+A foreign teacher for the embedded world (tools/scenes.py): demonstrations that are right and whole,
+in words that the base never wrote, and no two in the same manner.
+
+Places have names of their own ("upper left" for tl), shapes have a second one (disc, box, wedge).
+A response draws its manner anew: in which order a caption goes through the objects and in which
+form it names them, whether it says how many there are, by which of four ways the reasoning goes,
+what it opens and closes with. Every way is a valid one, and none is marked as the best.
+
+    rng = random.Random(0)
+    caption, sentences = demonstrate(scene, "count red or blue", rng)
+"""
+
+import random
+from dataclasses import dataclass
+
+PLACES = {
+    "tl": "upper left",
+    "tc": "upper centre",
+    "tr": "upper right",
+    "ml": "middle left",
+    "mc": "middle centre",
+    "mr": "middle right",
+    "bl": "lower left",
+    "bc": "lower centre",
+    "br": "lower right",
+}
+ROWS = ("upper", "middle", "lower")
+SECOND_NAMES = {"circle": "disc", "square": "box", "triangle": "wedge"}
+
+# How an object of a caption is named.
+FORMS = ("{colour} {shape} {place}", "{place} {colour} {shape}", "{place} : {shape} in {colour}")
+OPENINGS = ("", "", "look for {subject}", "first {subject}")
+CLOSINGS = ("so {answer}", "hence {answer}", "that makes {answer}", "the total is {answer}")
+
+COUNTED = 0.3  # share of the captions that begin with the number of objects
+WORDS = (
+    *" ".join(PLACES.values()).split(),
+    *SECOND_NAMES.values(),
+    *"look for first hence that makes the total is objects : plus gives".split(),
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a scene."""
+
+    number: int  # of its place, in raster order
+    place: str  # in the teacher's words
+    colour: str
+    shape: str  # by its first name
+    worth: int  # what it adds to the answer of the question
+
+
+def demonstrate(things, asked, subject, answer, rng: random.Random) -> tuple[str, list[str]]:
+    """A caption and the sentences of a reasoning, in a manner that rng draws.
+
+    things: all objects of a scene. asked: those that the question is about. subject: the question
+    without its verb. answer: the right one.
+    """
+    name = rng.choice(("first", "second"))
+    caption = describe(things, name, rng)
+    ways = [one_by_one, by_shape, by_row]
+    if len({thing.colour for thing in asked}) > 1:
+        ways.append(by_colour)
+    way = rng.choice(ways)
+    sentences = way(asked, name, rng)
+    opening = rng.choice(OPENINGS).format(subject=subject)
+    closing = rng.choice(CLOSINGS).format(answer=answer)
+    sentences = [*sentences, closing]
+    if opening:
+        sentences.insert(0, opening)
+    return caption, sentences
+
+
+def called(shape: str, name: str) -> str:
+    """A shape by its first or its second name."""
+    return shape if name == "first" else SECOND_NAMES[shape]
+
+
+# --------------------------------------------------------------------------------------- captions
+def describe(things, name: str, rng: random.Random) -> str:
+    """All objects with their places, in an order and a form that rng draws."""
+    form = rng.choice(FORMS)
+    items = []
+    for thing in ordered(things, rng):
+        shape = called(thing.shape, name)
+        items.append(form.format(place=thing.place, colour=thing.colour, shape=shape))
+    if rng.random() < COUNTED:
+        items.insert(0, f"{len(things)} objects")
+    return " ; ".join(items)
+
+
+def ordered(things, rng: random.Random) -> list[Thing]:
+    """The objects line by line from above or from below, column by column, or by colour."""
+    order = rng.choice(("above", "below", "columns", "colours"))
+    if order == "above":
+        return sorted(things, key=lambda thing: thing.number)
+    if order == "below":
+        return sorted(things, key=lambda thing: -thing.number)
+    if order == "columns":
+        return sorted(things, key=lambda thing: (thing.number % 3, thing.number))
+    colours = sorted({thing.colour for thing in things})
+    rng.shuffle(colours)
+    return sorted(things, key=lambda thing: (colours.index(thing.colour), thing.number))
+
+
+# ------------------------------------------------------------------------------------- reasonings
+def one_by_one(asked, name: str, rng: random.Random) -> list[str]:
+    """Each object with the running total: "upper left red disc gives 1"."""
+    sentences = []
+    total = 0
+    for thing in ordered(asked, rng):
+        total += thing.worth
+        shape = called(thing.shape, name)
+        sentences.append(f"{thing.place} {thing.colour} {shape} gives {total}")
+    return sentences
+
+
+def by_shape(asked, name: str, rng: random.Random) -> list[str]:
+    """What the objects of each shape are worth, then the sum: "2 disc gives 2"."""
+    shapes = sorted({thing.shape for thing in asked})
+    rng.shuffle(shapes)
+    sentences = []
+    parts = []
+    for shape in shapes:
+        worths = [thing.worth for thing in asked if thing.shape == shape]
+        parts.append(sum(worths))
+        sentences.append(f"{len(worths)} {called(shape, name)} gives {parts[-1]}")
+    return sentences + add_up(parts)
+
+
+def by_colour(asked, name: str, rng: random.Random) -> list[str]:
+    """What the objects of each colour are worth, then the sum: "3 red gives 11"."""
+    colours = sorted({thing.colour for thing in asked})
+    rng.shuffle(colours)
+    sentences = []
+    parts = []
+    for colour in colours:
+        worths = [thing.worth for thing in asked if thing.colour == colour]
+        parts.append(sum(worths))
+        sentences.append(f"{len(worths)} {colour} gives {parts[-1]}")
+    return sentences + add_up(parts)
+
+
+def by_row(asked, name: str, rng: random.Random) -> list[str]:
+    """What the objects of each line of the picture are worth, then the sum: "upper gives 1"."""
+    sentences = []
+    parts = []
+    for number, row in enumerate(ROWS):
+        worths = [thing.worth for thing in asked if thing.number // 3 == number]
+        if worths:
+            parts.append(sum(worths))
+            sentences.append(f"{row} gives {parts[-1]}")
+    return sentences + add_up(parts)
+
+
+def add_up(parts: list[int]) -> list[str]:
+    """The sum of several parts as a sentence; of one part there is nothing to say."""
+    if len(parts) < 2:
+        return []
+    return [f"{' plus '.join(map(str, parts))} gives {sum(parts)}"]
