@@ -36,7 +36,16 @@ CHUNK = 64
 SHORTEST_CHUNK = 16
 
 # What `delta_net` reads of a layer's module; one that lacks any of it is another recurrence.
-PARTS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "A_log", "dt_bias", "norm")
+USED = (
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_b",
+    "in_proj_a",
+    "conv1d",
+    "A_log",
+    "dt_bias",
+    "norm",
+)
 
 
 # ------------------------------------------------------------------------------------- the layer
@@ -48,7 +57,7 @@ def delta_nets(base):
 
 def is_delta_net(net):
     """Whether a layer's module is one that `delta_net` can run."""
-    return all(hasattr(net, part) for part in PARTS) and chunk_rule(net) is not None
+    return all(hasattr(net, part) for part in USED) and chunk_rule(net) is not None
 
 
 def adopt(base):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import test_stages
 import torch
-from conftest import EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
+from conftest import BLANK, EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
 from safetensors.torch import load_file, save_file
 from test_packs import whole
 from test_ranks import FAST, job, on_ranks, same_runs
@@ -119,6 +119,7 @@ def tiny_models(kind="dense", seed=0, **config):
             parameter.data.uniform_(-4, 0)
     ours = copy.deepcopy(plain)
     adopt(ours.model)
+    ours.model.blank_image = BLANK
     return ours, plain
 
 
@@ -128,8 +129,7 @@ def plain_logits(plain, prompt, ids):
     return plain(
         input_ids=full,
         mm_token_type_ids=(full == IMAGE).int(),
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.grid_thw,
+        **prompt.images,
     ).logits[0]
 
 
@@ -197,11 +197,7 @@ def test_greedy_equals_generate(slots, shares):
         image = (prompt.ids == IMAGE).int()[None]
         images = {}
         if image.any():
-            images = {
-                "pixel_values": prompt.pixel_values,
-                "image_grid_thw": prompt.grid_thw,
-                "mm_token_type_ids": image,
-            }
+            images = {**prompt.images, "mm_token_type_ids": image}
         expected = plain.generate(
             input_ids=prompt.ids[None],
             max_new_tokens=12,

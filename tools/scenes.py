@@ -334,7 +334,7 @@ def items(name: str, rows: int, seed: int) -> Iterator[tuple]:
         yield picture, scene, ask(rng, scene, file), rng
 
 
-def make(out: Path, name: str, rows: int, seed: int, world: World) -> list[dict]:
+def make(out: Path, name: str, rows: int, seed: int, world: World = WORLDS["tiny"]) -> list[dict]:
     """Save the pictures of a file and return its rows; image paths are relative to `out`."""
     (out / "images" / name).mkdir(parents=True, exist_ok=True)
     result = []
