@@ -10,6 +10,7 @@ import test_stages
 import torch
 from conftest import EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
 from safetensors.torch import load_file, save_file
+from test_memory import Dense, peak
 from test_packs import whole
 from test_ranks import FAST, job, on_ranks, same_runs
 from test_sampler import BANNED, Asked, ids_of, sample
@@ -44,6 +45,7 @@ from engine.packs import Segment, Tree, build_pack, filler, plan
 from engine.sampler import all_rows
 from engine.states import CHUNK
 from model import recompute
+from tools import memory
 from tools.init import init
 
 KINDS = {
@@ -54,6 +56,7 @@ KINDS = {
 
 def tiny_config(kind="dense", layers=("linear_attention", "full_attention"), **text):
     config, _ = KINDS[kind]
+    hidden_size = text.get("hidden_size", 32)
     mlp = dict(intermediate_size=48)
     if kind == "moe":
         mlp = dict(
@@ -63,7 +66,7 @@ def tiny_config(kind="dense", layers=("linear_attention", "full_attention"), **t
             num_experts_per_tok=2,
         )
     sizes = dict(
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_hidden_layers=len(layers),
         layer_types=list(layers),
         num_attention_heads=4,
@@ -96,7 +99,7 @@ def tiny_config(kind="dense", layers=("linear_attention", "full_attention"), **t
             patch_size=4,
             spatial_merge_size=2,
             temporal_patch_size=2,
-            out_hidden_size=32,
+            out_hidden_size=hidden_size,
             num_position_embeddings=64,
         ),
         image_token_id=IMAGE,
@@ -340,6 +343,46 @@ def test_rows_of_their_own_are_refused():
     ours, _ = tiny_models()
     with pytest.raises(RuntimeError, match="loaded for packs"):
         ours(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+# --------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_is_measured(checkpointing):
+    layers = ["linear_attention"] * 3 + ["full_attention"]
+    sizes = dict(hidden_size=64, intermediate_size=192, num_attention_heads=8)
+    sizes |= dict(num_key_value_heads=8, linear_key_head_dim=32, linear_value_head_dim=32)
+    hf, _ = tiny_models(layers=layers, **sizes)
+    hf.train()
+    prompt = tiny_prompt(hf, 96, (1, 8, 16))
+    tree = Tree(prompt, texts(*[CHUNK] * 6))
+    pack = build_pack([tree], whole([tree]))
+    pack.layout = Dense()
+
+    def compute():
+        hidden = forward_pack(hf.model, pack)[pack.source]
+        token_logps(hidden, hf.lm_head.weight, pack.target).sum().backward()
+
+    for parameter in hf.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # none is made during the measurement
+    if checkpointing:
+        recompute(hf.model)
+    compute()
+    size = (len(pack.ids), len(prompt.pixel_values), 4)
+    found = memory.activations(hf.model, *size, checkpointing)
+    assert 0.93 < found / peak(compute) < 1.15
+
+
+def test_account_by_hand(tmp_path):
+    """Keys and values in a layer of two; in the other a state for each row and each prompt."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    flags = dict(policy=str(tmp_path), data="none", slots=8, dtype="bfloat16", warmup_steps=0)
+    args = align.Args(prompts_per_step=4, max_prompt=100, max_response=10, **flags)
+    policy, disc = memory.skeletons(align, args)
+    entries = memory.account(args, 2, policy, disc)
+    held = {what: size for _, what, size in entries}
+    assert held["KV cache, 8 rows, 4 prompts"] == (8 * 10 + 4 * 100) * 2 * 2 * 16 * 2
+    conv = 2 * 2 * 8 + 4 * 12  # queries and keys, values
+    assert held["states, 8 rows, 4 prompts"] == (8 + 4) * (4 * 4 * 8 * 12 + 2 * 3 * conv)
 
 
 # ---------------------------------------------------------------------------------- whole stages
