@@ -284,7 +284,6 @@ def activations(base, tokens, patches, bytes_each, checkpointing, experts_per_to
 def saved_by_layer(layer, text, bytes_each, experts_per_token=None) -> float:
     """Bytes that a decoder layer keeps of each token for its backward pass."""
     hidden = text.hidden_size
-    inner = text.intermediate_size
     queries = text.num_attention_heads * text.head_dim
     keys = text.num_key_value_heads * text.head_dim
 
@@ -298,11 +297,23 @@ def saved_by_layer(layer, text, bytes_each, experts_per_token=None) -> float:
         attention = saved_by_delta_net(layer.linear_attn, bytes_each)
     elif is_gated(layer.self_attn, queries):  # the gate, its activation, the gated output
         attention += 3 * queries * bytes_each
+    return norms + attention + saved_by_mlp(layer.mlp, text, bytes_each, experts_per_token)
+
+
+def saved_by_mlp(mlp, text, bytes_each, experts_per_token=None) -> int:
+    """Bytes that a layer's MLP, or mixture of them, keeps of each token. experts_per_token: of a
+    discriminator's mixture; a policy's own is as its configuration says."""
+    inner = getattr(text, "intermediate_size", 0)
+    shared = 0
+    if experts_per_token is None and hasattr(mlp, "experts"):
+        experts_per_token = text.num_experts_per_tok
+        inner = text.moe_intermediate_size
+        shared = getattr(text, "shared_expert_intermediate_size", 0)
     # The gate, its activation, the up projection, the product of both.
-    mlp = 4 * inner * bytes_each
+    kept = 4 * inner * bytes_each
     if experts_per_token is not None:  # each of them also keeps the token's input and output
-        mlp = experts_per_token * (mlp + 2 * hidden * bytes_each)
-    return norms + attention + mlp
+        kept = experts_per_token * (kept + 2 * text.hidden_size * bytes_each)
+    return kept + 4 * shared * bytes_each
 
 
 def is_gated(attention, queries) -> bool:
