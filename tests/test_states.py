@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import test_stages
 import torch
-from conftest import EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
+from conftest import BLANK, EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
 from safetensors.torch import load_file, save_file
 from test_memory import Dense, peak
 from test_packs import whole
@@ -122,6 +122,7 @@ def tiny_models(kind="dense", seed=0, **config):
             parameter.data.uniform_(-4, 0)
     ours = copy.deepcopy(plain)
     adopt(ours.model)
+    ours.model.blank_image = BLANK
     return ours, plain
 
 
@@ -131,8 +132,7 @@ def plain_logits(plain, prompt, ids):
     return plain(
         input_ids=full,
         mm_token_type_ids=(full == IMAGE).int(),
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.grid_thw,
+        **prompt.images,
     ).logits[0]
 
 
@@ -198,13 +198,7 @@ def test_greedy_equals_generate(slots, shares):
     rollouts = sample(ours, prompts, all_rows(prompts, 1), 12, **options)
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         image = (prompt.ids == IMAGE).int()[None]
-        images = {}
-        if image.any():
-            images = {
-                "pixel_values": prompt.pixel_values,
-                "image_grid_thw": prompt.grid_thw,
-                "mm_token_type_ids": image,
-            }
+        images = prompt.images | ({"mm_token_type_ids": image} if prompt.images else {})
         expected = plain.generate(
             input_ids=prompt.ids[None],
             max_new_tokens=12,
@@ -367,7 +361,7 @@ def test_activations_are_what_is_measured(checkpointing):
     if checkpointing:
         recompute(hf.model)
     compute()
-    size = (len(pack.ids), len(prompt.pixel_values), 4)
+    size = (len(pack.ids), len(prompt.images["pixel_values"]), 4)
     found = memory.activations(hf.model, *size, checkpointing)
     assert 0.93 < found / peak(compute) < 1.15
 
