@@ -39,7 +39,7 @@ import model
 import rlvr
 from data import Example
 from engine import sampler, states
-from engine.attention import adopt, forward_pack
+from engine.attention import adopt, forward_pack, layout_of
 from engine.logprob import token_logps
 from engine.packs import Segment, Tree, build_pack, filler, plan
 from engine.sampler import all_rows
@@ -309,6 +309,57 @@ def test_a_leak_over_a_boundary_is_seen(monkeypatch):
     assert error(inputs_before) > 1e-3
     assert error(no_boundaries) > 1e-3
     assert error(padding) > 1e-3
+
+
+def test_deeper_trees():
+    """A segment of one token between the prompt and what comes after it: both the state and the
+    last inputs come from several segments above."""
+    ours, plain = tiny_models()
+    prompt = tiny_prompt(ours, 2, None, 3)
+    between, after = [7], texts(4)[0]
+    pack = build_pack([Tree(prompt, [between, after])], [(0, [0, 1])])
+    pack.segments[2].parent = 1
+    pack.positions[:, pack.segments[2].start :] += len(between)
+    pack.layout = layout_of(pack)
+    logits = ours.lm_head(forward_pack(ours.model, pack))[-len(after) :]
+    expected = plain_logits(plain, prompt, between + after)[-len(after) :]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_bounded():
+    """Segments of a batch have about as many chunks; short ones have short chunks."""
+    ours, _ = tiny_models()
+    lengths = (1, 10, 60, 70, 130, 260, 300, 320, 900)
+    pack = build_pack([Tree(tiny_prompt(ours, 5), texts(*lengths))], [(0, [*range(len(lengths))])])
+    batches = states.forest_of(ours.model, pack).batches
+    found = [[pack.segments[number].length for number in batch.segments] for batch in batches]
+    assert found == [[11], [1, 10, 60], [70], [130], [260, 300, 320], [900]]
+    assert [batch.chunk for batch in batches] == [16, 64, 64, 64, 64, 64]
+    assert [states.chunk_of(length) for length in (1, 16, 17, 63, 1000)] == [16, 16, 32, 64, 64]
+    assert [batch.is_continued for batch in batches] == [True, *[False] * 5]
+
+
+def test_states_are_float32():
+    """Whatever the weights are: rounded at each token, a sum of thousands of them would drift."""
+    ours, _ = tiny_models()
+    slots = states.SlotStates(ours.bfloat16(), 3)
+    assert {state.dtype for state in slots.states.values()} == {torch.float32}
+    assert {inputs.dtype for inputs in slots.inputs.values()} == {torch.bfloat16}
+    prompts = [tree.prompt for tree in forest(ours)[1:2]]
+    rollouts = sample(ours, prompts, all_rows(prompts, 3), 20)
+    pack = build_pack([Tree(prompts[0], ids_of(rollouts))], [(0, [0, 1, 2])])
+    hidden = forward_pack(ours.model, pack)[pack.source]
+    logps = token_logps(hidden, ours.lm_head.weight, pack.target, 1.0, BANNED)
+    mine = torch.cat([torch.tensor(rollout.logps) for rollout in rollouts])
+    assert (logps - mine).abs().mean() < 0.02
+
+
+def test_another_recurrence_is_refused():
+    ours, _ = tiny_models()
+    model.expect_packs_run(ours, "here")
+    del ours.model.language_model.layers[0].linear_attn.in_proj_z
+    with pytest.raises(ValueError, match="Qwen3.5's linear attention .*linear_attention"):
+        model.expect_packs_run(ours, "here")
 
 
 def test_checkpointing_changes_nothing():
