@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import states
 import torch
 from measure import ROOT, device_here, lengths, model, prompt, report
 
@@ -105,12 +106,10 @@ def steps_of_stages(device, folder):
     return differences
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", type=device_here, default="cuda")
-    device = parser.parse_args().device
-    torch.backends.cuda.matmul.allow_tf32 = False
-    here = model("small").float()
+def compare(here, device):
+    """A model on the CPU against its copy on the device: the largest differences of log-probs and
+    of gradients (relative), and the share of equal rollouts."""
+    here = here.float()
     adopt(here.model)
     there = copy.deepcopy(here).to(device)
     random = torch.Generator().manual_seed(0)
@@ -123,25 +122,29 @@ def main():
 
     expected_logps, expected_gradients = logps_and_gradients(here, trees, "cpu")
     logps, gradients = logps_and_gradients(there, trees, device)
-    logp_difference = float((logps - expected_logps).abs().max())
-    gradient_difference = largest_difference(gradients, expected_gradients)
-    same = same_rollouts(here, there, [tree.prompt for tree in trees])
+    return {
+        "logp": float((logps - expected_logps).abs().max()),
+        "gradient, relative": largest_difference(gradients, expected_gradients),
+        "same rollouts": same_rollouts(here, there, [tree.prompt for tree in trees]),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", type=device_here, default="cuda")
+    device = parser.parse_args().device
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # With attention alone, and with linear attention in three layers of four.
+    models = {"Qwen3-VL": model("small"), "Qwen3.5": states.model("small", 4, "cpu")}
+    found = {name: compare(here, device) for name, here in models.items()}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         stages = steps_of_stages(device, Path(folder))
-    report(
-        "check",
-        differences={
-            "logp": logp_difference,
-            "gradient, relative": gradient_difference,
-            "logp_diff in bfloat16": stages,
-        },
-        same_rollouts=same,
-        device=device,
-    )
+    report("check", against_cpu=found, logp_diff_in_bfloat16=stages, device=device)
     # Written so that NaN fails.
-    assert logp_difference < 1e-3, "log-probs are others on the GPU"
-    assert gradient_difference < 1e-2, "gradients are others on the GPU"
-    assert same > 0.9, "rollouts are others on the GPU"
+    for name, differences in found.items():
+        assert differences["logp"] < 1e-3, f"{name}: log-probs are others on the GPU"
+        assert differences["gradient, relative"] < 1e-2, f"{name}: gradients are others on the GPU"
+        assert differences["same rollouts"] > 0.9, f"{name}: rollouts are others on the GPU"
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ with its query q:
 
     S = exp(decay) S                     forget a little: decay is at most 0
     S = S + beta k (v - k S)             let k answer v, by the share beta in 0..1
-    out = q S
+    out = q S                            q and k have length 1, and q is divided by sqrt(K)
 
-Queries, keys and values of a token first go through a convolution over its own inputs and those of
-the 3 tokens before it. So all that a token takes over from what is before it is a state and 3
-inputs, however long that is. In a pack the prompt is therefore run once, and each of its
-children starts from a copy of what stands behind the prompt's last token; the gradients of all
-children flow into it. The sampler keeps the same two things of each row (SlotStates).
+Before that, queries, keys and values go through a convolution over a token's own inputs and those
+of the 3 tokens before it. So all that a token takes over from what is before it is a state and 3
+inputs, however long that is. In a pack the prompt is therefore run once, and each of its children
+starts from a copy of what stands behind the prompt's last token; the gradients of all children flow
+into it. The sampler keeps the same two things of each row (SlotStates).
 
 Projections, norms and gates work token by token and do not know of trees.
 
@@ -24,14 +24,15 @@ Projections, norms and gates work token by token and do not know of trees.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-# The rule is computed in chunks of so many tokens, with matrix products within each.
+# The rule is computed in chunks of so many tokens, with matrix products within each: the state is
+# made at the end of each chunk alone, and not at each token.
 CHUNK = 64
 SHORTEST_CHUNK = 16
 
@@ -132,19 +133,43 @@ def unit(x):
 class Batch:
     """Segments of one level of the forest, and of similar length: the rule runs over all at once.
 
-    Behind a segment's end stand its first token again, with beta and decay 0: the state stays.
+    Behind a segment's end stands its first token again, with beta and decay 0: the state stays.
     """
 
     segments: list[int]  # n, their numbers
-    parents: list[int]  # n, the segments above; none of roots
+    parents: list[int]  # n, the numbers of the segments above; empty for roots
     places: torch.Tensor  # (n * L,) of their tokens in the pack
     is_real: torch.Tensor  # (n, L, 1) bool
     is_continued: bool  # whether any of them has children
     chunk: int  # tokens that the rule takes at a time
 
+    def to(self, device):
+        return replace(self, places=self.places.to(device), is_real=self.is_real.to(device))
+
     def gather(self, x):
         """Rows of x (T, ...) as (n, L, ...)."""
         return x.index_select(0, self.places).unflatten(0, (len(self.segments), -1))
+
+
+def make_batch(pack, numbers):
+    """A Batch of the segments of these numbers, shortest first."""
+    segments = [pack.segments[number] for number in numbers]
+    longest = segments[-1].length
+    places = torch.zeros(len(segments), longest, dtype=torch.long)
+    is_real = torch.zeros(len(segments), longest, dtype=torch.bool)
+    for row, segment in enumerate(segments):
+        places[row, : segment.length] = torch.arange(segment.length)
+        places[row] += segment.start
+        is_real[row, : segment.length] = True
+    continued = {segment.parent for segment in pack.segments}
+    return Batch(
+        segments=numbers,
+        parents=[segment.parent for segment in segments if segment.parent >= 0],
+        places=places.flatten(),
+        is_real=is_real.unsqueeze(2),
+        is_continued=not continued.isdisjoint(numbers),
+        chunk=chunk_of(longest),
+    )
 
 
 class Forest:
@@ -156,44 +181,30 @@ class Forest:
 
     def __init__(self, pack, width, kept=None):
         self.kept = kept
-        self.batches = []
         device = pack.ids.device
-        # 1) the rule: level by level, since a segment starts from its parent's state
-        parents = {segment.parent for segment in pack.segments}
-        self.rows = torch.empty(len(pack.ids), dtype=torch.long)  # (T,) among all batches' results
+        # 1) The rule runs level by level, since a segment starts from its parent's state.
+        self.batches = []
+        rows = torch.empty(len(pack.ids), dtype=torch.long)
         done = 0
         for numbers in levels_of_similar_length(pack):
-            segments = [pack.segments[number] for number in numbers]
-            longest = segments[-1].length
-            places = torch.zeros(len(segments), longest, dtype=torch.long)
-            is_real = torch.zeros(len(segments), longest, dtype=torch.bool)
-            for row, segment in enumerate(segments):
-                places[row, : segment.length] = torch.arange(segment.length)
-                places[row] += segment.start
-                is_real[row, : segment.length] = True
-            self.rows[places[is_real]] = done + is_real.flatten().nonzero().squeeze(1)
-            done += places.numel()
-            self.batches.append(
-                Batch(
-                    segments=numbers,
-                    parents=[s.parent for s in segments if s.parent >= 0],
-                    places=places.flatten().to(device),
-                    is_real=is_real.unsqueeze(2).to(device),
-                    is_continued=not parents.isdisjoint(numbers),
-                    chunk=chunk_of(longest),
-                )
-            )
-        self.rows = self.rows.to(device)
-        # 2) the convolution: one row in which the inputs before each segment stand in front of it
+            batch = make_batch(pack, numbers)
+            real = batch.is_real.flatten().nonzero().squeeze(1)
+            rows[batch.places[real]] = done + real
+            done += len(batch.places)
+            self.batches.append(batch.to(device))
+        self.rows = rows.to(device)  # (T,) where a token's result stands among those of all batches
+        # 2) The convolution runs over one row, in which the inputs before each segment stand in
+        # front of it once more.
         row = []
         for segment in pack.segments:
             row += last_places(pack, segment.parent, width - 1)
             row += range(segment.start, segment.start + segment.length)
-        ends = [last_places(pack, number, width - 1) for number in range(len(pack.segments))]
         self.row = torch.tensor(row, device=device)  # (T + segments * (W - 1),)
-        self.ends = torch.tensor(ends, device=device)  # (segments, W - 1)
-        # A token's result stands where its first input does.
+        # A result stands where the first of its inputs does.
         self.results = torch.arange(len(pack.ids), device=device) + pack.segment * (width - 1)
+        # 3) What comes after a segment would begin with these.
+        ends = [last_places(pack, number, width - 1) for number in range(len(pack.segments))]
+        self.ends = torch.tensor(ends, device=device)  # (segments, W - 1)
 
     def convolve(self, net, x):
         """Inputs (T, C) -> (T, C)."""
@@ -234,8 +245,10 @@ class Forest:
 def forest_of(base, pack, kept=None):
     """The Forest of `pack` for a transformers model without head; None where it has no such layers.
     kept: as of Forest."""
-    for net in delta_nets(base).values():
-        return Forest(pack, net.conv_kernel_size, kept)
+    nets = list(delta_nets(base).values())
+    if not nets:
+        return None
+    return Forest(pack, nets[0].conv_kernel_size, kept)
 
 
 def levels_of_similar_length(pack):
@@ -291,7 +304,7 @@ class SlotStates:
             inputs = (slots, net.conv_kernel_size - 1, net.conv_dim)
             state = (slots, net.num_v_heads, net.head_k_dim, net.head_v_dim)
             self.inputs[layer] = torch.zeros(inputs, dtype=hf.dtype, device=hf.device)
-            self.states[layer] = torch.zeros(state, device=hf.device)
+            self.states[layer] = torch.zeros(state, dtype=torch.float32, device=hf.device)
 
     def keep(self, slots):
         """Keep only `slots`, which are then numbered from 0."""

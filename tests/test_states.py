@@ -10,6 +10,7 @@ import test_stages
 import torch
 from conftest import BLANK, EOS, IMAGE, START, STOP, VIDEO, VOCAB, tiny_prompt
 from safetensors.torch import load_file, save_file
+from test_memory import Dense, peak
 from test_packs import whole
 from test_ranks import FAST, job, on_ranks, same_runs
 from test_sampler import BANNED, Asked, ids_of, sample
@@ -38,12 +39,13 @@ import model
 import rlvr
 from data import Example
 from engine import sampler, states
-from engine.attention import adopt, forward_pack
+from engine.attention import adopt, forward_pack, layout_of
 from engine.logprob import token_logps
 from engine.packs import Segment, Tree, build_pack, filler, plan
 from engine.sampler import all_rows
 from engine.states import CHUNK
 from model import recompute
+from tools import memory
 from tools.init import init
 
 KINDS = {
@@ -54,6 +56,7 @@ KINDS = {
 
 def tiny_config(kind="dense", layers=("linear_attention", "full_attention"), **text):
     config, _ = KINDS[kind]
+    hidden_size = text.get("hidden_size", 32)
     mlp = dict(intermediate_size=48)
     if kind == "moe":
         mlp = dict(
@@ -63,7 +66,7 @@ def tiny_config(kind="dense", layers=("linear_attention", "full_attention"), **t
             num_experts_per_tok=2,
         )
     sizes = dict(
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_hidden_layers=len(layers),
         layer_types=list(layers),
         num_attention_heads=4,
@@ -96,7 +99,7 @@ def tiny_config(kind="dense", layers=("linear_attention", "full_attention"), **t
             patch_size=4,
             spatial_merge_size=2,
             temporal_patch_size=2,
-            out_hidden_size=32,
+            out_hidden_size=hidden_size,
             num_position_embeddings=64,
         ),
         image_token_id=IMAGE,
@@ -195,9 +198,7 @@ def test_greedy_equals_generate(slots, shares):
     rollouts = sample(ours, prompts, all_rows(prompts, 1), 12, **options)
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         image = (prompt.ids == IMAGE).int()[None]
-        images = {}
-        if image.any():
-            images = {**prompt.images, "mm_token_type_ids": image}
+        images = prompt.images | ({"mm_token_type_ids": image} if prompt.images else {})
         expected = plain.generate(
             input_ids=prompt.ids[None],
             max_new_tokens=12,
@@ -310,6 +311,57 @@ def test_a_leak_over_a_boundary_is_seen(monkeypatch):
     assert error(padding) > 1e-3
 
 
+def test_deeper_trees():
+    """A segment of one token between the prompt and what comes after it: both the state and the
+    last inputs come from several segments above."""
+    ours, plain = tiny_models()
+    prompt = tiny_prompt(ours, 2, None, 3)
+    between, after = [7], texts(4)[0]
+    pack = build_pack([Tree(prompt, [between, after])], [(0, [0, 1])])
+    pack.segments[2].parent = 1
+    pack.positions[:, pack.segments[2].start :] += len(between)
+    pack.layout = layout_of(pack)
+    logits = ours.lm_head(forward_pack(ours.model, pack))[-len(after) :]
+    expected = plain_logits(plain, prompt, between + after)[-len(after) :]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_bounded():
+    """Segments of a batch have about as many chunks; short ones have short chunks."""
+    ours, _ = tiny_models()
+    lengths = (1, 10, 60, 70, 130, 260, 300, 320, 900)
+    pack = build_pack([Tree(tiny_prompt(ours, 5), texts(*lengths))], [(0, [*range(len(lengths))])])
+    batches = states.forest_of(ours.model, pack).batches
+    found = [[pack.segments[number].length for number in batch.segments] for batch in batches]
+    assert found == [[11], [1, 10, 60], [70], [130], [260, 300, 320], [900]]
+    assert [batch.chunk for batch in batches] == [16, 64, 64, 64, 64, 64]
+    assert [states.chunk_of(length) for length in (1, 16, 17, 63, 1000)] == [16, 16, 32, 64, 64]
+    assert [batch.is_continued for batch in batches] == [True, *[False] * 5]
+
+
+def test_states_are_float32():
+    """Whatever the weights are: rounded at each token, a sum of thousands of them would drift."""
+    ours, _ = tiny_models()
+    slots = states.SlotStates(ours.bfloat16(), 3)
+    assert {state.dtype for state in slots.states.values()} == {torch.float32}
+    assert {inputs.dtype for inputs in slots.inputs.values()} == {torch.bfloat16}
+    prompts = [tree.prompt for tree in forest(ours)[1:2]]
+    rollouts = sample(ours, prompts, all_rows(prompts, 3), 20)
+    pack = build_pack([Tree(prompts[0], ids_of(rollouts))], [(0, [0, 1, 2])])
+    hidden = forward_pack(ours.model, pack)[pack.source]
+    logps = token_logps(hidden, ours.lm_head.weight, pack.target, 1.0, BANNED)
+    mine = torch.cat([torch.tensor(rollout.logps) for rollout in rollouts])
+    assert (logps - mine).abs().mean() < 0.02
+
+
+def test_another_recurrence_is_refused():
+    ours, _ = tiny_models()
+    model.expect_packs_run(ours, "here")
+    del ours.model.language_model.layers[0].linear_attn.in_proj_z
+    with pytest.raises(ValueError, match="Qwen3.5's linear attention .*linear_attention"):
+        model.expect_packs_run(ours, "here")
+
+
 def test_checkpointing_changes_nothing():
     ours, _ = tiny_models()
     other = copy.deepcopy(ours).train()
@@ -336,6 +388,46 @@ def test_rows_of_their_own_are_refused():
     ours, _ = tiny_models()
     with pytest.raises(RuntimeError, match="loaded for packs"):
         ours(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+# --------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_is_measured(checkpointing):
+    layers = ["linear_attention"] * 3 + ["full_attention"]
+    sizes = dict(hidden_size=64, intermediate_size=192, num_attention_heads=8)
+    sizes |= dict(num_key_value_heads=8, linear_key_head_dim=32, linear_value_head_dim=32)
+    hf, _ = tiny_models(layers=layers, **sizes)
+    hf.train()
+    prompt = tiny_prompt(hf, 96, (1, 8, 16))
+    tree = Tree(prompt, texts(*[CHUNK] * 6))
+    pack = build_pack([tree], whole([tree]))
+    pack.layout = Dense()
+
+    def compute():
+        hidden = forward_pack(hf.model, pack)[pack.source]
+        token_logps(hidden, hf.lm_head.weight, pack.target).sum().backward()
+
+    for parameter in hf.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # none is made during the measurement
+    if checkpointing:
+        recompute(hf.model)
+    compute()
+    size = (len(pack.ids), len(prompt.images["pixel_values"]), 4)
+    found = memory.activations(hf.model, *size, checkpointing)
+    assert 0.93 < found / peak(compute) < 1.15
+
+
+def test_account_by_hand(tmp_path):
+    """Keys and values in a layer of two; in the other a state for each row and each prompt."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    flags = dict(policy=str(tmp_path), data="none", slots=8, dtype="bfloat16", warmup_steps=0)
+    args = align.Args(prompts_per_step=4, max_prompt=100, max_response=10, **flags)
+    policy, disc = memory.skeletons(align, args)
+    entries = memory.account(args, 2, policy, disc)
+    held = {what: size for _, what, size in entries}
+    assert held["KV cache, 8 rows, 4 prompts"] == (8 * 10 + 4 * 100) * 2 * 2 * 16 * 2
+    conv = 2 * 2 * 8 + 4 * 12  # queries and keys, values
+    assert held["states, 8 rows, 4 prompts"] == (8 + 4) * (4 * 4 * 8 * 12 + 2 * 3 * conv)
 
 
 # ---------------------------------------------------------------------------------- whole stages

@@ -37,6 +37,8 @@ import rlvr  # noqa: E402
 import sft  # noqa: E402
 from engine.arguments import parse  # noqa: E402
 from engine.logprob import CHUNK  # noqa: E402
+from engine.states import CHUNK as CHUNK_OF_RULE  # noqa: E402
+from engine.states import delta_nets  # noqa: E402
 
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
 ALWAYS = "always"
@@ -149,14 +151,26 @@ def sampling(policy, args, ranks) -> list[Entry]:
     if model.is_sharded(args, ranks):
         copied = bytes_each * count(policy)
         entries.append(Entry(ALWAYS, "rollout copy of the policy", copied))
+    linear = delta_nets(policy.hf.model)
+    attending = text.num_hidden_layers - len(linear)
     keys = text.num_key_value_heads * text.head_dim
-    cache = text.num_hidden_layers * 2 * keys * bytes_each  # keys and values of one token
+    cache = attending * 2 * keys * bytes_each  # keys and values of one token
     prompts = min(args.slots, prompts_at_once(args))
     rows = (args.slots * args.max_response + prompts * args.max_prompt) * cache
     prefill = max(args.pack_tokens, args.max_prompt) * cache
     entries.append(Entry("rollouts", f"KV cache, {args.slots} rows, {prompts} prompts", rows))
     entries.append(Entry("rollouts", "keys and values of a prefill", prefill))
+    if linear:
+        states = (args.slots + prompts) * sum(state(net, bytes_each) for net in linear.values())
+        entries.append(Entry("rollouts", f"states, {args.slots} rows, {prompts} prompts", states))
     return entries
+
+
+def state(net, bytes_each) -> int:
+    """Bytes of what a layer of linear attention keeps of a row, however long: a matrix for each
+    head in float32, and the last inputs of its convolution."""
+    matrices = FLOAT32 * net.num_v_heads * net.head_k_dim * net.head_v_dim
+    return matrices + bytes_each * (net.conv_kernel_size - 1) * net.conv_dim
 
 
 def prompts_at_once(args):
@@ -233,39 +247,43 @@ def takes_entropy(args) -> bool:
 def activations(base, tokens, patches, bytes_each, checkpointing, experts_per_token=None) -> float:
     """Peak bytes of the activations of one pack, forward and backward.
 
-    It is 0.96 to 1.11 of what is measured (tests/test_memory.py). A frozen vision tower keeps
-    nothing, and what a block of it takes for a moment is free again before layers keep much.
+    It is 0.96 to 1.11 of what is measured (tests/test_memory.py), of a Qwen3.5 0.89 to 1.14
+    (tests/test_states.py). A frozen vision tower keeps nothing, and what a block of it takes for a
+    moment is free again before layers keep much.
     """
     text = base.config.text_config
     vision = base.config.vision_config
-    layer = saved_by_layer(text, bytes_each, experts_per_token)  # per token
+    by_layer = []  # bytes per token
+    for layer in base.language_model.layers:
+        by_layer.append(saved_by_layer(layer, text, bytes_each, experts_per_token))
     block = saved_by_block(vision, bytes_each)  # per patch
     if not model.is_trained(base.visual):
         patches = 0
 
     # With checkpointing a layer keeps its input alone, and all else only while it is at work.
-    kept_by_layer = bytes_each * text.hidden_size if checkpointing else layer
-    kept_by_block = bytes_each * vision.hidden_size if checkpointing else block
-    layers = tokens * text.num_hidden_layers * kept_by_layer
+    layers = tokens * sum(by_layer)
+    kept_by_block = block
+    if checkpointing:
+        layers = tokens * text.num_hidden_layers * bytes_each * text.hidden_size
+        kept_by_block = bytes_each * vision.hidden_size
     blocks = patches * vision.depth * kept_by_block
 
     # Embeddings in --dtype, final norm in float32 and --dtype, what the head reads in --dtype.
     ends = tokens * text.hidden_size * (FLOAT32 + 3 * bytes_each)
     # One merger behind the vision tower, one for each layer that deepstack feeds: norm and MLP.
-    mergers = 1 + len(vision.deepstack_visual_indexes)
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     merging = patches * mergers * 4 * bytes_each * vision.hidden_size
 
-    largest = max(tokens * layer, patches * block)
+    largest = max(tokens * max(by_layer), patches * block)
     at_work = largest / 4  # gradients
     if checkpointing:
         at_work += largest
     return layers + blocks + ends + merging + at_work
 
 
-def saved_by_layer(text, bytes_each, experts_per_token=None) -> int:
+def saved_by_layer(layer, text, bytes_each, experts_per_token=None) -> float:
     """Bytes that a decoder layer keeps of each token for its backward pass."""
     hidden = text.hidden_size
-    inner = text.intermediate_size
     queries = text.num_attention_heads * text.head_dim
     keys = text.num_key_value_heads * text.head_dim
 
@@ -275,11 +293,54 @@ def saved_by_layer(text, bytes_each, experts_per_token=None) -> int:
     # Queries and keys have a norm of their own; then they are rotated. Values are as wide as keys,
     # the output as wide as queries.
     attention = (queries + keys) * (norm + bytes_each)
+    if hasattr(layer, "linear_attn"):
+        attention = saved_by_delta_net(layer.linear_attn, bytes_each)
+    elif is_gated(layer.self_attn, queries):  # the gate, its activation, the gated output
+        attention += 3 * queries * bytes_each
+    return norms + attention + saved_by_mlp(layer.mlp, text, bytes_each, experts_per_token)
+
+
+def saved_by_mlp(mlp, text, bytes_each, experts_per_token=None) -> int:
+    """Bytes that a layer's MLP, or mixture of them, keeps of each token. experts_per_token: of a
+    discriminator's mixture; a policy's own is as its configuration says."""
+    inner = getattr(text, "intermediate_size", 0)
+    shared = 0
+    if experts_per_token is None and hasattr(mlp, "experts"):
+        experts_per_token = text.num_experts_per_tok
+        inner = text.moe_intermediate_size
+        shared = getattr(text, "shared_expert_intermediate_size", 0)
     # The gate, its activation, the up projection, the product of both.
-    mlp = 4 * inner * bytes_each
+    kept = 4 * inner * bytes_each
     if experts_per_token is not None:  # each of them also keeps the token's input and output
-        mlp = experts_per_token * (mlp + 2 * hidden * bytes_each)
-    return norms + attention + mlp
+        kept = experts_per_token * (kept + 2 * text.hidden_size * bytes_each)
+    return kept + 4 * shared * bytes_each
+
+
+def is_gated(attention, queries) -> bool:
+    """Whether a layer's attention has an output gate, made along with its queries (Qwen3.5)."""
+    projection = getattr(attention, "q_proj", None)
+    return projection is not None and projection.out_features == 2 * queries
+
+
+def saved_by_delta_net(net, bytes_each) -> float:
+    """Bytes that a gated delta net keeps of each token, with the rule in plain PyTorch, which
+    computes in float32; the kernel of flash-linear-attention keeps less. Segments are taken as
+    whole chunks."""
+    heads = net.num_v_heads
+    keys = heads * net.head_k_dim
+    values = heads * net.head_v_dim
+    # The convolution's input and output.
+    convolved = 2 * net.conv_dim * bytes_each
+    # Queries and keys as they come, of length 1, decayed; keys by beta, and what they take back of
+    # the old state. Values as they come, as solved for, as written.
+    rows = 8 * keys + 3 * values
+    # Five matrices of a chunk's tokens by each other, and a state for each chunk.
+    rows += 5 * heads * CHUNK_OF_RULE
+    rows += keys * net.head_v_dim / CHUNK_OF_RULE
+    # The gated norm: its input, that of length 1, the gate and its activation; then the gate and
+    # the output in --dtype.
+    gated = values * (4 * FLOAT32 + 2 * bytes_each)
+    return convolved + FLOAT32 * rows + gated
 
 
 def saved_by_block(vision, bytes_each) -> int:
