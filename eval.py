@@ -94,6 +94,9 @@ class Args(ApiArgs):
     image_root: str | None = option(
         None, "folder that image paths are relative to and stay in; none: the data file's"
     )
+    workers: int = option(
+        2, "threads per process that read and encode rows side by side; 0: the main thread alone"
+    )
     slots: int = option(256, "rows decoded at once, per device", least=1)
     pack_tokens: int = option(16384, "of one prefill, per device", least=1)
     judge: str = option(
@@ -337,7 +340,7 @@ def sample(args, modes, ranks):
             max_side=args.max_side,
         )
         for path in args.data:
-            data = read(path, "eval", args.image_root, args.max_bad)
+            data = read(path, "eval", args.image_root, args.max_bad, args.workers)
             by_mode = evaluate(
                 policy.hf, policy.encoder, data, measure, args, ranks, modes, args.limit, args.slots
             )
