@@ -78,7 +78,7 @@ class World:
 
 WORLDS = {
     "tiny": World(foreign=False, noise=12, shade=25),
-    "miniature": World(foreign=True, noise=60, shade=40),
+    "miniature": World(foreign=True, noise=60, shade=75),
 }
 
 # What is wrong with the public demonstrations, as shares.
