@@ -63,6 +63,7 @@ class Args(ApiArgs):
     out: str = option("", "JSON file for the results")
     rollouts_out: str = option("", "JSONL file for every rollout")
     limit: int = option(0, "rows of each file, from its start; 0: all")
+    show: int = option(0, "responses to print in full, of each policy, file and mode", least=0)
     greedy: bool = option(True, "evaluate greedy decoding")
     samples: int = option(0, "rollouts per prompt to evaluate at --temperature")
     temperature: float = option(1.0, "of the samples")
@@ -251,6 +252,17 @@ def rows_in_band(records, low, high):
     return kept
 
 
+def show(one, number):
+    """Print the first responses of a policy to a file, with question and right answer."""
+    for record in one.records[:number]:
+        example = one.data[record["row"]]
+        print(f"--- {one.what['policy']}, {one.what['mode']}, {record['where']}")
+        print(example.messages[-1]["content"])
+        print(f"--- right is {example.answer!r}; the response:")
+        print(record["text"][0])
+    print("---")
+
+
 def write_rollouts(path, evaluated):
     lines = []
     for one in evaluated:
@@ -383,6 +395,8 @@ def main(args):
     pass_at = [k for k in args.pass_at if k <= args.samples]
     results = []
     for one in evaluated:
+        if args.show:
+            show(one, args.show)
         summary = summarise(one.records, pass_at if one.mode is sampled else ())
         if grader:
             summary |= shares_of_judge(one.records)

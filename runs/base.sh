@@ -20,6 +20,9 @@ learn() { # from, file of demonstrations, run folder
     python sft.py --policy "$1" --data "$DATA/$2.jsonl" --out "$3" --batch 32 --lr 1.5e-3 \
         --warmup 0.05 --device cpu --log_every 50 --sample_every 0 --save_every 0 --resume \
         --no-freeze_vision # it starts from random weights
+    echo "=== what $3 answers"
+    python eval.py --policy "$3" --data "$DATA/test_id.jsonl" --limit 100 --show 1 --device cpu \
+        --max_response 128
 }
 python tools/init.py --config runs/tiny.json --corpus "$DATA/words.json" --out "$OUT/init"
 # Few objects first: full scenes alone taught nearly no places in the time of these two.

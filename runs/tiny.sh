@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The embedded main job, on a CPU: the base (made once), then SFT, alignment, RLVR from both (with
 # equally many updates in all), and one table of every checkpoint, greedy and at temperature 1;
-# last, a page with table, curves and rollouts: out/tiny-0/report.html.
-#   bash runs/tiny.sh             15 minutes on two idle cores: the base about 8, the rest about 7
+# last, a page with table, curves and rollouts: out/tiny-0/report.html. RLVR without alignment runs
+# beside alignment, a core each; its output is in out/tiny-0/sft-grpo.txt.
+#   bash runs/tiny.sh             MINUTES minutes on two idle cores: the base about 8, the rest about 7
 #   bash runs/tiny.sh --quick     everything smaller, within 5 minutes: shows that it runs, not that
 #                                 it works
 #   SEED=1 bash runs/tiny.sh      other pictures and questions for every stage and test, other
@@ -55,13 +56,22 @@ fi
 
 python sft.py --config runs/tiny-sft.json --seed "$SEED" --policy $BASE \
     --data "$DATA/sft.json" --out "$OUT/sft"
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two at a time from here on
+python rlvr.py --config runs/tiny-rlvr.json --seed "$SEED" --policy "$OUT/sft" \
+    --data "$DATA/rl.jsonl" --out "$OUT/sft-grpo" $CONTROL > "$OUT/sft-grpo.txt" 2>&1 &
+control=$!
+trap 'kill $control 2> /dev/null || true' EXIT # where this script ends before it
 python align.py --config runs/tiny-align.json --seed "$SEED" --policy "$OUT/sft" --disc_init $BASE \
     --data "$DATA/align.jsonl" --out "$OUT/align" $ALIGN
-python rlvr.py --config runs/tiny-rlvr.json --seed "$SEED" --policy "$OUT/sft" \
-    --data "$DATA/rl.jsonl" --out "$OUT/sft-grpo" $CONTROL
 python rlvr.py --config runs/tiny-rlvr.json --seed "$SEED" --policy "$OUT/align" \
     --data "$DATA/rl.jsonl" --out "$OUT/align-grpo" $RLVR
-python eval.py --policy $BASE "$OUT"/{sft,sft-grpo,align,align-grpo} \
+echo "=== waiting for RLVR without alignment (its output: $OUT/sft-grpo.txt)"
+wait $control || {
+    tail -n 20 "$OUT/sft-grpo.txt"
+    exit 1
+}
+torchrun --nproc_per_node=2 eval.py --policy $BASE "$OUT"/{sft,sft-grpo,align,align-grpo} \
     --data "$DATA"/test_{id,hard,ood}.jsonl --limit $LIMIT --samples 1 --device cpu \
     --max_response 128 --out "$OUT/eval.json"
 python tools/report.py "$OUT"/{sft,align,sft-grpo,align-grpo} --eval "$OUT/eval.json" \

@@ -184,6 +184,20 @@ def test_limits_are_kept_in_each_file(place, monkeypatch):
     assert [result["prompts"] for result in results] == [2, 1]
 
 
+def test_responses_are_shown(place, tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    script.main(arguments(place, "--limit", 4, "--show", 1, "--rollouts_out", out))
+    printed = capsys.readouterr().out
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    for record in records[:1]:
+        gold = f"right is {read(place / 'rows.jsonl', 'eval')[record['row']].answer!r}"
+        block = printed.split(f", greedy, {record['where']}\n")[1].split("\n---\n")[0]
+        assert gold in block and block.endswith(record["text"][0])
+    assert len(records) > 1 and records[1]["where"] not in printed
+    script.main(arguments(place, "--limit", 4))
+    assert "right is" not in capsys.readouterr().out
+
+
 def test_same_rollouts_on_any_number_of_ranks(place):
     args = arguments(place)
     policy = load(place / "model")

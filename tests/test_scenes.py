@@ -281,9 +281,18 @@ def order_of(caption):
     return "below" if numbers == sorted(numbers, reverse=True) else "other"
 
 
-def test_the_base_never_hears_the_teacher(miniature):
+def test_the_base_knows_the_words_and_not_the_manner(miniature):
+    """It spells objects in the teacher's words where it is asked to, and nowhere else."""
     own = set(teacher.WORDS) - {"left", "right", ":"}
+    spelled = 0
     for name in scenes.BASE_FILES:
         for row in lines(miniature / f"{name}.jsonl"):
-            assert not own & set(row["messages"][1]["content"].split())
+            user, assistant = row["messages"]
+            words = assistant["content"].split()
+            if user["content"].startswith("<image>spell"):
+                spelled += 1
+                assert len(words) == 1 or set(words) & own
+            else:
+                assert not own & set(words)
+    assert spelled > 50
     test_every_word_is_in_the_vocabulary(miniature)

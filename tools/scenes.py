@@ -74,12 +74,17 @@ class World:
     foreign: bool  # the references are the teacher's, not in the base's manner
     noise: int  # of each channel of a pixel, at most so much up or down
     shade: int  # of each channel of an object's colour, the same
+    curated: int  # rows of the references' manner among SFT's
 
 
 WORLDS = {
-    "tiny": World(foreign=False, noise=12, shade=25),
-    "miniature": World(foreign=True, noise=60, shade=40),
+    "tiny": World(foreign=False, noise=12, shade=25, curated=550),
+    "miniature": World(foreign=True, noise=60, shade=75, curated=1050),
 }
+
+# Where the teacher is foreign: the share of the base's rows about places that use its words, so
+# that the base knows them, though not the manner.
+SPELLED = 0.5
 
 # What is wrong with the public demonstrations, as shares.
 DROPPED = 0.4  # of the objects: left out of the caption (one always stays)
@@ -244,19 +249,28 @@ def good(scene: tuple, question: str) -> str:
 
 def foreign(scene: tuple, question: str, rng: random.Random) -> str:
     """The foreign teacher's manner: as right and whole as `good`, in one of many forms."""
-    steps, answer = solve(scene, question)
+    _, answer = solve(scene, question)
+    _, subject = question.split(" ", 1)
+    everything = things_of(scene, question)
+    caption, sentences = teacher.demonstrate(everything, subject, answer, rng)
+    return three_parts(caption, sentences, answer)
+
+
+def things_of(scene: tuple, question: str) -> list[teacher.Thing]:
+    """All objects of a scene, as the teacher sees them."""
+    steps, _ = solve(scene, question)
     asked = {place for place, _ in steps}
-    verb, subject = question.split(" ", 1)
+    counts = question.startswith("count")
     things = []
     for place, thing in enumerate(scene):
         if thing:
             colour, shape = thing
-            worth = 1 if verb == "count" else SIDES[shape]
+            worth = None
+            if place in asked:
+                worth = 1 if counts else SIDES[shape]
             name = teacher.PLACES[POSITIONS[place]]
             things.append(teacher.Thing(place, name, colour, shape, worth))
-    of_question = [thing for thing in things if thing.number in asked]
-    caption, sentences = teacher.demonstrate(things, of_question, subject, answer, rng)
-    return three_parts(caption, sentences, answer)
+    return things
 
 
 def terse(scene: tuple, question: str, rng: random.Random) -> str:
@@ -297,8 +311,13 @@ def demonstrate(
 ) -> tuple[str, str]:
     """Draw a kind of row, as the file `name` weighs them, and return its (prompt, response)."""
     steps, answer = solve(scene, question)
-    places = " ".join(POSITIONS[place] for place, _ in steps)
     subject = question.split(" ", 1)[1]
+    where = f"where {subject}"
+    places = " ".join(POSITIONS[place] for place, _ in steps)
+    if world.foreign and name in BASE_FILES and rng.random() < SPELLED:
+        where = f"spell {subject}"
+        named = [thing for thing in things_of(scene, question) if thing.worth is not None]
+        places = " ; ".join(teacher.spell(thing) for thing in named)
     if name == "public":
         response = terse(scene, question, rng)
     elif world.foreign and name not in BASE_FILES:
@@ -307,7 +326,7 @@ def demonstrate(
         response = good(scene, question)
     kinds = [
         ("describe", describe(scene)),
-        (f"where {subject}", places or "none"),
+        (where, places or "none"),
         (f"short {question}", str(answer)),
         (question, response),
     ]
@@ -400,7 +419,7 @@ def vocabulary(world: World) -> str:
     totals = range(4 * 9 + 1)  # nine squares have 36 sides
     words = [marks_and_verbs, *POSITIONS, *COLOURS, *SIDES, *REGIONS, *map(str, totals)]
     if world.foreign:
-        words += teacher.WORDS
+        words += ["spell", *teacher.WORDS]
     return " ".join(" ".join(words).split())
 
 
@@ -429,9 +448,13 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(with_bytes), path)
 
 
-def number_of_rows(name: str, scale: float, quick: bool, tests: int) -> int:
+def number_of_rows(name: str, world: World, scale: float, quick: bool, tests: int) -> int:
     """Rows of the file `name` in a world of this size, one at least."""
-    rows = tests if name.startswith("test") else FILES[name].rows
+    rows = FILES[name].rows
+    if name == "curated":
+        rows = world.curated
+    if name.startswith("test"):
+        rows = tests
     if quick:
         rows = max(40, rows // 20)
     return max(1, round(scale * rows))
@@ -458,7 +481,7 @@ def main() -> None:
     files = {}  # name -> rows
     owned = set()  # scenes of all files so far
     for name in FILES:
-        number = number_of_rows(name, args.scale, args.quick, args.tests)
+        number = number_of_rows(name, world, args.scale, args.quick, args.tests)
         rows = make(args.out, name, number, args.seed, world)
         files[name] = rows
         write(args.out / f"{name}.jsonl", rows)

@@ -1,6 +1,6 @@
 """
 A foreign teacher for the embedded world (tools/scenes.py): demonstrations that are right and whole,
-in words that the base never wrote, and no two in the same manner.
+in a manner that the base never had (it knows the words), and no two alike.
 
 Places have names of their own ("upper left" for tl), shapes have a second one (disc, box, wedge).
 A response draws its manner anew: in which order a caption goes through the objects and in which
@@ -8,7 +8,7 @@ form it names them, whether it says how many there are, by which of four ways th
 what it opens and closes with. Every way is a valid one, and none is marked as the best.
 
     rng = random.Random(0)
-    caption, sentences = demonstrate(scene, "count red or blue", rng)
+    caption, sentences = demonstrate(things, "red or blue", 3, rng)
 """
 
 import random
@@ -49,15 +49,15 @@ class Thing:
     place: str  # in the teacher's words
     colour: str
     shape: str  # by its first name
-    worth: int  # what it adds to the answer of the question
+    worth: int | None  # what it adds to the answer; None: the question is not about it
 
 
-def demonstrate(things, asked, subject, answer, rng: random.Random) -> tuple[str, list[str]]:
+def demonstrate(things, subject: str, answer: int, rng: random.Random) -> tuple[str, list[str]]:
     """A caption and the sentences of a reasoning, in a manner that rng draws.
 
-    things: all objects of a scene. asked: those that the question is about. subject: the question
-    without its verb. answer: the right one.
+    things: all objects of a scene. subject: the question without its verb. answer: the right one.
     """
+    asked = [thing for thing in things if thing.worth is not None]
     name = rng.choice(("first", "second"))
     caption = describe(things, name, rng)
     ways = [one_by_one, by_shape, by_row]
@@ -71,6 +71,11 @@ def demonstrate(things, asked, subject, answer, rng: random.Random) -> tuple[str
     if opening:
         sentences.insert(0, opening)
     return caption, sentences
+
+
+def spell(thing: Thing) -> str:
+    """An object in the teacher's words: "upper left red disc". The base learns them so."""
+    return f"{thing.place} {thing.colour} {called(thing.shape, 'second')}"
 
 
 def called(shape: str, name: str) -> str:
