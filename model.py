@@ -31,7 +31,7 @@ from transformers.utils import logging
 from data import open_encoder, write_template
 from engine import states
 from engine.attention import adopt, forward_pack
-from engine.families import image_side, obstacle, text_of
+from engine.families import image_side, keep_recording, obstacle, text_of
 from engine.files import (
     copy_processor,
     expect_none,
@@ -246,6 +246,7 @@ def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
     for unit in parts:
         fully_shard(unit, mp_policy=precision, **options)
     for part in image_side(base):
+        keep_recording(part)
         if not is_trained(part):
             # It ran first, so FSDP would gather it for the end of the backward pass, which needs it
             # no more.

@@ -12,6 +12,7 @@ import inspect
 
 import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 WINDOW = "sliding_attention"
 KNOWN_LAYERS = ("full_attention", WINDOW, "linear_attention")  # the last: see states.py
@@ -32,6 +33,13 @@ def image_side(base):
         if part is not text and next(part.parameters(), None) is not None:
             found.append(part)
     return found
+
+
+def keep_recording(part):
+    """Let `part`, now sharded, hand out its layers' outputs, which some families read features
+    from: transformers knows what it may record by the class's name, and FSDP makes a new class."""
+    recorded = getattr(part, "_can_record_outputs", None)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(part)), recorded)
 
 
 def windows_of(text):

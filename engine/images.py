@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -64,23 +63,25 @@ def open_image_processor(folder):
 def make_processor(kind, tokenizer, image_processor, settings=()):
     """A transformers processor of the class `kind`, without what it has for videos.
 
-    settings: of processor_config.json, a dict. Its class would ask for a video processor, and so
+    settings: of processor_config.json, a dict. The class would ask for a video processor, and so
     for torchvision; no data here holds videos.
     """
-
-    def check(self, name, argument):
-        if argument is not None:
-            kind.check_argument_for_proper_class(self, name, argument)
-
-    members = {"check_argument_for_proper_class": check, "__module__": kind.__module__}
-    without_videos = type(kind.__name__, (kind,), members)
     # One family's asks for this package when it is made, and spells numbers in videos' texts by it.
     module = sys.modules[kind.__module__]
     if getattr(module, "num2words", "known") is None:
         module.num2words = str
-    parts = {"tokenizer": tokenizer, "image_processor": image_processor}
-    arguments = [parts.get(name) for name in kind.get_attributes()]
-    return without_videos.from_args_and_dict(arguments, dict(settings))
+    arguments = {"tokenizer": tokenizer, "image_processor": image_processor}
+    known = inspect.signature(kind.__init__).parameters
+    for name, value in dict(settings).items():
+        if name in known and name not in kind.get_attributes():
+            arguments[name] = value
+    for name in kind.get_attributes():
+        arguments.setdefault(name, None)
+    processor = kind.__new__(kind)
+    processor.check_argument_for_proper_class = lambda *_: None  # which None would not pass
+    processor.__init__(**arguments)
+    del processor.check_argument_for_proper_class
+    return processor
 
 
 def open_processor(folder, config, tokenizer):
@@ -180,7 +181,8 @@ class Images:
                 f"how many tiles it has, is set in the checkpoint's preprocessor_config.json "
                 "(--max_side makes the image itself smaller before)"
             )
-        self.texts_of_sizes = lru_cache(maxsize=1 << 12)(self._texts_of_sizes)
+        self.counts_patches = bool(self.limits) and self._counts_patches()
+        self.known_sizes = {}  # (width, height) of each image -> their texts
 
     def _limits(self, max_pixels):
         limits = dict(self.image_processor.size)
@@ -199,13 +201,19 @@ class Images:
                 tensors[name] = torch.as_tensor(value)
         return tensors, texts
 
-    def _texts_of_sizes(self, sizes):
-        """The texts of images of these sizes, a tuple of (width, height), without their pixels.
+    def texts_of_sizes(self, sizes):
+        """The texts of one prompt's images of these sizes, a tuple of (width, height), without
+        their pixels. Raises ValueError for a shape that the image processor cannot take."""
+        if not sizes:
+            return []
+        if sizes not in self.known_sizes:
+            self.known_sizes[sizes] = self._texts_of_sizes(sizes)
+        return self.known_sizes[sizes]
 
-        Where texts are as long as there are merged patches, these are counted; else blank images
-        are prepared: what the text is follows from the sizes alone.
-        """
-        if self.limits and self.counts_patches():
+    def _texts_of_sizes(self, sizes):
+        """Where texts are as long as there are merged patches, these are counted; else blank images
+        are prepared: what the text is follows from the sizes alone."""
+        if self.counts_patches:
             count = self.image_processor.get_number_of_image_patches
             merged = self.image_processor.merge_size**2
             limits = {
@@ -216,7 +224,7 @@ class Images:
             return [self.mark * (n // merged) for n in patches]
         return self.prepare([_blank(*size) for size in sizes])[1]
 
-    def counts_patches(self):
+    def _counts_patches(self):
         """Whether an image's text is its mark once for each merged patch, and nothing else."""
         made, (text,) = self.prepare([_blank(_side(self.image_processor))])
         patches = int(made["image_grid_thw"].prod()) // self.image_processor.merge_size**2
