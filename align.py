@@ -44,6 +44,7 @@ from engine.arguments import Common, option, parse
 from engine.attention import adopt, forward_pack
 from engine.checkpoint import Checkpoints, restore, save
 from engine.evaluation import validate, validation_is_due, warn_of_overlap
+from engine.families import text_of
 from engine.files import expect_none, read_backbone, same_input, write_backbone
 from engine.log import Log
 from engine.optimiser import Schedule, optimizer, set_lr, step_if_finite
@@ -338,12 +339,12 @@ class Discriminator(nn.Module):
         if form == "experts":
             experts = heads = spans
         if form != "dense":
-            for layer in base.language_model.layers:
+            for layer in text_of(base).layers:
                 layer.mlp = MixtureOfExperts(
                     layer.mlp, experts, top_k, noise, has_router=form == "moe"
                 )
                 self.mlps.append(layer.mlp)
-        head = nn.Linear(base.language_model.config.hidden_size, heads, bias=False)
+        head = nn.Linear(text_of(base).config.hidden_size, heads, bias=False)
         nn.init.normal_(head.weight, std=0.02)
         # files know it as v_head.1.weight: in the released one a dropout comes first
         self.v_head = nn.Sequential(nn.Identity(), head)

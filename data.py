@@ -53,10 +53,12 @@ from engine.benchmarks import (
     unlettered,
     unwrap,
 )
+from engine.families import images_attend_both_ways, takes
 from engine.files import find, find_data
-from engine.images import open_image_processor
+from engine.images import Images, open_processor
 from engine.inspection import Inspection
 from engine.rows import BadRow, Data, find_image, open_image, shrink
+from engine.windows import blocks_of
 
 SYSTEM_PROMPT = """You are a helpful scientific assistant.
 Answer the user's question based on the image provided.
@@ -108,10 +110,11 @@ class PairExample:
 @dataclass
 class Prompt:
     ids: torch.Tensor  # (T,) int64
-    positions: torch.Tensor  # (3, T) int64, multimodal rotary
+    positions: torch.Tensor  # (R, T) int64, rotary; of several rows, multimodal
     next_position: int  # where a child segment goes on
     images: dict  # name -> tensor, as the model's forward takes all its images; {}: it has none
     image_mask: torch.Tensor  # (T,) bool
+    blocks: torch.Tensor | None  # (T,) as of engine.windows.blocks_of, where a model asks for it
     example: Example
 
 
@@ -479,28 +482,28 @@ def _strings(value, field, where):
 
 # ----------------------------------------------------------------------------- examples -> prompts
 class Encoder:
-    """Text and images -> token ids and patches, in one way for all stages.
+    """Text and images -> token ids and pixels, in one way for all stages.
 
     The prompt is rendered by the chat template and tokenised apart from the response that follows
     it: a text has the same ids as a demonstration, a rollout's span and a reference's span.
-    rope_index: the transformers model's `get_rope_index` (None: plain positions). max_pixels,
-    max_side: larger images are scaled down to this area, or to this longer side in pixels. blind:
-    images are left out.
-    ends: ids that end a rollout beside those that tokenizer and configuration name.
+    processor: transformers', of tokenizer and image processor. base: the transformers model without
+    head, for its configuration and positions; its weights are not read. max_pixels, max_side:
+    larger images are scaled down to this area, or to this longer side in pixels. blind: images are
+    left out. ends: ids that end a rollout beside those that tokenizer and configuration name.
     """
 
     def __init__(
         self,
-        tokenizer,
-        image_processor,
-        config,
-        rope_index=None,
+        processor,
+        base,
         max_prompt_tokens=2048,
         max_pixels=None,
         max_side=None,
         blind=False,
         ends=(),
     ):
+        tokenizer = processor.tokenizer
+        config = base.config
         if not tokenizer.chat_template or tokenizer.eos_token_id is None:
             raise ValueError(
                 "the tokenizer has no chat template or no end token: "
@@ -508,32 +511,33 @@ class Encoder:
             )
         refuse_prefilled(tokenizer)
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.rope_index = rope_index
+        self.images = Images(processor, base, max_pixels)
+        self.rope_index = getattr(base, "get_rope_index", None)  # None: plain positions
+        self.both_ways = images_attend_both_ways(config)
+        self.writes_lists = not writes_strings(tokenizer)
         self.max_prompt_tokens = max_prompt_tokens
         self.max_side = max_side
         self.blind = blind
         # A call of the tokenizer can change its settings: threads take turns.
         self.lock = threading.Lock()
         self.image_id = config.image_token_id
-        # The image processor's edges are areas, for all their names; older files name them so.
-        limits = dict(image_processor.size)
-        largest = limits.get("longest_edge") or limits["max_pixels"]
-        smallest = limits.get("shortest_edge") or limits["min_pixels"]
-        largest = min(largest, max_pixels or math.inf)
-        smallest = min(smallest, largest)
-        self.size = {"shortest_edge": smallest, "longest_edge": largest}
 
-        self.eos = tokenizer.eos_token_id
+        self.eos = end_of_turn(tokenizer)
         text_config = config.get_text_config()
         known = set(tokenizer.get_vocab().values())
         media = set()
         for name in ("image", "video", "vision_start", "vision_end"):
             media.add(getattr(config, f"{name}_token_id", None))
+        media.update(tokenizer.convert_tokens_to_ids([self.images.mark]))
         media &= known
         # Any of these ends a rollout: the tokenizer's end token first, then the model's, then those
         # of generation_config.json. Padding may be one of them.
-        named = [self.eos, *ids_of(getattr(text_config, "eos_token_id", None)), *ends]
+        named = [
+            self.eos,
+            tokenizer.eos_token_id,
+            *ids_of(getattr(text_config, "eos_token_id", None)),
+            *ends,
+        ]
         self.eos_ids = tuple(dict.fromkeys(i for i in named if i in known - media))
         # Never sampled: marks of images, padding, and rows of the embedding without a token.
         unused = set(range(text_config.vocab_size)) - known
@@ -574,79 +578,76 @@ class Encoder:
     def pixels(self, example):
         """The images as the model's forward takes them: a dict of tensors by name, {} for none.
 
-        The one place where images are prepared. Each is opened upright in RGB (open_image), scaled
-        so that its area lies within `size`, normalised and cut into patches by the checkpoint's own
-        image processor. Raises BadRow.
+        The one place where images are prepared. Each is opened upright in RGB (open_image), made
+        smaller where its longer side is above max_side, and scaled, normalised and cut by the
+        checkpoint's own image processor. Raises BadRow.
         """
+        return self._images(example)[0]
+
+    def _images(self, example):
+        """(tensors by name, of each image the text that stands for it)."""
         if self.blind or not example.images:
-            return {}
+            return {}, []
         images = [open_image(image, example.where) for image in example.images]
         images = [shrink(image, self.max_side) for image in images]
         try:
-            made = self.image_processor(images=images, size=self.size, return_tensors="pt")
+            return self.images.prepare(images)
         except ValueError as error:
             raise no_shape(example, error) from None
-        return dict(made)
 
     def lengths(self, example, sizes):
         """Tokens of a row's turns, without the work on its pixels: (not trained on, of them image,
         trained on). sizes: (width, height) of each image, within max_side. Raises BadRow."""
-        limits = {"min_pixels": self.size["shortest_edge"], "max_pixels": self.size["longest_edge"]}
-        count = self.image_processor.get_number_of_image_patches
         try:
-            patches = [count(height, width, limits) for width, height in sizes]
+            texts = self.images.texts_of_sizes(tuple(sizes))
         except ValueError as error:
             raise no_shape(example, error) from None
-        ids, trained = self._tokens(example, example.messages)
-        widths = self._widths(ids, torch.tensor(patches, dtype=torch.int64), example)
-        of_images = widths[ids == self.image_id].sum()
-        return int(widths[~trained].sum()), int(of_images), int(widths[trained].sum())
+        ids, trained = self._tokens(example, example.messages, texts)
+        of_images = (ids == self.image_id).sum()
+        return int((~trained).sum()), int(of_images), int(trained.sum())
 
     def _encode(self, example, messages, limit):
-        ids, trained = self._tokens(example, messages)
-        images = self.pixels(example)
-        grid = images.get("image_grid_thw")  # (n, 3)
-        patches = torch.tensor([], dtype=torch.int64) if grid is None else grid.prod(-1)  # (n,)
-        widths = self._widths(ids, patches, example)
-        if widths.sum() > limit:  # never cut
-            of_images = widths[ids == self.image_id].sum()
-            detail = f"{widths.sum()}, of them {of_images} of images, allowed are {limit}"
-            mend = "Raise the limit, lower --max_pixels, or leave the row out."
-            raise BadRow(example.where, "too many tokens", mend, detail)
-        ids = ids.repeat_interleave(widths)  # (T,)
-        trained = trained.repeat_interleave(widths)  # (T,)
+        images, texts = self._images(example)
+        ids, trained = self._tokens(example, messages, texts)
         image_mask = ids == self.image_id  # (T,)
-        positions = torch.arange(len(ids)).expand(3, -1)  # (3, T)
-        if grid is not None and self.rope_index:
-            found, _ = self.rope_index(
-                input_ids=ids[None],
-                mm_token_type_ids=image_mask[None].int(),
-                image_grid_thw=grid,
-            )
-            positions = found[:, 0]
-        next_position = int(positions.max()) + 1
-        prompt = Prompt(ids, positions, next_position, images, image_mask, example)
+        if len(ids) > limit:  # never cut
+            detail = f"{len(ids)}, of them {image_mask.sum()} of images, allowed are {limit}"
+            lower = "lower --max_pixels" if self.images.limits else "let images have fewer tiles"
+            mend = f"Raise the limit, {lower}, or leave the row out."
+            raise BadRow(example.where, "too many tokens", mend, detail)
+        positions, next_position = self._positions(ids, images)
+        blocks = blocks_of(image_mask) if self.both_ways else None
+        prompt = Prompt(ids, positions, next_position, images, image_mask, blocks, example)
         return prompt, trained
 
-    def _widths(self, ids, patches, example):
-        """How many tokens each id (T,) stands for: one, but an image's for its patches (n,)."""
-        slots = ids == self.image_id  # one for each image
-        if slots.sum() != len(patches):
-            mend = "Use the template of a vision-language model."
-            raise BadRow(example.where, "the chat template does not write the images", mend)
-        widths = torch.ones_like(ids)
-        widths[slots] = patches // self.image_processor.merge_size**2
-        return widths
+    def _positions(self, ids, images):
+        """(positions (R, T), the one behind them) of ids (T,): the model's own, or plain ones."""
+        if self.rope_index is None:
+            return torch.arange(len(ids)).unsqueeze(0), len(ids)
+        kinds = self.images.processor.create_mm_token_type_ids([ids.tolist()])
+        known = {name: images[name] for name in images if takes(self.rope_index, name)}
+        found, delta = self.rope_index(
+            input_ids=ids[None], mm_token_type_ids=torch.tensor(kinds), **known
+        )
+        return found[:, 0], len(ids) + int(delta)
 
-    def _tokens(self, example, messages):
-        """(ids (T,), trained on? (T,)) of a conversation, with one image token for each image."""
+    def _tokens(self, example, messages, images):
+        """(ids (T,), trained on? (T,)) of a conversation. images: the text that stands for each."""
+        if self.blind:
+            images = []
         texts = [message["content"] for message in messages]
         for text in [*texts, example.response or ""]:
-            # Also as a blind encoder would see it.
-            found = self.special.search(text) or self.special.search(text.replace("<image>", ""))
+            # A family may itself write an image as `<image>`. Also as a blind encoder would see it.
+            marked = text.replace("<image>", "\n")
+            found = self.special.search(marked) or self.special.search(text.replace("<image>", ""))
             if found:
                 mend = "Take it out: it would steer the model."
                 raise BadRow(example.where, "a special token in the text", mend, found[0])
+        whole = self._render(messages, messages[-1]["role"] != "assistant")
+        if whole.count(self.images.mark) != len(images):
+            mend = "Use the template of a vision-language model."
+            raise BadRow(example.where, "the chat template does not write the images", mend)
+        images = iter(images)
         ids = []
         trained = []
         done = ""  # the text that `ids` stand for
@@ -662,13 +663,13 @@ class Encoder:
             if not text.startswith(done):
                 mend = "Use an instruct model's template."
                 raise BadRow(example.where, "the chat template rewrites assistant turns", mend)
-            ids += self._ids(text[len(done) :])
+            ids += self._ids(self.images.fill_in(text[len(done) :], images))
             trained += [False] * (len(ids) - len(trained))
             if not at_end:
                 response = messages[k]["content"]
                 ids += self.response(response)
                 trained += [True] * (len(ids) - len(trained))
-                done = text + response + self.tokenizer.eos_token
+                done = text + response + self.tokenizer.convert_ids_to_tokens(self.eos)
         return torch.tensor(ids), torch.tensor(trained)
 
     def _ids(self, text, split=False):
@@ -689,7 +690,7 @@ class Encoder:
         text = message["content"]
         if self.blind:
             text = text.replace("<image>", "")
-        if "<image>" not in text:
+        if "<image>" not in text and not self.writes_lists:
             return text
         content = []
         for piece in re.split("(<image>)", text):
@@ -725,18 +726,38 @@ def open_encoder(path, base=None, **options) -> Encoder:
         with torch.device("meta"):
             base = AutoModelForImageTextToText.from_config(config).model
     tokenizer = open_tokenizer(folder)
-    image_processor = open_image_processor(folder)
     older = folder / "chat_template.json"
     if not tokenizer.chat_template and older.exists():
         tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
     if tokenizer.chat_template:
         tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
-    rope_index = getattr(base, "get_rope_index", None)
     generation = folder / "generation_config.json"
     if generation.exists():
         named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
         options = {"ends": ids_of(named), **options}
-    return Encoder(tokenizer, image_processor, base.config, rope_index, **options)
+    return Encoder(open_processor(folder, base.config, tokenizer), base, **options)
+
+
+def writes_strings(tokenizer):
+    """Whether its chat template writes turns whose content is a text; some know lists alone, and
+    leave texts out without a word."""
+    text = "a text of its own"
+    turn = {"role": "user", "content": text}
+    return text in tokenizer.apply_chat_template([turn], tokenize=False)
+
+
+def end_of_turn(tokenizer):
+    """The id of the special token that the chat template writes behind the assistant's text, or of
+    the tokenizer's end token where it writes none."""
+    turns = []
+    for role, text in (("user", "?"), ("assistant", "!")):
+        content = text if writes_strings(tokenizer) else [{"type": "text", "text": text}]
+        turns.append({"role": role, "content": content})
+    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+    for id, token in tokenizer.added_tokens_decoder.items():
+        if token.special and behind.startswith(token.content):
+            return id
+    return tokenizer.eos_token_id
 
 
 def open_tokenizer(folder):
@@ -758,6 +779,8 @@ def refuse_prefilled(tokenizer):
     does with <think>: no rollout could then begin with its caption. One that closes what it begins,
     as Qwen3.5's does where it shall not think, is none."""
     turn = {"role": "user", "content": "?"}
+    if not writes_strings(tokenizer):
+        turn["content"] = [{"type": "text", "text": "?"}]
     text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     behind = text.rpartition("?")[2]
     begun = [name for name in PARTS if behind.count(f"<{name}>") > behind.count(f"</{name}>")]

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from data import open_encoder, write_template
 from engine import states
 from engine.attention import adopt, forward_pack
+from engine.families import image_side, keep_recording, obstacle, text_of
 from engine.files import (
     copy_processor,
     expect_none,
@@ -93,7 +94,7 @@ def load(path, dtype=torch.float32, device="cpu", **encoder_options) -> Policy:
     expect_packs_run(hf, folder)
     adopt(hf.model)
     encoder = open_encoder(folder, hf.model, **encoder_options)
-    hf.model.blank_image = blank_image(encoder.image_processor, hf.model)
+    hf.model.blank_image = blank_image(encoder.images.image_processor, hf.model)
     expect_rows(hf, encoder.tokenizer, folder)
     return Policy(hf.to(device), encoder, folder)
 
@@ -115,17 +116,11 @@ def is_tied(hf):
 
 def expect_packs_run(hf, folder):
     """ValueError for a model whose parts or layers are not what packs need."""
-    layers = set(getattr(hf.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    known = {"full_attention"}
-    has_parts = hasattr(hf.model, "get_rope_index") and hasattr(hf.model, "language_model")
-    if has_parts and all(map(states.is_delta_net, states.delta_nets(hf.model).values())):
-        known.add("linear_attention")
-    if not has_parts or layers - known:
-        raise ValueError(
-            f"{type(hf).__name__} ({folder}): packs need a Qwen-VL model or the like: "
-            "get_rope_index, language_model, in every layer full attention or Qwen3.5's linear "
-            f"attention (these: {', '.join(sorted(layers))})"
-        )
+    why = obstacle(hf)
+    if why is None:
+        why = states.obstacle(hf)
+    if why is not None:
+        raise ValueError(f"{type(hf).__name__} ({folder}): {why}")
 
 
 def expect_rows(hf, tokenizer, folder):
@@ -174,11 +169,13 @@ def full_state(module: nn.Module):
 
 # --------------------------------------------------------------------------- what is trained
 def freeze_vision(*bases):
-    """Train the vision towers of these transformers models without head, mergers included, no
-    more: no gradient, no optimiser state, no graph. To be called before the optimiser is made.
+    """Train the image sides of these transformers models without head, towers and what stands
+    behind them, no more: no gradient, no optimiser state, no graph. To be called before the
+    optimiser is made.
     """
     for base in bases:
-        base.visual.requires_grad_(False)
+        base.requires_grad_(False)
+        text_of(base).requires_grad_(True)
 
 
 def is_trained(module: nn.Module):
@@ -193,11 +190,11 @@ def is_sharded(args, ranks):
 
 
 def units(module: nn.Module, base: nn.Module):
-    """What FSDP gathers at a time: each decoder layer, the vision tower, and the root (`module`,
-    whose forward is called) with the rest, embeddings and head. base: the transformers model
-    without head inside it.
+    """What FSDP gathers at a time: each decoder layer, the parts of the image side, and the root
+    (`module`, whose forward is called) with the rest, embeddings and head. base: the transformers
+    model without head inside it.
     """
-    return *base.language_model.layers, base.visual, module
+    return *text_of(base).layers, *image_side(base), module
 
 
 def cut_dimension(parameter, ranks):
@@ -248,10 +245,12 @@ def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
     *parts, root = units(module, base)
     for unit in parts:
         fully_shard(unit, mp_policy=precision, **options)
-    if not is_trained(base.visual):
-        # It ran first, so FSDP would gather it for the end of the backward pass, which needs it no
-        # more.
-        base.visual.set_unshard_in_backward(False)
+    for part in image_side(base):
+        keep_recording(part)
+        if not is_trained(part):
+            # It ran first, so FSDP would gather it for the end of the backward pass, which needs it
+            # no more.
+            part.set_unshard_in_backward(False)
     # The known gradients of the log-probs are among the root's inputs: they stay as they are.
     uncast = replace(precision, cast_forward_inputs=False)
     fully_shard(root, mp_policy=uncast, **options)

@@ -143,6 +143,7 @@ def prompt(hf, text, side, seed=0):
         next_position=int(positions.max()) + 1,
         images=images,
         image_mask=mask,
+        blocks=None,
         example=None,
     )
 

@@ -78,6 +78,7 @@ def example_prompt():
         positions=positions[:, 0],
         next_position=int(positions.max()) + 1,
         images={},
+        blocks=None,
     )
 
 

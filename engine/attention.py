@@ -20,6 +20,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from engine import states
+from engine.families import takes, text_of
+from engine.windows import narrowest, rule_of
 
 
 def layout_of(pack):
@@ -41,7 +43,10 @@ class SegmentLayout:
     """Attention segment by segment, each against its ancestors' keys and its own, in batches."""
 
     def __init__(self, pack):
-        self.batches = []  # (places of the queries, places of the keys, segments, mask)
+        self.pack = pack
+        self.batches = []  # (places of the queries, places of the keys, segments, causal mask)
+        self.real = []  # of each batch (segments, keys) bool: False behind a segment's end
+        self.masks = {}  # window -> of each batch its mask
         # (T,) where a token's result stands among those of all batches
         self.rows = torch.empty(len(pack.ids), dtype=torch.long)
         done = 0
@@ -83,18 +88,36 @@ class SegmentLayout:
             mask = torch.ones(longest, before + longest, dtype=torch.bool).tril(before).to(device)
         size = len(bucket.segments)
         self.batches.append((queries.flatten().to(device), keys.flatten().to(device), size, mask))
+        lengths = torch.tensor([segment.length for segment in bucket.segments])
+        self.real.append((torch.arange(keys.shape[1]) - before < lengths.unsqueeze(1)).to(device))
         for row, segment in enumerate(bucket.segments):
             places = done + row * longest + torch.arange(segment.length)
             self.rows[segment.start : segment.start + segment.length] = places
         return queries.numel()
 
-    def attend(self, query, key, value, scaling):
-        """(1, H, T, d) each -> (1, T, H, d)."""
+    def _masks(self, window):
+        """Of each batch its mask, or None where the causal one of torch's own does."""
+        if self.pack.blocks is None and window is None:
+            return [mask for *_, mask in self.batches]
+        if window not in self.masks:
+            rule = rule_of(self.pack, window)
+            masks = []
+            for (queries, keys, size, _), real in zip(self.batches, self.real, strict=True):
+                seen = rule(queries.view(size, -1, 1), keys.view(size, 1, -1))
+                masks.append(
+                    (seen & real.unsqueeze(1)).unsqueeze(1)
+                )  # (segments, 1, queries, keys)
+            self.masks[window] = masks
+        return self.masks[window]
+
+    def attend(self, query, key, value, scaling, window=None):
+        """(1, H, T, d) each -> (1, T, H, d). window: of the layer, in tokens; None: it has none."""
+        masks = self._masks(narrowest(self.pack, window))
         query = query[0].transpose(0, 1)  # (T, H, d)
         key = key[0].transpose(0, 1)
         value = value[0].transpose(0, 1)
         results = []
-        for queries, keys, size, mask in self.batches:
+        for (queries, keys, size, _), mask in zip(self.batches, masks, strict=True):
             attended = F.scaled_dot_product_attention(
                 _gather(query, queries, size),
                 _gather(key, keys, size),
@@ -120,24 +143,33 @@ class FlexLayout:
     kernel = None  # compiled at its first call
 
     def __init__(self, pack):
-        sees = pack.sees()
-        segment = pack.segment
-        size = len(pack.ids)
+        self.pack = pack
+        self.masks = {}  # window -> block mask
+        self._mask(None)
 
-        def rule(batch, head, query, key):
-            return (query >= key) & sees[segment[query], segment[key]]
+    def _mask(self, window):
+        if window not in self.masks:
+            size = len(self.pack.ids)
+            rule = rule_of(self.pack, window)
+            self.masks[window] = create_block_mask(
+                lambda batch, head, query, key: rule(query, key),
+                None,
+                None,
+                size,
+                size,
+                device=self.pack.ids.device,
+            )
+        return self.masks[window]
 
-        self.mask = create_block_mask(rule, None, None, size, size, device=pack.ids.device)
-
-    def attend(self, query, key, value, scaling):
-        """(1, H, T, d) each -> (1, T, H, d)."""
+    def attend(self, query, key, value, scaling, window=None):
+        """(1, H, T, d) each -> (1, T, H, d). window: of the layer, in tokens; None: it has none."""
         if FlexLayout.kernel is None:
             FlexLayout.kernel = torch.compile(flex_attention)  # shapes become dynamic by themselves
         attended = FlexLayout.kernel(
             query,
             key,
             value,
-            block_mask=self.mask,
+            block_mask=self._mask(narrowest(self.pack, window)),
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -145,10 +177,24 @@ class FlexLayout:
 
 
 # ----------------------------------------------------------------------------- for transformers
-def pack_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """In the text layers, (1, H, T, d) each -> (1, T, H, d). layout: the pack's, or the sampler."""
+def pack_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    layout=None,
+    **kwargs,
+):
+    """In the text layers, (1, H, T, d) each -> (1, T, H, d). layout: the pack's, or the sampler's
+    store."""
+    for name in ("softcap", "s_aux"):  # a cap on scores, a score of nothing: not built
+        if kwargs.get(name) is not None:
+            raise ValueError(f"packs cannot run attention with {name}")
     if layout is not None and module.is_causal:
-        return layout.attend(query, key, value, scaling), None
+        return layout.attend(query, key, value, scaling, sliding_window), None
     if module.is_causal:
         raise RuntimeError(
             "this model was loaded for packs: call it through attention.forward_pack or "
@@ -194,11 +240,13 @@ class PatchProduct(nn.Conv3d):
 def adopt(base):
     """Make a transformers vision-language model without head run packs; weights and their names
     stay as they are."""
-    base.language_model.config._attn_implementation = "packs"
-    base.visual.config._attn_implementation = "images-like-flash"
-    patches = base.visual.patch_embed.proj
-    if type(patches) is nn.Conv3d and patches.kernel_size == patches.stride:
-        patches.__class__ = PatchProduct
+    text_of(base).config._attn_implementation = "packs"
+    tower = base.get_encoder("image")
+    if takes(tower.forward, "grid_thw"):  # images of any size in one row of patches
+        tower.config._attn_implementation = "images-like-flash"
+    for module in tower.modules():
+        if type(module) is nn.Conv3d and module.kernel_size == module.stride:
+            module.__class__ = PatchProduct
     states.adopt(base)
     return base
 
@@ -211,9 +259,12 @@ def forward_pack(base, pack, kept=None, **kwargs):
     nothing = 0.0
     if not pack.images:
         nothing = _run_blank_image(base, pack.ids.device)
+    positions = pack.positions  # (R, T)
+    if len(positions) > 1:
+        positions = positions.unsqueeze(1)  # (R, 1, T): multimodal rotary
     output = base(
         input_ids=pack.ids.unsqueeze(0),
-        position_ids=pack.positions.unsqueeze(1),
+        position_ids=positions,
         layout=pack.layout,
         recurrence=states.forest_of(base, pack, kept),
         **pack.images,

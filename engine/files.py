@@ -282,21 +282,32 @@ def read_backbone(path):
     return base, state, config
 
 
+# What two models have to agree in to read the same ids and pixels, by the part of a configuration
+# that says it. A family has some of these.
+INPUT = {
+    "text_config": ("vocab_size",),
+    "vision_config": ("patch_size", "spatial_merge_size", "image_size"),
+    "": (
+        "image_token_id",
+        "scale_factor",
+        "downsample_ratio",
+        "mm_tokens_per_image",
+        "image_grid_pinpoints",
+    ),
+}
+
+
 def same_input(a, b):
-    """ValueError where two configurations do not read the same token ids and image patches."""
-    settings = (
-        ("vocab_size", a.text_config.vocab_size, b.text_config.vocab_size),
-        ("patch_size", a.vision_config.patch_size, b.vision_config.patch_size),
-        (
-            "spatial_merge_size",
-            a.vision_config.spatial_merge_size,
-            b.vision_config.spatial_merge_size,
-        ),
-    )
-    for name, first, second in settings:
-        if first != second:
-            raise ValueError(
-                f"discriminator and policy differ in {name} ({first}, {second}), so they cannot "
-                "read the same tokens and patches: upcycle a checkpoint of the policy's family "
-                "(--disc_init)"
-            )
+    """ValueError where two configurations do not read the same token ids and images."""
+    for part, names in INPUT.items():
+        mine = getattr(a, part) if part else a
+        theirs = getattr(b, part) if part else b
+        for name in names:
+            first = getattr(mine, name, None)
+            second = getattr(theirs, name, None)
+            if first != second:
+                raise ValueError(
+                    f"discriminator and policy differ in {name} ({first}, {second}), so they "
+                    "cannot read the same tokens and images: upcycle a checkpoint of the policy's "
+                    "family (--disc_init)"
+                )

@@ -287,8 +287,9 @@ class Inspection:
 
     def pixel_limits(self):
         """(least, most) pixels of an image as the model sees it."""
-        if self.encoder:
-            return self.encoder.size["shortest_edge"], self.encoder.size["longest_edge"]
+        if self.encoder and self.encoder.images.limits:
+            limits = self.encoder.images.limits
+            return limits["shortest_edge"], limits["longest_edge"]
         return 0, self.args.max_pixels or math.inf
 
     def lines_of_answers(self):

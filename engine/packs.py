@@ -36,7 +36,7 @@ from engine.ranks import all_max, rank, world
 class Tree:
     """A prompt and what continues it."""
 
-    prompt: object  # data.Prompt: ids, positions, next_position, images
+    prompt: object  # data.Prompt: ids, positions, next_position, images, blocks
     children: list[list[int]] = field(default_factory=list)  # token ids of each
     kinds: list[int] | None = None  # of each child: the number of its span (discriminator)
     shared: int = 0  # so many first children (the reference's) stand in each part of a split tree
@@ -56,7 +56,7 @@ class Segment:
 
     start: int  # its first token's place in the pack
     ids: torch.Tensor  # (n,)
-    positions: torch.Tensor  # (3, n)
+    positions: torch.Tensor  # (R, n)
     tree: int  # number of its tree, counted within the pack
     kind: int = -1  # number of the child's span; -1 for a root
     parent: int = -1  # the segment above, -1 for a root
@@ -72,7 +72,7 @@ class Pack:
     """One row of tokens, what is scored in it, and how attention runs over it."""
 
     ids: torch.Tensor  # (T,)
-    positions: torch.Tensor  # (3, T) multimodal rotary: time, height, width
+    positions: torch.Tensor  # (R, T) rotary; of 3 rows, multimodal: time, height, width
     segment: torch.Tensor  # (T,) number of the token's segment
     tree: torch.Tensor  # (T,) number of the token's tree in the pack; a padded tail's is one more
     kind: torch.Tensor  # (T,) number of the token's span; -1 in roots
@@ -88,6 +88,7 @@ class Pack:
     tree_tokens: torch.Tensor  # (G,) tokens of each whole tree, other packs' parts included
     copies: torch.Tensor  # (T,) in how many packs the token stands: above 1 in roots of split trees
     images: dict[str, torch.Tensor]  # of all prompts, as the model's forward takes them; {}: none
+    blocks: torch.Tensor | None  # (T,) number of the image whose tokens attend to each other; -1
     layout: object = None  # computes attention over the pack (attention.py)
 
     def ancestors(self, segment):
@@ -281,7 +282,7 @@ def build_pack(trees, part, device="cpu", copies=None, pad_to=None):
         for c in chosen:
             ids = torch.tensor(tree.children[c], dtype=torch.long)
             step = torch.arange(len(ids))
-            positions = (prompt.next_position + step).expand(3, -1)
+            positions = (prompt.next_position + step).expand(len(prompt.positions), -1)
             kind = tree.kinds[c] if tree.kinds else 0
             stands_in = parts if c < tree.shared else 1
             child = Segment(length, ids, positions, number, kind, root_number, stands_in)
@@ -295,7 +296,7 @@ def build_pack(trees, part, device="cpu", copies=None, pad_to=None):
     multiple = pad_to or (128 if device.type == "cuda" else 1)
     tail = -length % multiple
     if tail:
-        positions = torch.arange(tail).expand(3, -1)
+        positions = torch.arange(tail).expand(len(segments[0].positions), -1)
         segments.append(Segment(length, torch.zeros(tail, dtype=torch.long), positions, len(part)))
     return _to_pack(trees, [t for t, _ in part], segments, children, ends, scored, device)
 
@@ -304,7 +305,7 @@ def filler(device):
     """A pack of two tokens in which nothing is scored: for a rank that must run as many forward
     passes as the others. Its loss is 0, with a gradient of zeros."""
     ids = torch.zeros(2, dtype=torch.long)
-    segment = Segment(0, ids, torch.arange(2).expand(3, -1), tree=0)
+    segment = Segment(0, ids, torch.arange(2).unsqueeze(0), tree=0)
     return _to_pack([], [], [segment], [], [], [], torch.device(device))
 
 
@@ -314,7 +315,9 @@ def _to_pack(trees, chosen, segments, children, ends, scored, device):
     kind = torch.tensor([segment.kind for segment in segments])
     copies = torch.tensor([segment.copies for segment in segments])
     nothing = torch.zeros(0, dtype=torch.long)  # where nothing is scored
-    images = together([trees[t].prompt.images for t in chosen])
+    prompts = [trees[t].prompt for t in chosen]
+    images = together([prompt.images for prompt in prompts])
+    blocks = _blocks(prompts, segments)
     pack = Pack(
         ids=torch.cat([segment.ids for segment in segments]).to(device),
         positions=torch.cat([segment.positions for segment in segments], 1).to(device),
@@ -331,6 +334,25 @@ def _to_pack(trees, chosen, segments, children, ends, scored, device):
         tree_tokens=torch.tensor([trees[t].tokens() for t in chosen], device=device),
         copies=copies[number].to(device),
         images={name: tensor.to(device) for name, tensor in images.items()},
+        blocks=None if blocks is None else blocks.to(device),
     )
     pack.layout = attention.layout_of(pack)
     return pack
+
+
+def _blocks(prompts, segments):
+    """(T,) numbers of the pack's images of which tokens attend to each other both ways, -1 for
+    others; None where no prompt has such."""
+    if all(prompt.blocks is None for prompt in prompts):
+        return None
+    found = []
+    images = 0
+    for segment in segments:
+        blocks = torch.full((segment.length,), -1)
+        is_root = segment.parent < 0 and segment.tree < len(prompts)  # and no padded tail
+        if is_root and prompts[segment.tree].blocks is not None:
+            of_prompt = prompts[segment.tree].blocks
+            blocks = torch.where(of_prompt < 0, -1, of_prompt + images)
+            images = max(images, int(blocks.max()) + 1)
+        found.append(blocks)
+    return torch.cat(found)

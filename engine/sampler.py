@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention import forward_pack
+from engine.families import text_of, windows_of
 from engine.logprob import logits
 from engine.packs import Tree, build_pack, plan
 from engine.progress import Bar
@@ -92,7 +93,8 @@ def generate(
     look_every: tokens between two looks of the host at which rows have ended. The default is 1 on a
         CPU and 16 on CUDA, where a look waits for the device.
     share_prompts: whether a prompt's keys and values are kept once for all of its rows. The default
-        is by the prompts' length (SHARE_FROM), where a prompt has several rows.
+        is by the prompts' length (SHARE_FROM), where a prompt has several rows. Never of a model
+        with windows.
     on_end: called with each rollout as soon as it has ended, on_end(number in `rows`, rollout).
     """
     if not rows:
@@ -102,6 +104,8 @@ def generate(
     was_training = hf.training
     hf.eval()
     queue = _Queue(hf, prompts, rows, pack_tokens)
+    if any(windows_of(text_of(hf.model))):
+        share_prompts = False  # a prompt that is kept once has one bias for all of its rows
     if share_prompts is None:
         share_prompts = sharing_pays(prompts, rows)
     decoder = _Decoder(
@@ -296,7 +300,7 @@ class _Decoder:
 
     def __init__(self, hf, slots, max_tokens, eos, banned, temperature, share_prompts):
         device = hf.device
-        self.text = hf.model.language_model
+        self.text = text_of(hf.model)
         self.head = hf.lm_head.weight  # (V, D)
         self.max_tokens = max_tokens
         self.ends = torch.as_tensor(eos, dtype=torch.long, device=device)
@@ -415,7 +419,7 @@ class _Decoder:
         embedded = self.text.embed_tokens(self.token).unsqueeze(1)  # (B, 1, D)
         output = self.text(
             inputs_embeds=embedded,
-            position_ids=self.position.expand(3, -1).unsqueeze(2),  # (3, B, 1)
+            position_ids=self.position.unsqueeze(1),  # (B, 1), of all rows where rotary has several
             layout=self.store,
             recurrence=self.store.states,
             **{cache_argument(type(self.text)): self.store},

@@ -31,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
+from engine.families import text_of
+
 # The rule is computed in chunks of so many tokens, with matrix products within each: the state is
 # made at the end of each chunk alone, and not at each token.
 CHUNK = 64
@@ -52,13 +54,22 @@ USED = (
 # ------------------------------------------------------------------------------------- the layer
 def delta_nets(base):
     """{number of a layer: its gated delta net} of a transformers model without head."""
-    layers = enumerate(base.language_model.layers)
+    layers = enumerate(text_of(base).layers)
     return {number: layer.linear_attn for number, layer in layers if hasattr(layer, "linear_attn")}
 
 
 def is_delta_net(net):
     """Whether a layer's module is one that `delta_net` can run."""
     return all(hasattr(net, part) for part in USED) and chunk_rule(net) is not None
+
+
+def obstacle(hf):
+    """Why packs cannot run a transformers model's linear attention, in words; None: they can."""
+    kinds = getattr(hf.config.get_text_config(), "layer_types", None) or []
+    nets = delta_nets(hf.model)
+    if len(nets) == kinds.count("linear_attention") and all(map(is_delta_net, nets.values())):
+        return None
+    return "of linear attention packs run Qwen3.5's gated delta nets alone"
 
 
 def adopt(base):

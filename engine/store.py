@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from engine.families import text_of
 from engine.logprob import product
 from engine.states import SlotStates, delta_nets
 
@@ -87,13 +88,14 @@ class Store:
     """
 
     def __init__(self, hf, slots, share_prompts=False):
-        self.heads = hf.model.language_model.config.num_key_value_heads
+        self.heads = text_of(hf.model).config.num_key_value_heads
         self.size = 0  # S, the positions that each slot has
         empty = (slots * self.heads, 0)
         self.keys = no_keys(hf, *empty)  # number of a layer -> (B * H, S, d)
         self.values = no_keys(hf, *empty)  # number of a layer -> (B * H, S, d)
         self.states = SlotStates(hf, slots) if delta_nets(hf.model) else None
-        self.bias = None  # (B * H, 1, S) of this step: 0 where its queries may look, else -inf
+        self.filled = None  # (B * H,) of this step: the position of its keys and values
+        self.biases = {}  # window -> (B * H, 1, S): 0 where its queries may look, else -inf
         self.write_at = None  # (B * H,) where its keys and values go, counted in (B * H * S, d)
         self.layer = None  # whose keys and values were asked for last
         self.shared = SharedPrompts(hf, slots) if share_prompts else None
@@ -124,12 +126,21 @@ class Store:
     def begin_step(self, filled):
         """Prepare for one token more in each slot, at position filled (B,)."""
         device = filled.device
-        filled = filled.repeat_interleave(self.heads)  # (B * H,)
-        positions = torch.arange(self.size, device=device)
-        is_filled = positions <= filled.unsqueeze(1)  # (B * H, S)
-        self.bias = torch.where(is_filled, 0.0, -torch.inf).unsqueeze(1)
-        rows = torch.arange(len(filled), device=device)
-        self.write_at = rows * self.size + filled
+        self.filled = filled.repeat_interleave(self.heads)  # (B * H,)
+        self.biases = {}
+        rows = torch.arange(len(self.filled), device=device)
+        self.write_at = rows * self.size + self.filled
+
+    def bias(self, window):
+        """The bias (B * H, 1, S) on the scores of layers with this window, in tokens, or None."""
+        if window not in self.biases:
+            filled = self.filled.unsqueeze(1)
+            positions = torch.arange(self.size, device=filled.device)
+            seen = positions <= filled  # (B * H, S)
+            if window is not None:
+                seen = seen & (filled - positions < window)
+            self.biases[window] = torch.where(seen, 0.0, -torch.inf).unsqueeze(1)
+        return self.biases[window]
 
     def update(self, key, value, layer, *_, **__):
         """Add this step's key and value (B, H, 1, d), and return all of the layer's."""
@@ -139,8 +150,9 @@ class Store:
         self.layer = layer
         return self.keys[layer], self.values[layer]
 
-    def attend(self, query, key, value, scaling):
+    def attend(self, query, key, value, scaling, window=None):
         """Attention of one query (B, Q, 1, d) per slot over its keys and values -> (B, 1, Q, d).
+        window: of the layer, in tokens; never of one that shares prompts.
 
         Two thin matrix products read each key and value once. torch's own attention would repeat
         them for each query head.
@@ -148,10 +160,12 @@ class Store:
         slots, query_heads, _, width = query.shape
         by_head = (query * scaling).view(len(key), -1, width)  # (B * H, Q / H, d)
         if self.shared is None:
-            scores = product(by_head, key.transpose(1, 2)).add_(self.bias)  # (B * H, Q / H, S)
+            scores = product(by_head, key.transpose(1, 2)).add_(
+                self.bias(window)
+            )  # (B * H, Q / H, S)
             out = scores.softmax(-1).to(value.dtype) @ value  # (B * H, Q / H, d)
         else:
-            own = attend_to_part(by_head, key, value, self.bias)
+            own = attend_to_part(by_head, key, value, self.bias(None))
             out = merge(own, self.shared.attend(by_head, self.layer)).to(value.dtype)
         return out.view(slots, 1, query_heads, width)
 
@@ -159,7 +173,7 @@ class Store:
 def no_keys(hf, *sizes):
     """An empty tensor (*sizes, d) for each layer that has attention: {its number: tensor}."""
     empty = {}
-    for number, layer in enumerate(hf.model.language_model.layers):
+    for number, layer in enumerate(text_of(hf.model).layers):
         if hasattr(layer, "self_attn"):
             width = layer.self_attn.head_dim
             empty[number] = torch.zeros(*sizes, width, dtype=hf.dtype, device=hf.device)
@@ -175,7 +189,7 @@ class SharedPrompts:
     """
 
     def __init__(self, hf, slots):
-        self.heads = hf.model.language_model.config.num_key_value_heads
+        self.heads = text_of(hf.model).config.num_key_value_heads
         self.device = hf.device
         self.longest = 0  # P
         self.keys = no_keys(hf, 0, self.heads, 0)  # number of a layer -> (G, H, P, d)

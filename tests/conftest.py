@@ -104,6 +104,7 @@ def tiny_prompt(hf, length=5, grid=(1, 4, 4), seed=0):
         next_position=int(positions.max()) + 1,
         images=images,
         image_mask=image.bool(),
+        blocks=None,
     )
 
 

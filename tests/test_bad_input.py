@@ -782,7 +782,9 @@ def test_an_image_beyond_the_limit_is_refused_or_made_smaller_never_cut(folder, 
     says = rf"rows.jsonl:1: too many tokens \({length}, of them 300 of images.*--max_pixels"
     with pytest.raises(BadRow, match=says):
         small.prompt(example)
-    small.size = real.size | {"longest_edge": 320 * 240}
+    small.images = copy.copy(real.images)
+    limits = real.images.limits | {"longest_edge": 320 * 240}
+    small.images.options = real.images.options | {"size": limits}
     fitted = small.prompt(example)
     assert 0 < fitted.image_mask.sum() == grid_of(fitted).prod() // 4 <= 320 * 240 // 32**2
 

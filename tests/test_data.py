@@ -15,7 +15,12 @@ import torch
 from conftest import ROOT, SHARED
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import (
@@ -35,6 +40,7 @@ from data import (
     to_example,
 )
 from engine import rows
+from engine.images import make_processor
 from engine.rows import BadRow, Order, Rows, open_image
 
 SPECIAL = [
@@ -132,7 +138,8 @@ def image_processor():
 
 def encoder_of(tokenizer, **options):
     hf = Qwen3VLForConditionalGeneration(tiny_config(tokenizer))
-    return Encoder(tokenizer, image_processor(), hf.config, hf.model.get_rope_index, **options)
+    processor = make_processor(Qwen3VLProcessor, tokenizer, image_processor())
+    return Encoder(processor, hf.model, **options)
 
 
 @pytest.fixture(scope="module", params=[byte_tokenizer, word_tokenizer], ids=["bytes", "words"])
@@ -1240,7 +1247,7 @@ def real():
     images = Qwen2VLImageProcessorPil.from_pretrained(home / "30B-A3B-Thinking")
     with torch.device("meta"):
         hf = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(home / "2B"))
-    return Encoder(tokenizer, images, hf.config, hf.model.get_rope_index)
+    return Encoder(make_processor(Qwen3VLProcessor, tokenizer, images), hf.model)
 
 
 def test_real_tokenizer(real):

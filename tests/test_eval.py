@@ -179,7 +179,7 @@ def test_limits_are_kept_in_each_file(place, monkeypatch):
     results = script.main(arguments(place, *limits, *files))
     encoder = opened[0].encoder
     assert encoder.max_prompt_tokens == 99
-    assert encoder.size["longest_edge"] == 512
+    assert encoder.images.limits["longest_edge"] == 512
     assert encoder.max_side == 24
     assert [result["prompts"] for result in results] == [2, 1]
 

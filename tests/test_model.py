@@ -208,7 +208,7 @@ def test_a_model_that_packs_cannot_run(checkpoint, tmp_path):
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
     files.copy_processor(checkpoint, tmp_path / "llava")
-    says = "LlavaForConditionalGeneration.*packs need a Qwen-VL model.*full_attention"
+    says = "the tokenizer has no token 31, the configuration's image_token_id, and no <image>"
     with pytest.raises(ValueError, match=says):
         model.load(tmp_path / "llava")
     LlamaForCausalLM(text).save_pretrained(tmp_path / "llama")
@@ -356,11 +356,11 @@ def test_pixel_limits_as_older_files_have_them(checkpoint, tmp_path, top):
         del settings["size"]
     file.write_text(json.dumps(settings))
     encoder = model.load(tmp_path / "ckpt").encoder
-    assert encoder.size == {"shortest_edge": 64, "longest_edge": 400}
+    assert encoder.images.limits == {"shortest_edge": 64, "longest_edge": 400}
     # 24 x 24 pixels are scaled to 16 x 16: patches of 4, merged by 2 x 2.
     assert encoder.prompt(example()).image_mask.sum() == 4
     smaller = model.load(tmp_path / "ckpt", max_pixels=100).encoder
-    assert smaller.size == {"shortest_edge": 64, "longest_edge": 100}
+    assert smaller.images.limits == {"shortest_edge": 64, "longest_edge": 100}
 
 
 # ---------------------------------------------------------------------------- another transformers

@@ -402,7 +402,12 @@ def other(kind, corpus, folder):
         "text_config": TEXT | {"rope_parameters": ROPE} | text,
         "vision_config": vision,
     }
-    return checkpoint(settings | {"tie_word_embeddings": True}, corpus, folder)
+    made = checkpoint(settings | {"tie_word_embeddings": True}, corpus, folder)
+    if kind == "glm_ocr":  # as the published one says; its configuration alone does not
+        file = made / "preprocessor_config.json"
+        named = json.loads(file.read_text()) | {"processor_class": "Glm46VProcessor"}
+        file.write_text(json.dumps(named))
+    return made
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -448,16 +453,6 @@ def test_discriminator_of_another_family(corpus, tmp_path, kind):
     again = align.open_discriminator(tmp_path / "disc")
     tree = Tree(policy.encoder.prompt(example()), [policy.encoder.response("red")], [0])
     assert torch.equal(scores(again, tree), scores(disc, tree))
-
-
-def test_a_model_with_other_attention_is_refused(corpus, tmp_path):
-    folder = other("qwen2_5_vl", corpus, tmp_path / "sliding")
-    settings = json.loads((folder / "config.json").read_text())
-    settings["text_config"]["layer_types"] = ["full_attention", "sliding_attention"]
-    settings["text_config"]["use_sliding_window"] = True
-    (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="in every layer full attention or.*sliding_attention"):
-        model.load(folder)  # packs would ignore the window
 
 
 # ------------------------------------------------------------------------------------------ LoRA

@@ -1,0 +1,137 @@
+"""
+What differs between families of vision-language models, asked of transformers' own classes.
+
+A family is known here by no name: its text model and its image side by what they are, its masks and
+its head by what they compute for a few numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import torch
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+WINDOW = "sliding_attention"
+KNOWN_LAYERS = ("full_attention", WINDOW, "linear_attention")  # the last: see states.py
+
+
+def text_of(base):
+    """The text model of `base`, a transformers vision-language model without head: embeddings,
+    `layers`, norm."""
+    return base.get_decoder()
+
+
+def image_side(base):
+    """The parts of `base` that are not the text model: the vision tower, and what makes its
+    features as wide as the text's."""
+    text = text_of(base)
+    found = []
+    for part in base.children():
+        if part is not text and next(part.parameters(), None) is not None:
+            found.append(part)
+    return found
+
+
+def keep_recording(part):
+    """Let `part`, now sharded, hand out its layers' outputs, which some families read features
+    from: transformers knows what it may record by the class's name, and FSDP makes a new class."""
+    recorded = getattr(part, "_can_record_outputs", None)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(part)), recorded)
+
+
+def windows_of(text):
+    """The windows, in tokens, that the layers of a text model have: of each layer one, or None."""
+    attentions = [getattr(layer, "self_attn", None) for layer in text.layers]
+    return [getattr(attention, "sliding_window", None) for attention in attentions]
+
+
+def obstacle(hf):
+    """Why packs cannot run a transformers model, in words, or None where they can."""
+    base = hf.model
+    text = text_of(base)
+    if not hasattr(base, "get_image_features") or text is base or not hasattr(text, "layers"):
+        return "packs need a text model with `layers`, and get_image_features beside it"
+    config = hf.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    others = sorted(kinds.difference(KNOWN_LAYERS))
+    if others:
+        return f"packs run {' and '.join(KNOWN_LAYERS)}; some layers here are {', '.join(others)}"
+    if getattr(config, "cross_attention_layers", None) or hf.config.is_encoder_decoder:
+        return "packs need one row of text and images, without cross-attention"
+    if not text._supports_attention_backend:
+        return "its attention cannot be replaced (no _supports_attention_backend in transformers)"
+    if not hf.get_output_embeddings().weight.is_meta and not has_plain_head(hf):
+        return "its logits are more than hidden states times the head (a scale, a cap, a bias)"
+    return None
+
+
+def has_plain_head(hf):
+    """Whether the logits are the last hidden states times the head's matrix: its forward is run on
+    random hidden states in place of the model's."""
+    head = hf.get_output_embeddings().weight
+    hidden = torch.randn(1, 2, head.shape[1], device=head.device).to(head.dtype)
+    hf.model.forward = lambda *_, **__: _Hidden(hidden)
+    try:
+        found = hf(input_ids=torch.zeros(1, 2, dtype=torch.long, device=head.device)).logits
+    finally:
+        del hf.model.forward
+    return torch.allclose(found.float(), (hidden @ head.T).float(), rtol=1e-2, atol=1e-2)
+
+
+class _Hidden:
+    """The output of a model without head, of which a head reads the hidden states alone."""
+
+    def __init__(self, hidden):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, _):
+        return self.last_hidden_state
+
+    def __getattr__(self, _):
+        return None
+
+
+def images_attend_both_ways(config):
+    """Whether tokens of one image attend to each other both ways in a model of this configuration:
+    read off the mask that transformers makes for a row of a text token, two of an image, and
+    another of text. Raises ValueError where that is neither causal nor causal but for the image.
+    """
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    make = getattr(kind, "create_masks_for_generate", None)
+    if make is None:
+        return False
+    config = copy.deepcopy(config)
+    config.get_text_config()._attn_implementation = "eager"  # whose masks are whole
+    of_image = torch.tensor([[0, 1, 1, 0]])
+    masks = make(
+        config=config,
+        inputs_embeds=torch.zeros(1, 4, 1),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.arange(4).unsqueeze(0),
+        token_type_ids=of_image,
+        mm_token_type_ids=of_image,
+        is_first_iteration=True,
+    )
+    mask = masks.get("full_attention") if isinstance(masks, dict) else masks
+    if mask is None:
+        return False
+    seen = mask[0, 0] == 0 if mask.is_floating_point() else mask[0, 0]
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    inside = (of_image == 1) & (of_image == 1).T
+    if torch.equal(seen, causal):
+        return False
+    if torch.equal(seen, causal | inside):
+        return True
+    raise ValueError(
+        f"{kind.__name__}: its masks are neither causal nor causal but for images, which packs "
+        f"could run: {seen.int().tolist()} for a row of text, image, image, text"
+    )
+
+
+def takes(function, name):
+    """Whether a function names an argument of its own so."""
+    return name in inspect.signature(function).parameters

@@ -1,0 +1,54 @@
+"""
+Who attends to whom in a pack: the one rule that both layouts of attention follow.
+
+A token attends to its own segment up to itself, and to all of its segment's ancestors. A family may
+change that in two ways. In layers with a window a token looks no further back than so many tokens
+along its path, from the root through the child. And tokens of one image may attend to each other
+both ways: images stand in roots.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def places(pack):
+    """(T,) of each token its place on its path: how many tokens its row would have before it."""
+    found = []
+    for number, segment in enumerate(pack.segments):
+        above = sum(pack.segments[ancestor].length for ancestor in pack.ancestors(number))
+        found.append(above + torch.arange(segment.length))
+    return torch.cat(found).to(pack.ids.device)
+
+
+def rule_of(pack, window=None):
+    """A function of two tensors of places in the pack, a query's and a key's: whether it attends to
+    it. window: tokens that a query sees, itself included; None: all."""
+    sees = pack.sees()
+    segment = pack.segment
+    place = places(pack)
+    block = pack.blocks
+
+    def rule(query, key):
+        seen = query >= key
+        if block is not None:
+            seen = seen | ((block[query] >= 0) & (block[query] == block[key]))
+        if window is not None:
+            seen = seen & (place[query] - place[key] < window)
+        return seen & sees[segment[query], segment[key]]
+
+    return rule
+
+
+def narrowest(pack, window):
+    """`window`, or None where no path of the pack is longer."""
+    if window is None or int(places(pack).max()) < window:
+        return None
+    return window
+
+
+def blocks_of(image_mask):
+    """(T,) of a prompt the number of the image, or tile, that each token belongs to; -1: none. Its
+    tokens (image_mask (T,) bool) stand side by side."""
+    starts = image_mask & ~torch.nn.functional.pad(image_mask, (1, 0))[:-1]
+    return torch.where(image_mask, starts.cumsum(0) - 1, -1)

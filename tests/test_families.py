@@ -1,0 +1,434 @@
+"""Families beside Qwen-VL: small ones, saved by transformers itself, opened by our loader. Forests
+equal separate rows by plain transformers, in logits and gradients; tokens and tensors of images are
+its processors'."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+import model
+from data import to_example
+from engine.images import make_processor
+from engine.packs import Tree, build_pack, plan
+from engine.sampler import all_rows, generate
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{{ MARK if c.type == 'image' else c.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Idefics3's: a turn's content is always a list.
+LISTS = (
+    "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}:"
+    "{% for c in m.content %}{{ MARK if c.type == 'image' else '' }}"
+    "{{ c.text if c.type == 'text' else '' }}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# As Gemma's: other names of the roles, another end of turns than the tokenizer's end token.
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{{ MARK if c.type == 'image' else c.text }}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+TEXT = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_position_embeddings=4096,
+    pad_token_id=None,
+    bos_token_id=None,
+)
+VISION = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    image_size=16,
+    patch_size=4,
+)
+TILES = {"height": 16, "width": 16}
+NORM = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def internvl(ids):
+    vision = VISION | dict(image_size=[16, 16], patch_size=[4, 4], norm_type="layer_norm")
+    return dict(
+        config=dict(
+            text_config=dict(model_type="qwen2"),
+            vision_config=vision,
+            image_token_id=ids["<IMG_CONTEXT>"],
+            downsample_ratio=0.5,
+        ),
+        images=dict(image_processor_type="GotOcr2ImageProcessor", size=TILES, max_patches=4),
+        processor=dict(image_seq_length=4),
+    )
+
+
+def idefics3(ids):
+    return dict(
+        config=dict(
+            text_config=dict(model_type="llama"),
+            vision_config=VISION,
+            image_token_id=ids["<image>"],
+            scale_factor=2,
+        ),
+        images=dict(
+            image_processor_type="Idefics3ImageProcessor",
+            size={"longest_edge": 48},
+            max_image_size={"longest_edge": 16},
+        ),
+        processor=dict(image_seq_len=4),
+        chat=LISTS,
+        end="<end_of_utterance>",
+    )
+
+
+def smolvlm(ids):
+    made = idefics3(ids)
+    made["images"]["image_processor_type"] = "SmolVLMImageProcessor"
+    return made
+
+
+def llava_onevision(ids):
+    pinpoints = [[16, 16], [16, 32], [32, 16], [32, 32], [16, 48]]
+    return dict(
+        config=dict(
+            text_config=dict(model_type="qwen2"),
+            vision_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+            image_token_index=ids["<image>"],
+            video_token_index=ids["<video>"],
+            image_grid_pinpoints=pinpoints,
+            vision_feature_layer=-1,
+        ),
+        images=dict(
+            image_processor_type="LlavaOnevisionImageProcessor",
+            size=TILES,
+            image_grid_pinpoints=pinpoints,
+        ),
+        processor=dict(
+            num_image_tokens=16,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_9",
+        ),
+    )
+
+
+def gemma3(ids):
+    return dict(
+        config=dict(
+            text_config=dict(
+                model_type="gemma3_text",
+                num_hidden_layers=3,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                sliding_window=9,
+                query_pre_attn_scalar=8,
+            ),
+            vision_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+            image_token_index=ids["<image_soft_token>"],
+            boi_token_index=ids["<start_of_image>"],
+            eoi_token_index=ids["<end_of_image>"],
+            mm_tokens_per_image=4,
+        ),
+        images=dict(image_processor_type="Gemma3ImageProcessor", size=TILES),
+        processor=dict(image_seq_length=4),
+        chat=GEMMA,
+        end="<end_of_turn>",
+    )
+
+
+FAMILIES = {
+    "internvl": internvl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+    "llava_onevision": llava_onevision,
+    "gemma3": gemma3,
+}
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<image>",
+    "<video>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<fake_token_around_image>",
+    "<end_of_utterance>",
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+]
+NAMED = {
+    "internvl": dict(
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    ),
+    "gemma3": dict(
+        image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>"
+    ),
+}
+MARKS = {"internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}
+
+
+def tokenizer_of(family):
+    """Of bytes, and of the marks of all families here."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
+    raw = Tokenizer(models.BPE(vocabulary, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    named = NAMED.get(family, {})
+    others = [token for token in SPECIAL if token not in named.values()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=named | {f"mark_{i}": token for i, token in enumerate(others)},
+    )
+
+
+def save_checkpoint(family, folder):
+    """A small random model of a family, with its processor, written by transformers."""
+    tokenizer = tokenizer_of(family)
+    made = FAMILIES[family](tokenizer.get_vocab())
+    mark = MARKS.get(family, "<image>")
+    tokenizer.chat_template = made.get("chat", CHAT).replace("MARK", f"'{mark}'")
+    settings = made["config"]
+    end = tokenizer.convert_tokens_to_ids(made.get("end", "<|im_end|>"))
+    text = TEXT | {"vocab_size": len(tokenizer), "eos_token_id": end} | settings["text_config"]
+    config = AutoConfig.for_model(family, **settings | {"text_config": text})
+    torch.manual_seed(0)
+    hf = AutoModelForImageTextToText.from_config(config)
+    for parameter in hf.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.15)
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(NORM | made["images"]))
+    (folder / "processor_config.json").write_text(
+        json.dumps(
+            made["processor"] | {"processor_class": PROCESSOR_MAPPING[type(config)].__name__}
+        )
+    )
+    return folder
+
+
+class Family:
+    """A family's checkpoint, opened by us, by plain transformers, and its processor."""
+
+    def __init__(self, name, folder):
+        self.folder = save_checkpoint(name, folder)
+        self.policy = model.load(self.folder).eval()
+        self.encoder = self.policy.encoder
+        self.plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        made = FAMILIES[name](self.encoder.tokenizer.get_vocab())["processor"]
+        kind = PROCESSOR_MAPPING[type(self.plain.config)]
+        tokenizer, images = self.encoder.tokenizer, self.encoder.images.image_processor
+        self.processor = make_processor(kind, tokenizer, images, made)
+
+    def inputs(self, example, ids=()):
+        """What transformers' processor makes of a row, with the ids of a response behind it."""
+        messages = [
+            {"role": turn["role"], "content": content_of(turn["content"])}
+            for turn in example.messages
+        ]
+        text = self.encoder.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        options = dict(images=[example.images]) if example.images else {}
+        made = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **options)
+        ids = torch.tensor([ids], dtype=torch.long)
+        made["input_ids"] = torch.cat([made["input_ids"], ids], 1)
+        made["attention_mask"] = torch.ones_like(made["input_ids"])
+        for kinds in ("token_type_ids", "mm_token_type_ids"):
+            if kinds in made:
+                made[kinds] = torch.cat([made[kinds], torch.zeros_like(ids)], 1)
+        return dict(made)
+
+    def logits(self, hf, example, ids):
+        """Plain transformers' logits (n, V) that predict the ids of a response."""
+        return hf(**self.inputs(example, ids)).logits[0, -len(ids) - 1 : -1]
+
+
+def content_of(text):
+    content = []
+    for i, piece in enumerate(text.split("<image>")):
+        content += [{"type": "image"}] if i else []
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
+
+
+def picture(width, height, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def row(*sizes):
+    """A row with images of these sizes."""
+    images = [picture(*size, seed) for seed, size in enumerate(sizes)]
+    question = "".join(f"see <image> nr {i}\n" for i in range(len(images))) + "how many?"
+    return to_example({"question": question, "images": images, "answer": "2"}, "here:1")
+
+
+ROWS = [row(), row((40, 24)), row((20, 20), (64, 16)), row((16, 60))]
+RESPONSES = ["<caption>\na\n</caption>", "two red", "x"]
+_opened = {}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request, tmp_path_factory):
+    name = request.param
+    if name not in _opened:
+        _opened[name] = Family(name, tmp_path_factory.mktemp(name))
+    return _opened[name]
+
+
+def trees_of(family):
+    responses = [family.encoder.response(text) for text in RESPONSES]
+    return [Tree(family.encoder.prompt(example), responses) for example in ROWS], responses
+
+
+@pytest.mark.parametrize("n", range(len(ROWS)))
+def test_a_prompt_is_what_the_processor_makes(family, n):
+    prompt = family.encoder.prompt(ROWS[n])
+    plain = family.inputs(ROWS[n])
+    assert prompt.ids.tolist() == plain["input_ids"][0].tolist()
+    for name, tensor in prompt.images.items():
+        assert torch.equal(tensor, plain[name]), name
+    images = [image.size for image in ROWS[n].images]
+    rest, of_images, trained = family.encoder.lengths(ROWS[n], images)
+    assert (rest, of_images, trained) == (len(prompt.ids), int(prompt.image_mask.sum()), 0)
+
+
+def test_a_forest_equals_separate_rows(family):
+    """In log-probs and in all gradients: prompts with no image, one, two, of several sizes."""
+    trees, responses = trees_of(family)
+    (part,) = plan(trees, 100_000)
+    pack = build_pack(trees, part)
+    family.policy.zero_grad()
+    logp = family.policy(pack)
+    weights = torch.linspace(-1, 1, len(logp))
+    (weights * logp).sum().backward()
+    found = {name: p.grad for name, p in family.policy.hf.named_parameters()}
+
+    family.plain.zero_grad()
+    expected = []
+    for t, child in pack.children:
+        logits = family.logits(family.plain, ROWS[t], responses[child]).log_softmax(-1)
+        expected.append(logits.gather(1, torch.tensor(responses[child])[:, None])[:, 0])
+    expected = torch.cat(expected)
+    torch.testing.assert_close(logp, expected, rtol=1e-5, atol=1e-5)
+    (weights * expected).sum().backward()
+    for name, p in family.plain.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_greedy_equals_generate_and_log_probs_the_trainers(family):
+    encoder, hf = family.encoder, family.policy.hf
+    prompts = [encoder.prompt(example) for example in ROWS]
+    options = dict(eos=encoder.eos_ids, banned=encoder.banned, slots=3)
+    seeds = [(0, p) for p in range(len(prompts))]
+    greedy = generate(hf, prompts, all_rows(prompts, 1), 14, temperature=0, seeds=seeds, **options)
+    for example, rollout in zip(ROWS, greedy, strict=True):
+        inputs = family.inputs(example)
+        expected = family.plain.generate(
+            **inputs,
+            max_new_tokens=14,
+            do_sample=False,
+            eos_token_id=list(encoder.eos_ids),
+            pad_token_id=0,
+            suppress_tokens=list(encoder.banned),
+        )
+        assert rollout.ids == expected[0, inputs["input_ids"].shape[1] :].tolist()
+    rollouts = generate(hf, prompts, all_rows(prompts, 2), 14, seeds=seeds, **options)
+    trees = [
+        Tree(prompt, [rollouts[2 * p].ids, rollouts[2 * p + 1].ids])
+        for p, prompt in enumerate(prompts)
+    ]
+    with torch.no_grad():
+        logp = family.policy(build_pack(trees, plan(trees, 100_000)[0]), banned=encoder.banned)
+    sampled = torch.tensor([x for rollout in rollouts for x in rollout.logps])
+    torch.testing.assert_close(logp, sampled, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
+    model.save(family.policy, tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = family.encoder.response("two")
+    with torch.no_grad():
+        found = family.logits(again, ROWS[2], ids)
+        expected = family.logits(family.plain, ROWS[2], ids)
+    torch.testing.assert_close(found, expected)
+    prompt = model.load(tmp_path).encoder.prompt(ROWS[2])
+    assert prompt.ids.tolist() == family.encoder.prompt(ROWS[2]).ids.tolist()
+
+
+REFERENCE = "<caption>\na dot\n</caption>\n<think>\none\n</think>\n<answer>\n1\n</answer>"
+ROLLOUTS = dict(group_size=3, prompts_per_step=3, max_response=90)
+STAGES = {
+    "sft": dict(batch=3),
+    "align": ROLLOUTS | dict(disc="moe", warmup_steps=0, disc_blind=False),
+    "rlvr": ROLLOUTS,
+}
+
+
+def jobs(family, folder):
+    """What ranked.py runs: a step of each stage, on rows with no image, one and two."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for number, sizes in enumerate([(), [(40, 24)], [(20, 20), (64, 16)]]):
+        names = []
+        for place, size in enumerate(sizes):
+            names.append(f"{number}-{place}.png")
+            picture(*size, seed=place).save(folder / names[-1])
+        turn = {"role": "user", "content": "<image>" * len(names) + "how many?"}
+        answer = {"role": "assistant", "content": REFERENCE}
+        written = {"images": names, "reward_model": {"ground_truth": "1"}}
+        rows.append((written | {"messages": [turn, answer]}, written | {"prompt": [turn]}))
+    files = {
+        "sft": [sft for sft, _ in rows],
+        "align": [prompt | {"teacher_response": REFERENCE} for _, prompt in rows],
+        "rlvr": [prompt for _, prompt in rows],
+    }
+    made = []
+    for stage, flags in STAGES.items():
+        file = folder / f"{stage}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in files[stage]))
+        flags = flags | dict(policy=str(family.folder), data=str(file), out=str(folder / stage))
+        flags |= dict(steps=1, device="cpu", max_prompt=2000)
+        made.append({"stage": stage, "flags": flags, "sgd": True})
+    return made
+
+
+@pytest.mark.slow
+def test_a_step_of_each_stage_on_one_rank_and_on_two(family, tmp_path):
+    from test_ranks import on_ranks, same_runs
+
+    for n in (1, 2):
+        on_ranks(n, jobs(family, tmp_path / str(n)), tmp_path / str(n))
+    for stage in STAGES:
+        same_runs(tmp_path / "1" / stage, tmp_path / "2" / stage)
