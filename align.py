@@ -269,7 +269,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
             raise ValueError(
-                f"a discriminator's experts are copies of a dense MLP with a gate, and these layers "
+                "a discriminator's experts are copies of a dense MLP with a gate, and these layers "
                 f"have {type(mlp).__name__}: give --disc dense, or --disc_init with a dense "
                 "checkpoint of the same vocabulary and patches"
             )
