@@ -268,6 +268,12 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, mlp, experts, top_k, noise=0.0, has_router=True):
         super().__init__()
+        if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            raise ValueError(
+                "a discriminator's experts are copies of a dense MLP with a gate, and these layers "
+                f"have {type(mlp).__name__}: give --disc dense, or --disc_init with a dense "
+                "checkpoint of the same vocabulary and patches"
+            )
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).T  # (D, 2I)
         down = mlp.down_proj.weight.T  # (I, D)
         self.experts = nn.Module()

@@ -354,6 +354,12 @@ def test_states_are_float32():
     assert (logps - mine).abs().mean() < 0.02
 
 
+def test_a_mixture_is_not_upcycled():
+    with pytest.raises(ValueError, match="have Qwen3_5MoeSparseMoeBlock: give --disc dense"):
+        align.Discriminator(tiny_models("moe")[0].model, "moe")
+    align.Discriminator(tiny_models("moe")[0].model, "dense")
+
+
 def test_another_recurrence_is_refused():
     ours, _ = tiny_models()
     model.expect_packs_run(ours, "here")
