@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 
 import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -61,11 +62,18 @@ def obstacle(hf):
         return f"packs run {' and '.join(KNOWN_LAYERS)}; some layers here are {', '.join(others)}"
     if getattr(config, "cross_attention_layers", None) or hf.config.is_encoder_decoder:
         return "packs need one row of text and images, without cross-attention"
-    if not text._supports_attention_backend:
-        return "its attention cannot be replaced (no _supports_attention_backend in transformers)"
+    for layer in text.layers:
+        attention = getattr(layer, "self_attn", None)
+        if attention is not None and not looks_its_function_up(attention):
+            return f"the attention of {type(attention).__name__} cannot be replaced"
     if not hf.get_output_embeddings().weight.is_meta and not has_plain_head(hf):
         return "its logits are more than hidden states times the head (a scale, a cap, a bias)"
     return None
+
+
+def looks_its_function_up(attention):
+    """Whether an attention module takes its function from transformers' table of them."""
+    return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(attention).__module__])
 
 
 def has_plain_head(hf):
