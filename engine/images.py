@@ -9,6 +9,7 @@ dimension of each, images are appended.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import sys
@@ -54,10 +55,14 @@ def open_image_processor(folder):
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"{folder}: transformers has no image processor of this family that works without "
-            f"torchvision, which is none of our dependencies ({error})"
-        ) from error
+        raise ValueError(without_torchvision(folder, error)) from error
+
+
+def without_torchvision(folder, error):
+    return (
+        f"{folder}: transformers has no processor of this family that works without torchvision, "
+        f"which is none of our dependencies ({error})"
+    )
 
 
 def make_processor(kind, tokenizer, image_processor, settings=()):
@@ -100,6 +105,10 @@ def open_processor(folder, config, tokenizer):
             f"{folder}: transformers has no processor {name or f'for a {config.model_type}'}; "
             "processor_config.json or preprocessor_config.json names it, as processor_class"
         )
+    try:
+        importlib.import_module(kind.__module__)
+    except ImportError as error:
+        raise ValueError(without_torchvision(folder, error)) from error
     return make_processor(kind, tokenizer, open_image_processor(folder), settings)
 
 
