@@ -96,19 +96,20 @@ def open_processor(folder, config, tokenizer):
     settings, _ = ProcessorMixin.get_processor_dict(folder)
     of_images, _ = ImageProcessingMixin.get_image_processor_dict(folder)
     name = settings.get("processor_class") or of_images.get("processor_class")
-    if name is not None:
-        kind = getattr(transformers, name, None)
-    else:
-        kind = PROCESSOR_MAPPING.get(type(config), None)
+    try:
+        if name is not None:
+            kind = getattr(transformers, name, None)
+        else:
+            kind = PROCESSOR_MAPPING.get(type(config), None)
+        if kind is not None:
+            importlib.import_module(kind.__module__)
+    except ImportError as error:
+        raise ValueError(without_torchvision(folder, error)) from error
     if kind is None:
         raise ValueError(
             f"{folder}: transformers has no processor {name or f'for a {config.model_type}'}; "
             "processor_config.json or preprocessor_config.json names it, as processor_class"
         )
-    try:
-        importlib.import_module(kind.__module__)
-    except ImportError as error:
-        raise ValueError(without_torchvision(folder, error)) from error
     return make_processor(kind, tokenizer, open_image_processor(folder), settings)
 
 
@@ -178,7 +179,8 @@ class Images:
                 )
             processor.image_token = self.mark
             processor.image_token_id = base.config.image_token_id
-        self.options = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
+        known = processor.valid_processor_kwargs
+        self.options = processor._merge_kwargs(known, return_tensors="pt")["images_kwargs"]
         self.limits = None  # areas, in pixels
         if has_areas(self.image_processor):
             self.limits = self._limits(max_pixels)

@@ -2,6 +2,7 @@
 equal separate rows by plain transformers, in logits and gradients; tokens and tensors of images are
 its processors'."""
 
+import copy
 import json
 
 import pytest
@@ -15,8 +16,10 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+import align
 import model
 from data import to_example
+from engine.attention import forward_pack
 from engine.images import make_processor
 from engine.packs import Tree, build_pack, plan
 from engine.sampler import all_rows, generate
@@ -480,11 +483,7 @@ def save_checkpoint(family, folder):
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(NORM | made["images"]))
-    (folder / "processor_config.json").write_text(
-        json.dumps(
-            made["processor"] | {"processor_class": PROCESSOR_MAPPING[type(config)].__name__}
-        )
-    )
+    (folder / "processor_config.json").write_text(json.dumps(made["processor"]))
     return folder
 
 
@@ -638,6 +637,24 @@ def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
     torch.testing.assert_close(found, expected)
     prompt = model.load(tmp_path).encoder.prompt(ROWS[2])
     assert prompt.ids.tolist() == family.encoder.prompt(ROWS[2]).ids.tolist()
+
+
+def test_a_discriminator_of_experts_is_the_dense_model_and_opens_again(family, tmp_path):
+    """Without noise all experts are the MLP, whatever its form: hidden states stay the same."""
+    base = copy.deepcopy(family.policy.hf.model)
+    tree = Tree(family.encoder.prompt(ROWS[2]), [family.encoder.response("two")], [0])
+    pack = build_pack([tree], [(0, [0])])
+    disc = align.Discriminator(base, "moe", noise=0.0).eval()
+    with torch.no_grad():
+        expected = forward_pack(family.policy.hf.model, pack)
+        found, _, _ = disc(pack)
+        torch.testing.assert_close(
+            found, disc.v_head(expected[pack.ends]).sum(1), rtol=1e-4, atol=1e-5
+        )
+    align.save_discriminator(disc, family.folder, tmp_path)
+    again = align.open_discriminator(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(pack)[0], found)
 
 
 @pytest.mark.parametrize("name", REFUSED)
