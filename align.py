@@ -258,6 +258,27 @@ def load_balance(dispatched, probability):
 
 
 # ----------------------------------------------------------------------------- the discriminator
+def gated(mlp):
+    """Of a gated MLP, transformers', the matrices of gate and up (2I, D), of down (D, I), and the
+    activation. Raises ValueError for layers of another kind, which have no such copies."""
+    layers = dict(mlp.named_children())
+    if {*layers} >= {"gate_proj", "up_proj", "down_proj"}:
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        act = mlp.act_fn
+    elif {*layers} >= {"gate_up_proj", "down_proj"}:  # GLM's, in one matrix
+        gate_up = mlp.gate_up_proj.weight
+        act = mlp.activation_fn
+    else:
+        gate_up = act = None
+    if gate_up is None or any(getattr(layer, "bias", None) is not None for layer in mlp.children()):
+        raise ValueError(
+            f"a discriminator of experts copies gated MLPs without biases, and "
+            f"{type(mlp).__name__} ({', '.join(layers)}) is none: give --disc dense, or a dense "
+            "--disc_init of the same family"
+        )
+    return gate_up, mlp.down_proj.weight, act
+
+
 class MixtureOfExperts(nn.Module):
     """E SwiGLU experts in the place of a dense MLP, each a copy of it plus noise. Parameters stand
     in the layout of transformers 4.57.
@@ -268,14 +289,9 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, mlp, experts, top_k, noise=0.0, has_router=True):
         super().__init__()
-        if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
-            raise ValueError(
-                "a discriminator's experts are copies of a dense MLP with a gate, and these layers "
-                f"have {type(mlp).__name__}: give --disc dense, or --disc_init with a dense "
-                "checkpoint of the same vocabulary and patches"
-            )
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).T  # (D, 2I)
-        down = mlp.down_proj.weight.T  # (I, D)
+        gate_up, down, self.act = gated(mlp)
+        gate_up = gate_up.T  # (D, 2I)
+        down = down.T  # (I, D)
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(_noisy_copies(gate_up, experts, noise))
         self.experts.down_proj = nn.Parameter(_noisy_copies(down, experts, noise))
@@ -283,7 +299,6 @@ class MixtureOfExperts(nn.Module):
         if has_router:
             self.gate = nn.Linear(gate_up.shape[0], experts, bias=False)
             nn.init.normal_(self.gate.weight, std=0.02)
-        self.act = mlp.act_fn
         self.top_k = top_k
         self.kind = None  # (T,) the span of each token, set before each forward
         self.recording = False  # whether the next forward keeps `probability` and `routed`

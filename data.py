@@ -643,8 +643,8 @@ class Encoder:
             if found:
                 mend = "Take it out: it would steer the model."
                 raise BadRow(example.where, "a special token in the text", mend, found[0])
-        whole = self._render(messages, messages[-1]["role"] != "assistant")
-        if whole.count(self.images.mark) != len(images):
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if self._render(asked).count(self.images.mark) != len(images):
             mend = "Use the template of a vision-language model."
             raise BadRow(example.where, "the chat template does not write the images", mend)
         images = iter(images)

@@ -194,6 +194,7 @@ def pack_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"packs cannot run attention with {name}")
     if layout is not None and module.is_causal:
+        layout.was_asked = True
         return layout.attend(query, key, value, scaling, sliding_window), None
     if module.is_causal:
         raise RuntimeError(
@@ -270,6 +271,12 @@ def forward_pack(base, pack, kept=None, **kwargs):
         **pack.images,
         **kwargs,
     )
+    has_attention = any(hasattr(layer, "self_attn") for layer in text_of(base).layers)
+    if has_attention and not getattr(pack.layout, "was_asked", False):
+        raise RuntimeError(
+            f"{type(base).__name__} computed its attention past us, over the ends of segments: its "
+            "layers do not hand `layout` on, or do not look the function up in the configuration"
+        )
     return output.last_hidden_state[0] + nothing
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 
 import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -16,6 +17,8 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 WINDOW = "sliding_attention"
 KNOWN_LAYERS = ("full_attention", WINDOW, "linear_attention")  # the last: see states.py
+# The kinds of tokens that a forward takes for rotary positions and masks alone, which packs bring.
+KINDS = ("token_type_ids", "mm_token_type_ids")
 
 
 def text_of(base):
@@ -61,18 +64,30 @@ def obstacle(hf):
         return f"packs run {' and '.join(KNOWN_LAYERS)}; some layers here are {', '.join(others)}"
     if getattr(config, "cross_attention_layers", None) or hf.config.is_encoder_decoder:
         return "packs need one row of text and images, without cross-attention"
-    if not text._supports_attention_backend:
-        return "its attention cannot be replaced (no _supports_attention_backend in transformers)"
+    for name in inspect.signature(base.forward).parameters:
+        if name.endswith("token_type_ids") and name not in KINDS:
+            return f"what its layers do depends on {name}, which packs do not hand on"
+    for layer in text.layers:
+        attention = getattr(layer, "self_attn", None)
+        if attention is not None and not looks_its_function_up(attention):
+            return f"the attention of {type(attention).__name__} cannot be replaced"
     if not hf.get_output_embeddings().weight.is_meta and not has_plain_head(hf):
         return "its logits are more than hidden states times the head (a scale, a cap, a bias)"
     return None
+
+
+def looks_its_function_up(attention):
+    """Whether an attention module takes its function from transformers' table of them."""
+    return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(attention).__module__])
 
 
 def has_plain_head(hf):
     """Whether the logits are the last hidden states times the head's matrix: its forward is run on
     random hidden states in place of the model's."""
     head = hf.get_output_embeddings().weight
-    hidden = torch.randn(1, 2, head.shape[1], device=head.device).to(head.dtype)
+    hidden = torch.randn(1, 2, head.shape[1], device=head.device)
+    hidden[:, 1] *= 1000  # where a cap would show
+    hidden = hidden.to(head.dtype)
     hf.model.forward = lambda *_, **__: _Hidden(hidden)
     try:
         found = hf(input_ids=torch.zeros(1, 2, dtype=torch.long, device=head.device)).logits

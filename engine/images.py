@@ -9,6 +9,7 @@ dimension of each, images are appended.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import sys
@@ -54,10 +55,14 @@ def open_image_processor(folder):
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"{folder}: transformers has no image processor of this family that works without "
-            f"torchvision, which is none of our dependencies ({error})"
-        ) from error
+        raise ValueError(without_torchvision(folder, error)) from error
+
+
+def without_torchvision(folder, error):
+    return (
+        f"{folder}: transformers has no processor of this family that works without torchvision, "
+        f"which is none of our dependencies ({error})"
+    )
 
 
 def make_processor(kind, tokenizer, image_processor, settings=()):
@@ -91,10 +96,15 @@ def open_processor(folder, config, tokenizer):
     settings, _ = ProcessorMixin.get_processor_dict(folder)
     of_images, _ = ImageProcessingMixin.get_image_processor_dict(folder)
     name = settings.get("processor_class") or of_images.get("processor_class")
-    if name is not None:
-        kind = getattr(transformers, name, None)
-    else:
-        kind = PROCESSOR_MAPPING.get(type(config), None)
+    try:
+        if name is not None:
+            kind = getattr(transformers, name, None)
+        else:
+            kind = PROCESSOR_MAPPING.get(type(config), None)
+        if kind is not None:
+            importlib.import_module(kind.__module__)
+    except ImportError as error:
+        raise ValueError(without_torchvision(folder, error)) from error
     if kind is None:
         raise ValueError(
             f"{folder}: transformers has no processor {name or f'for a {config.model_type}'}; "
@@ -169,7 +179,8 @@ class Images:
                 )
             processor.image_token = self.mark
             processor.image_token_id = base.config.image_token_id
-        self.options = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
+        known = processor.valid_processor_kwargs
+        self.options = processor._merge_kwargs(known, return_tensors="pt")["images_kwargs"]
         self.limits = None  # areas, in pixels
         if has_areas(self.image_processor):
             self.limits = self._limits(max_pixels)

@@ -228,6 +228,8 @@ def without_last(prompt):
     shorter = copy.copy(prompt)
     shorter.ids = prompt.ids[:-1]
     shorter.positions = prompt.positions[:, :-1]
+    if prompt.blocks is not None:
+        shorter.blocks = prompt.blocks[:-1]
     return shorter
 
 

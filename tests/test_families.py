@@ -2,6 +2,7 @@
 equal separate rows by plain transformers, in logits and gradients; tokens and tensors of images are
 its processors'."""
 
+import copy
 import json
 
 import pytest
@@ -15,8 +16,10 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+import align
 import model
 from data import to_example
+from engine.attention import forward_pack
 from engine.images import make_processor
 from engine.packs import Tree, build_pack, plan
 from engine.sampler import all_rows, generate
@@ -151,13 +154,247 @@ def gemma3(ids):
     )
 
 
-FAMILIES = {
+def llava(ids):
+    return dict(
+        config=dict(
+            text_config=dict(model_type="llama"),
+            vision_config=VISION | dict(model_type="clip_vision_model"),
+            image_token_index=ids["<image>"],
+            vision_feature_layer=-2,
+        ),
+        images=dict(image_processor_type="CLIPImageProcessor", size=TILES, crop_size=TILES),
+        processor=dict(
+            patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        ),
+    )
+
+
+def llava_next(ids):
+    made = llava(ids)
+    pinpoints = [[16, 32], [32, 16], [32, 32]]
+    made["config"]["image_grid_pinpoints"] = pinpoints
+    made["images"] |= dict(
+        image_processor_type="LlavaNextImageProcessor",
+        image_grid_pinpoints=pinpoints,
+        size={"shortest_edge": 16},
+    )
+    return made
+
+
+def mistral3(ids):
+    return dict(
+        config=dict(
+            text_config=dict(model_type="mistral", sliding_window=7),
+            vision_config=VISION | dict(model_type="pixtral", image_size=64, head_dim=8),
+            image_token_index=ids["[IMG]"],
+            spatial_merge_size=2,
+        ),
+        images=dict(
+            image_processor_type="PixtralImageProcessor",
+            size={"longest_edge": 48},
+            patch_size={"height": 4, "width": 4},
+        ),
+        processor=dict(patch_size=4, spatial_merge_size=2),
+    )
+
+
+PATCHES = dict(size={"shortest_edge": 64, "longest_edge": 64 * 40}, patch_size=4, merge_size=2)
+ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+
+
+def qwen2_5_vl(ids):
+    """With a window in one layer of its text model, and others in its tower."""
+    return dict(
+        config=dict(
+            text_config=dict(
+                rope_parameters=ROPE,
+                use_sliding_window=True,
+                sliding_window=6,
+                layer_types=["sliding_attention", "full_attention"],
+            ),
+            vision_config=dict(
+                depth=2,
+                hidden_size=16,
+                num_heads=2,
+                intermediate_size=24,
+                out_hidden_size=32,
+                patch_size=4,
+                window_size=16,
+                fullatt_block_indexes=[1],
+            ),
+            image_token_id=ids["<image>"],
+            video_token_id=ids["<video>"],
+        ),
+        images=PATCHES | dict(image_processor_type="Qwen2VLImageProcessor"),
+        processor={},
+    )
+
+
+def glm4v(ids):
+    return dict(
+        config=dict(
+            text_config=dict(rope_parameters=ROPE | {"partial_rotary_factor": 1.0}),
+            vision_config=dict(
+                depth=2,
+                hidden_size=16,
+                num_heads=2,
+                intermediate_size=24,
+                out_hidden_size=32,
+                patch_size=4,
+                image_size=32,
+            ),
+            image_token_id=ids["<image>"],
+            video_token_id=ids["<video>"],
+            image_start_token_id=ids["<img>"],
+            image_end_token_id=ids["</img>"],
+        ),
+        images=PATCHES | dict(image_processor_type="Glm4vImageProcessor"),
+        processor={},
+    )
+
+
+def hunyuan_vl(ids):
+    return dict(
+        config=dict(
+            text_config=dict(
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [1, 1, 1, 1],
+                }
+            ),
+            vision_config=VISION | dict(out_hidden_size=32, text_hidden_size=32),
+            image_token_id=ids["<image>"],
+            im_start_id=ids["<img>"],
+            im_end_id=ids["</img>"],
+        ),
+        images=PATCHES | dict(image_processor_type="HunYuanVLImageProcessor"),
+        processor={},
+    )
+
+
+def paddleocr_vl(ids):
+    return dict(
+        config=dict(
+            text_config=dict(rope_parameters=ROPE),
+            vision_config=VISION | dict(image_size=32, spatial_merge_size=2),
+            image_token_id=ids["<image>"],
+            video_token_id=ids["<video>"],
+        ),
+        images=PATCHES | dict(image_processor_type="PaddleOCRVLImageProcessor"),
+        processor={},
+    )
+
+
+def ernie4_5_vl_moe(ids):
+    return dict(
+        config=dict(
+            text_config=dict(
+                rope_parameters=ROPE | {"mrope_section": [1, 1, 2]},
+                moe_intermediate_size=[24, 16],
+                moe_k=2,
+                moe_num_experts=4,
+                moe_num_shared_experts=1,
+                mlp_layer_types=["dense", "sparse"],
+            ),
+            vision_config=dict(
+                depth=2, hidden_size=16, num_heads=2, intermediate_size=24, patch_size=4
+            ),
+            image_token_id=ids["<image>"],
+            video_token_id=ids["<video>"],
+            image_start_token_id=ids["<img>"],
+            image_end_token_id=ids["</img>"],
+        ),
+        images=PATCHES | dict(image_processor_type="Ernie4_5_VLMoeImageProcessor"),
+        processor={},
+    )
+
+
+def aya_vision(ids):
+    return dict(
+        config=dict(
+            text_config=dict(
+                model_type="cohere2",
+                layer_types=["sliding_attention", "full_attention"],
+                sliding_window=9,
+            ),
+            vision_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+            image_token_index=ids["<IMG_CONTEXT>"],
+            downsample_factor=2,
+        ),
+        images=dict(image_processor_type="GotOcr2ImageProcessor", size=TILES, max_patches=3),
+        processor=dict(
+            patch_size=4,
+            img_size=16,
+            downsample_factor=2,
+            image_token="<image>",
+            img_patch_token="<IMG_CONTEXT>",
+            start_of_img_token="<img>",
+            end_of_img_token="</img>",
+        ),
+    )
+
+
+def paligemma(ids):
+    return dict(
+        config=dict(
+            text_config=dict(model_type="gemma"),
+            vision_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+            image_token_index=ids["<image>"],
+            projection_dim=32,
+        ),
+        images=dict(image_processor_type="SiglipImageProcessor", size=TILES),
+        processor={},
+    )
+
+
+def gemma4(ids):
+    return dict(
+        config=dict(
+            text_config=dict(
+                model_type="gemma4_text",
+                num_hidden_layers=3,
+                layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+                sliding_window=9,
+                global_head_dim=8,
+                hidden_size_per_layer_input=0,
+                num_kv_shared_layers=0,
+                pad_token_id=0,
+                final_logit_softcapping=30.0,
+            ),
+            vision_config=VISION | dict(model_type="gemma4_vision", head_dim=8),
+            audio_config=None,
+            image_token_id=ids["<image>"],
+        ),
+        images=dict(image_processor_type="Gemma4ImageProcessor"),
+        processor={},
+    )
+
+
+SLOW = {
+    "llava": llava,
+    "llava_next": llava_next,
+    "qwen2_5_vl": qwen2_5_vl,
+    "glm4v": glm4v,
+    "hunyuan_vl": hunyuan_vl,
+    "paddleocr_vl": paddleocr_vl,
+    "aya_vision": aya_vision,
+}
+FAST = {
     "internvl": internvl,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
     "llava_onevision": llava_onevision,
     "gemma3": gemma3,
 }
+REFUSED = {  # and why
+    "mistral3": (mistral3, "no processor of this family that works without torchvision"),
+    "ernie4_5_vl_moe": (ernie4_5_vl_moe, "depends on moe_mm_token_type_ids"),
+    "paligemma": (paligemma, "masks are neither causal nor causal but for images"),
+    "gemma4": (gemma4, "its logits are more than hidden states times the head"),
+}
+FAMILIES = FAST | SLOW | {name: made for name, (made, _) in REFUSED.items()}
+PARAMETERS = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -171,6 +408,9 @@ SPECIAL = [
     "<end_of_utterance>",
     "<global-img>",
     *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
+    "[IMG]",
+    "[IMG_BREAK]",
+    "[IMG_END]",
     "<start_of_image>",
     "<end_of_image>",
     "<image_soft_token>",
@@ -188,7 +428,23 @@ NAMED = {
         image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>"
     ),
 }
-MARKS = {"internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}
+IMAGE = dict(image_token="<image>", video_token="<video>")
+ENDS = dict(image_start_token="<img>", image_end_token="</img>")
+NAMED |= {
+    "qwen2_5_vl": IMAGE,
+    "glm4v": IMAGE,
+    "hunyuan_vl": IMAGE | ENDS,
+    "paddleocr_vl": IMAGE,
+    "ernie4_5_vl_moe": IMAGE
+    | ENDS
+    | dict(video_start_token="<row_1_col_1>", video_end_token="<row_1_col_2>"),
+}
+MARKS = {
+    "internvl": "<IMG_CONTEXT>",
+    "gemma3": "<start_of_image>",
+    "mistral3": "[IMG]",
+    "hunyuan_vl": "<img><image></img>",
+}
 
 
 def tokenizer_of(family):
@@ -227,11 +483,7 @@ def save_checkpoint(family, folder):
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(NORM | made["images"]))
-    (folder / "processor_config.json").write_text(
-        json.dumps(
-            made["processor"] | {"processor_class": PROCESSOR_MAPPING[type(config)].__name__}
-        )
-    )
+    (folder / "processor_config.json").write_text(json.dumps(made["processor"]))
     return folder
 
 
@@ -298,7 +550,7 @@ RESPONSES = ["<caption>\na\n</caption>", "two red", "x"]
 _opened = {}
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=PARAMETERS)
 def family(request, tmp_path_factory):
     name = request.param
     if name not in _opened:
@@ -385,6 +637,31 @@ def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
     torch.testing.assert_close(found, expected)
     prompt = model.load(tmp_path).encoder.prompt(ROWS[2])
     assert prompt.ids.tolist() == family.encoder.prompt(ROWS[2]).ids.tolist()
+
+
+def test_a_discriminator_of_experts_is_the_dense_model_and_opens_again(family, tmp_path):
+    """Without noise all experts are the MLP, whatever its form: hidden states stay the same."""
+    base = copy.deepcopy(family.policy.hf.model)
+    tree = Tree(family.encoder.prompt(ROWS[2]), [family.encoder.response("two")], [0])
+    pack = build_pack([tree], [(0, [0])])
+    disc = align.Discriminator(base, "moe", noise=0.0).eval()
+    with torch.no_grad():
+        expected = forward_pack(family.policy.hf.model, pack)
+        found, _, _ = disc(pack)
+        torch.testing.assert_close(
+            found, disc.v_head(expected[pack.ends]).sum(1), rtol=1e-4, atol=1e-5
+        )
+    align.save_discriminator(disc, family.folder, tmp_path)
+    again = align.open_discriminator(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(pack)[0], found)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_is_refused_at_load(name, tmp_path):
+    save_checkpoint(name, tmp_path)
+    with pytest.raises(ValueError, match=REFUSED[name][1]):
+        model.load(tmp_path)
 
 
 REFERENCE = "<caption>\na dot\n</caption>\n<think>\none\n</think>\n<answer>\n1\n</answer>"

@@ -212,7 +212,7 @@ def test_shards_are_those_of_fsdp(tiny, ranks):
 class Dense:
     """Attention that copies nothing, as on CUDA."""
 
-    def attend(self, query, key, value, scaling):
+    def attend(self, query, key, value, scaling, window=None):
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return attended.transpose(1, 2)
 

@@ -455,6 +455,12 @@ def test_discriminator_of_another_family(corpus, tmp_path, kind):
     assert torch.equal(scores(again, tree), scores(disc, tree))
 
 
+def test_experts_are_not_copied_from_experts(corpus, tmp_path):
+    base = model.load(other("qwen3_vl_moe", corpus, tmp_path)).hf.model
+    with pytest.raises(ValueError, match="TextSparseMoeBlock .*is none: give --disc dense, or a"):
+        align.Discriminator(base, "moe")
+
+
 # ------------------------------------------------------------------------------------------ LoRA
 LORA = ROOT / "docs/recipes/lora.py"
 

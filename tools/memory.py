@@ -36,6 +36,7 @@ import model  # noqa: E402
 import rlvr  # noqa: E402
 import sft  # noqa: E402
 from engine.arguments import parse  # noqa: E402
+from engine.families import image_side  # noqa: E402
 from engine.logprob import CHUNK  # noqa: E402
 from engine.states import CHUNK as CHUNK_OF_RULE  # noqa: E402
 from engine.states import delta_nets  # noqa: E402
@@ -244,6 +245,17 @@ def takes_entropy(args) -> bool:
 
 
 # ---------------------------------------------------------------------- activations of a pack
+# What is read of a vision tower's configuration
+OF_TOWER = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "patch_size",
+    "spatial_merge_size",
+    "deepstack_visual_indexes",
+)
+
+
 def activations(base, tokens, patches, bytes_each, checkpointing, experts_per_token=None) -> float:
     """Peak bytes of the activations of one pack, forward and backward.
 
@@ -257,7 +269,7 @@ def activations(base, tokens, patches, bytes_each, checkpointing, experts_per_to
     for layer in base.language_model.layers:
         by_layer.append(saved_by_layer(layer, text, bytes_each, experts_per_token))
     block = saved_by_block(vision, bytes_each)  # per patch
-    if not model.is_trained(base.visual):
+    if not any(model.is_trained(part) for part in image_side(base)):
         patches = 0
 
     # With checkpointing a layer keeps its input alone, and all else only while it is at work.
@@ -421,6 +433,12 @@ def main(argv) -> None:
         return  # under torchrun one process says it
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     policy, discriminator = skeletons(stage, args)
+    missing = [name for name in OF_TOWER if not hasattr(policy.hf.config.vision_config, name)]
+    if missing:
+        sys.exit(
+            f"tools/memory.py: {args.policy}: the account of activations was measured for "
+            f"Qwen3-VL's vision tower; this one's configuration has no {', '.join(missing)}"
+        )
     print(
         f"{args.policy}, {count(policy):,} parameters: GB on each of {ranks} ranks, {args.dtype}, "
         f"packs of {args.pack_tokens}"
