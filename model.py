@@ -174,8 +174,10 @@ def freeze_vision(*bases):
     optimiser is made.
     """
     for base in bases:
-        base.requires_grad_(False)
-        text_of(base).requires_grad_(True)
+        of_text = set(text_of(base).parameters())
+        for parameter in base.parameters():
+            if parameter not in of_text:
+                parameter.requires_grad_(False)
 
 
 def is_trained(module: nn.Module):
