@@ -12,13 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import align
 import model
-from data import to_example
+from data import SYSTEM_PROMPT, to_example
 from engine.attention import forward_pack
 from engine.images import make_processor
 from engine.packs import Tree, build_pack, plan
@@ -371,7 +372,17 @@ def gemma4(ids):
     )
 
 
+def internvl_moe(ids):
+    """A policy of mixture type."""
+    made = internvl(ids)
+    made["config"]["text_config"] = dict(
+        model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    )
+    return made | dict(type="internvl")
+
+
 SLOW = {
+    "internvl_moe": internvl_moe,
     "llava": llava,
     "llava_next": llava_next,
     "qwen2_5_vl": qwen2_5_vl,
@@ -430,6 +441,7 @@ NAMED = {
 }
 IMAGE = dict(image_token="<image>", video_token="<video>")
 ENDS = dict(image_start_token="<img>", image_end_token="</img>")
+NAMED["internvl_moe"] = NAMED["internvl"]
 NAMED |= {
     "qwen2_5_vl": IMAGE,
     "glm4v": IMAGE,
@@ -441,9 +453,14 @@ NAMED |= {
 }
 MARKS = {
     "internvl": "<IMG_CONTEXT>",
+    "internvl_moe": "<IMG_CONTEXT>",
     "gemma3": "<start_of_image>",
     "mistral3": "[IMG]",
+    # Their positions tell images apart by what stands between them.
+    "qwen2_5_vl": "<img><image></img>",
+    "glm4v": "<img><image></img>",
     "hunyuan_vl": "<img><image></img>",
+    "paddleocr_vl": "<img><image></img>",
 }
 
 
@@ -474,7 +491,7 @@ def save_checkpoint(family, folder):
     settings = made["config"]
     end = tokenizer.convert_tokens_to_ids(made.get("end", "<|im_end|>"))
     text = TEXT | {"vocab_size": len(tokenizer), "eos_token_id": end} | settings["text_config"]
-    config = AutoConfig.for_model(family, **settings | {"text_config": text})
+    config = AutoConfig.for_model(made.get("type", family), **settings | {"text_config": text})
     torch.manual_seed(0)
     hf = AutoModelForImageTextToText.from_config(config)
     for parameter in hf.parameters():
@@ -497,6 +514,7 @@ class Family:
         self.plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         made = FAMILIES[name](self.encoder.tokenizer.get_vocab())["processor"]
         kind = PROCESSOR_MAPPING[type(self.plain.config)]
+        self.is_dense = name != "internvl_moe"
         tokenizer, images = self.encoder.tokenizer, self.encoder.images.image_processor
         self.processor = make_processor(kind, tokenizer, images, made)
 
@@ -635,12 +653,20 @@ def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
         found = family.logits(again, ROWS[2], ids)
         expected = family.logits(family.plain, ROWS[2], ids)
     torch.testing.assert_close(found, expected)
+    # The template asks for the three parts where a conversation does not.
+    turn = {"role": "user", "content": content_of("how many?")}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert SYSTEM_PROMPT in tokenizer.apply_chat_template([turn], tokenize=False)
     prompt = model.load(tmp_path).encoder.prompt(ROWS[2])
     assert prompt.ids.tolist() == family.encoder.prompt(ROWS[2]).ids.tolist()
 
 
 def test_a_discriminator_of_experts_is_the_dense_model_and_opens_again(family, tmp_path):
     """Without noise all experts are the MLP, whatever its form: hidden states stay the same."""
+    if not family.is_dense:
+        with pytest.raises(ValueError, match="Qwen3MoeSparseMoeBlock .*give --disc dense"):
+            align.Discriminator(copy.deepcopy(family.policy.hf.model), "moe")
+        return
     base = copy.deepcopy(family.policy.hf.model)
     tree = Tree(family.encoder.prompt(ROWS[2]), [family.encoder.response("two")], [0])
     pack = build_pack([tree], [(0, [0])])
@@ -693,6 +719,8 @@ def jobs(family, folder):
     }
     made = []
     for stage, flags in STAGES.items():
+        if stage == "align" and not family.is_dense:
+            flags = flags | dict(disc="dense")
         file = folder / f"{stage}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in files[stage]))
         flags = flags | dict(policy=str(family.folder), data=str(file), out=str(folder / stage))
