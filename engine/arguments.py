@@ -67,7 +67,7 @@ class Common:
     GROUP = "of every stage"  # their heading in --help
 
     policy: str = option(
-        help="checkpoint to start from: a Qwen3-VL folder in transformers layout, as an earlier "
+        help="checkpoint to start from: a folder in transformers layout (docs/models.md), an earlier "
         "stage's <out>/last, a run folder, or a hub name"
     )
     data: str = option("", "the rows to train on: JSON, JSONL or parquet; none: the embedded world")

@@ -4,6 +4,7 @@ its processors'."""
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import align
 import model
-from data import SYSTEM_PROMPT, to_example
+from data import SYSTEM_PROMPT, open_encoder, to_example
 from engine.attention import forward_pack
 from engine.images import make_processor
 from engine.packs import Tree, build_pack, plan
@@ -512,20 +513,22 @@ class Family:
         self.policy = model.load(self.folder).eval()
         self.encoder = self.policy.encoder
         self.plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        made = FAMILIES[name](self.encoder.tokenizer.get_vocab())["processor"]
+        made = FAMILIES[name](self.encoder.tokenizer.get_vocab())
+        self.end = self.encoder.tokenizer.convert_tokens_to_ids(made.get("end", "<|im_end|>"))
+        made = made["processor"]
         kind = PROCESSOR_MAPPING[type(self.plain.config)]
         self.is_dense = name != "internvl_moe"
         tokenizer, images = self.encoder.tokenizer, self.encoder.images.image_processor
         self.processor = make_processor(kind, tokenizer, images, made)
 
-    def inputs(self, example, ids=()):
+    def inputs(self, example, ids=(), asks=True):
         """What transformers' processor makes of a row, with the ids of a response behind it."""
         messages = [
             {"role": turn["role"], "content": content_of(turn["content"])}
             for turn in example.messages
         ]
         text = self.encoder.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=asks
         )
         options = dict(images=[example.images]) if example.images else {}
         made = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **options)
@@ -593,6 +596,38 @@ def test_a_prompt_is_what_the_processor_makes(family, n):
     assert (rest, of_images, trained) == (len(prompt.ids), int(prompt.image_mask.sum()), 0)
 
 
+def test_turns_end_as_the_template_ends_them(family):
+    """Two turns of the assistant: ids as the whole text has them, its words and end tokens are
+    trained on, and nothing that stands for images is ever sampled."""
+    encoder, example = family.encoder, ROWS[1]
+    turns = [{"role": "assistant", "content": "one"}, {"role": "user", "content": "sure?"}]
+    whole = [*example.messages, *turns, {"role": "assistant", "content": "two"}]
+    prompt, trained = encoder.conversation(replace(example, messages=whole))
+    plain = family.inputs(replace(example, messages=whole), asks=False)
+    ids = plain["input_ids"][0].tolist()
+    assert prompt.ids.tolist() == ids[: len(prompt.ids)]
+    assert ids[len(prompt.ids) - 1] == encoder.eos == family.end
+    expected = [*encoder.response("one"), *encoder.response("two")]
+    assert prompt.ids[trained].tolist() == expected and expected.count(encoder.eos) == 2
+    vocabulary = encoder.tokenizer.get_vocab()
+    assert encoder.image_id in encoder.banned
+    assert vocabulary[encoder.images.mark] in encoder.banned
+
+
+def test_limits_of_images(family):
+    folder, base = family.folder, family.policy.hf.model
+    sizes = [image.size for image in ROWS[3].images]
+    if family.encoder.images.limits:
+        small = open_encoder(folder, base, max_pixels=256)
+        assert small.lengths(ROWS[3], sizes)[1] < family.encoder.lengths(ROWS[3], sizes)[1]
+        assert small.prompt(ROWS[3]).image_mask.sum() == small.lengths(ROWS[3], sizes)[1]
+    else:
+        with pytest.raises(ValueError, match="--max_pixels: .* scales no image to an area"):
+            open_encoder(folder, base, max_pixels=256)
+    blind = open_encoder(folder, base, blind=True).prompt(ROWS[3])
+    assert blind.images == {} and not blind.image_mask.any()
+
+
 def test_a_forest_equals_separate_rows(family):
     """In log-probs and in all gradients: prompts with no image, one, two, of several sizes."""
     trees, responses = trees_of(family)
@@ -643,6 +678,20 @@ def test_greedy_equals_generate_and_log_probs_the_trainers(family):
         logp = family.policy(build_pack(trees, plan(trees, 100_000)[0]), banned=encoder.banned)
     sampled = torch.tensor([x for rollout in rollouts for x in rollout.logps])
     torch.testing.assert_close(logp, sampled, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_image_side_is_not_trained(family):
+    """Tower, projector and loose parameters such as a newline's; the text model and head are."""
+    hf = copy.deepcopy(family.policy.hf)
+    model.freeze_vision(hf.model)
+    text = {id(p) for p in (*hf.model.get_decoder().parameters(), *hf.lm_head.parameters())}
+    assert {id(p) for p in hf.parameters() if p.requires_grad} == text
+    assert all(
+        "vision" not in n and "visual" not in n for n, p in hf.named_parameters() if p.requires_grad
+    )
+    tree = Tree(family.encoder.prompt(ROWS[1]), [family.encoder.response("two")])
+    forward_pack(hf.model, build_pack([tree], [(0, [0])])).sum().backward()
+    assert all(p.grad is None for p in hf.parameters() if id(p) not in text)
 
 
 def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
