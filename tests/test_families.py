@@ -400,7 +400,7 @@ FAST = {
     "gemma3": gemma3,
 }
 REFUSED = {  # and why
-    "mistral3": (mistral3, "no processor of this family that works without torchvision"),
+    "mistral3": (mistral3, "for torchvision alone"),
     "ernie4_5_vl_moe": (ernie4_5_vl_moe, "depends on moe_mm_token_type_ids"),
     "paligemma": (paligemma, "masks are neither causal nor causal but for images"),
     "gemma4": (gemma4, "its logits are more than hidden states times the head"),
