@@ -711,6 +711,10 @@ ASKS = (
     "{%- if messages[0].role != 'system' %}{%- set messages = [{'role': 'system', 'content': "
     f"{json.dumps(SYSTEM_PROMPT)}}}] + messages %}}{{%- endif %}}"
 )
+# The same for a template that knows content as a list alone.
+ASKS_IN_LISTS = ASKS.replace(
+    json.dumps(SYSTEM_PROMPT), f"[{{'type': 'text', 'text': {json.dumps(SYSTEM_PROMPT)}}}]"
+)
 
 
 def open_encoder(path, base=None, **options) -> Encoder:
@@ -730,7 +734,8 @@ def open_encoder(path, base=None, **options) -> Encoder:
     if not tokenizer.chat_template and older.exists():
         tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
     if tokenizer.chat_template:
-        tokenizer.chat_template = tokenizer.get_chat_template().removeprefix(ASKS)
+        template = tokenizer.get_chat_template()
+        tokenizer.chat_template = template.removeprefix(ASKS).removeprefix(ASKS_IN_LISTS)
     generation = folder / "generation_config.json"
     if generation.exists():
         named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
@@ -811,7 +816,7 @@ def write_template(tokenizer, folder):
     template = tokenizer.chat_template
     if tokenizer.unk_token_id not in words:
         (folder / "chat_template_plain.jinja").write_text(template, encoding="utf-8")
-        template = ASKS + template
+        template = (ASKS if writes_strings(tokenizer) else ASKS_IN_LISTS) + template
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     # Of transformers 4, whose processors prefer it.
     (folder / "chat_template.json").unlink(missing_ok=True)

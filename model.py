@@ -1,7 +1,7 @@
 """
 The loader that all stages share: open, save and shard a vision-language policy.
 
-    policy = load("ckpt/sft")     # or a hub name; any Qwen-VL checkpoint in transformers' layout
+    policy = load("ckpt/sft")     # or a hub name; any checkpoint of docs/models.md
     logp = policy(pack)           # (S,) log-probs of the pack's scored tokens
     save(policy, "ckpt/mine")     # opens in plain transformers, and in what builds on it
 """

@@ -67,8 +67,8 @@ class Common:
     GROUP = "of every stage"  # their heading in --help
 
     policy: str = option(
-        help="checkpoint to start from: a Qwen3-VL folder in transformers layout, as an earlier "
-        "stage's <out>/last, a run folder, or a hub name"
+        help="checkpoint to start from: a folder in transformers layout (docs/models.md), as an "
+        "earlier stage's <out>/last, a run folder, or a hub name"
     )
     data: str = option("", "the rows to train on: JSON, JSONL or parquet; none: the embedded world")
     out: str = option("", "run folder: log and checkpoints; none: ckpt/<stage>")

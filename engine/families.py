@@ -85,7 +85,8 @@ def has_plain_head(hf):
     """Whether the logits are the last hidden states times the head's matrix: its forward is run on
     random hidden states in place of the model's."""
     head = hf.get_output_embeddings().weight
-    hidden = torch.randn(1, 2, head.shape[1], device=head.device)
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2, head.shape[1], generator=random).to(head.device)
     hidden[:, 1] *= 1000  # where a cap would show
     hidden = hidden.to(head.dtype)
     hf.model.forward = lambda *_, **__: _Hidden(hidden)

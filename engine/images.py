@@ -48,20 +48,18 @@ def _concatenate(tensors):
 
 # ------------------------------------------------------------------------------ to be opened
 def open_image_processor(folder):
-    """The image processor of a checkpoint's folder, one that works on PIL images alone.
-
-    Raises ValueError where transformers has it for torchvision only.
-    """
+    """The image processor of a checkpoint's folder, one that works on PIL images alone. Raises
+    ValueError where it is unknown, or transformers has it for torchvision only."""
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (ImportError, ValueError) as error:
-        raise ValueError(without_torchvision(folder, error)) from error
+        raise ValueError(not_opened(folder, error)) from error
 
 
-def without_torchvision(folder, error):
+def not_opened(folder, error):
     return (
-        f"{folder}: transformers has no processor of this family that works without torchvision, "
-        f"which is none of our dependencies ({error})"
+        f"{folder}: its processor cannot be opened. Of some families transformers has one for "
+        f"torchvision alone, which is none of our dependencies ({error})"
     )
 
 
@@ -104,7 +102,7 @@ def open_processor(folder, config, tokenizer):
         if kind is not None:
             importlib.import_module(kind.__module__)
     except ImportError as error:
-        raise ValueError(without_torchvision(folder, error)) from error
+        raise ValueError(not_opened(folder, error)) from error
     if kind is None:
         raise ValueError(
             f"{folder}: transformers has no processor {name or f'for a {config.model_type}'}; "

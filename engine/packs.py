@@ -341,18 +341,15 @@ def _to_pack(trees, chosen, segments, children, ends, scored, device):
 
 
 def _blocks(prompts, segments):
-    """(T,) numbers of the pack's images of which tokens attend to each other both ways, -1 for
-    others; None where no prompt has such."""
+    """(T,) of each token the number of its image in its prompt, where an image's tokens attend to
+    each other both ways, else -1; None where no prompt has such images."""
     if all(prompt.blocks is None for prompt in prompts):
         return None
     found = []
-    images = 0
     for segment in segments:
         blocks = torch.full((segment.length,), -1)
         is_root = segment.parent < 0 and segment.tree < len(prompts)  # and no padded tail
         if is_root and prompts[segment.tree].blocks is not None:
-            of_prompt = prompts[segment.tree].blocks
-            blocks = torch.where(of_prompt < 0, -1, of_prompt + images)
-            images = max(images, int(blocks.max()) + 1)
+            blocks = prompts[segment.tree].blocks
         found.append(blocks)
     return torch.cat(found)

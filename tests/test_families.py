@@ -4,6 +4,7 @@ its processors'."""
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import align
 import model
-from data import to_example
+from data import SYSTEM_PROMPT, open_encoder, to_example
 from engine.attention import forward_pack
 from engine.images import make_processor
 from engine.packs import Tree, build_pack, plan
@@ -371,7 +373,17 @@ def gemma4(ids):
     )
 
 
+def internvl_moe(ids):
+    """A policy of mixture type."""
+    made = internvl(ids)
+    made["config"]["text_config"] = dict(
+        model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    )
+    return made | dict(type="internvl")
+
+
 SLOW = {
+    "internvl_moe": internvl_moe,
     "llava": llava,
     "llava_next": llava_next,
     "qwen2_5_vl": qwen2_5_vl,
@@ -388,7 +400,7 @@ FAST = {
     "gemma3": gemma3,
 }
 REFUSED = {  # and why
-    "mistral3": (mistral3, "no processor of this family that works without torchvision"),
+    "mistral3": (mistral3, "for torchvision alone"),
     "ernie4_5_vl_moe": (ernie4_5_vl_moe, "depends on moe_mm_token_type_ids"),
     "paligemma": (paligemma, "masks are neither causal nor causal but for images"),
     "gemma4": (gemma4, "its logits are more than hidden states times the head"),
@@ -430,6 +442,7 @@ NAMED = {
 }
 IMAGE = dict(image_token="<image>", video_token="<video>")
 ENDS = dict(image_start_token="<img>", image_end_token="</img>")
+NAMED["internvl_moe"] = NAMED["internvl"]
 NAMED |= {
     "qwen2_5_vl": IMAGE,
     "glm4v": IMAGE,
@@ -441,9 +454,14 @@ NAMED |= {
 }
 MARKS = {
     "internvl": "<IMG_CONTEXT>",
+    "internvl_moe": "<IMG_CONTEXT>",
     "gemma3": "<start_of_image>",
     "mistral3": "[IMG]",
+    # Their positions tell images apart by what stands between them.
+    "qwen2_5_vl": "<img><image></img>",
+    "glm4v": "<img><image></img>",
     "hunyuan_vl": "<img><image></img>",
+    "paddleocr_vl": "<img><image></img>",
 }
 
 
@@ -474,7 +492,7 @@ def save_checkpoint(family, folder):
     settings = made["config"]
     end = tokenizer.convert_tokens_to_ids(made.get("end", "<|im_end|>"))
     text = TEXT | {"vocab_size": len(tokenizer), "eos_token_id": end} | settings["text_config"]
-    config = AutoConfig.for_model(family, **settings | {"text_config": text})
+    config = AutoConfig.for_model(made.get("type", family), **settings | {"text_config": text})
     torch.manual_seed(0)
     hf = AutoModelForImageTextToText.from_config(config)
     for parameter in hf.parameters():
@@ -495,19 +513,22 @@ class Family:
         self.policy = model.load(self.folder).eval()
         self.encoder = self.policy.encoder
         self.plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        made = FAMILIES[name](self.encoder.tokenizer.get_vocab())["processor"]
+        made = FAMILIES[name](self.encoder.tokenizer.get_vocab())
+        self.end = self.encoder.tokenizer.convert_tokens_to_ids(made.get("end", "<|im_end|>"))
+        made = made["processor"]
         kind = PROCESSOR_MAPPING[type(self.plain.config)]
+        self.is_dense = name != "internvl_moe"
         tokenizer, images = self.encoder.tokenizer, self.encoder.images.image_processor
         self.processor = make_processor(kind, tokenizer, images, made)
 
-    def inputs(self, example, ids=()):
+    def inputs(self, example, ids=(), asks=True):
         """What transformers' processor makes of a row, with the ids of a response behind it."""
         messages = [
             {"role": turn["role"], "content": content_of(turn["content"])}
             for turn in example.messages
         ]
         text = self.encoder.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=asks
         )
         options = dict(images=[example.images]) if example.images else {}
         made = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **options)
@@ -575,6 +596,38 @@ def test_a_prompt_is_what_the_processor_makes(family, n):
     assert (rest, of_images, trained) == (len(prompt.ids), int(prompt.image_mask.sum()), 0)
 
 
+def test_turns_end_as_the_template_ends_them(family):
+    """Two turns of the assistant: ids as the whole text has them, its words and end tokens are
+    trained on, and nothing that stands for images is ever sampled."""
+    encoder, example = family.encoder, ROWS[1]
+    turns = [{"role": "assistant", "content": "one"}, {"role": "user", "content": "sure?"}]
+    whole = [*example.messages, *turns, {"role": "assistant", "content": "two"}]
+    prompt, trained = encoder.conversation(replace(example, messages=whole))
+    plain = family.inputs(replace(example, messages=whole), asks=False)
+    ids = plain["input_ids"][0].tolist()
+    assert prompt.ids.tolist() == ids[: len(prompt.ids)]
+    assert ids[len(prompt.ids) - 1] == encoder.eos == family.end
+    expected = [*encoder.response("one"), *encoder.response("two")]
+    assert prompt.ids[trained].tolist() == expected and expected.count(encoder.eos) == 2
+    vocabulary = encoder.tokenizer.get_vocab()
+    assert encoder.image_id in encoder.banned
+    assert vocabulary[encoder.images.mark] in encoder.banned
+
+
+def test_limits_of_images(family):
+    folder, base = family.folder, family.policy.hf.model
+    sizes = [image.size for image in ROWS[3].images]
+    if family.encoder.images.limits:
+        small = open_encoder(folder, base, max_pixels=256)
+        assert small.lengths(ROWS[3], sizes)[1] < family.encoder.lengths(ROWS[3], sizes)[1]
+        assert small.prompt(ROWS[3]).image_mask.sum() == small.lengths(ROWS[3], sizes)[1]
+    else:
+        with pytest.raises(ValueError, match="--max_pixels: .* scales no image to an area"):
+            open_encoder(folder, base, max_pixels=256)
+    blind = open_encoder(folder, base, blind=True).prompt(ROWS[3])
+    assert blind.images == {} and not blind.image_mask.any()
+
+
 def test_a_forest_equals_separate_rows(family):
     """In log-probs and in all gradients: prompts with no image, one, two, of several sizes."""
     trees, responses = trees_of(family)
@@ -627,6 +680,17 @@ def test_greedy_equals_generate_and_log_probs_the_trainers(family):
     torch.testing.assert_close(logp, sampled, rtol=1e-4, atol=1e-5)
 
 
+def test_a_frozen_image_side_is_not_trained(family):
+    """Tower, projector and loose parameters such as a newline's; the text model and head are."""
+    hf = copy.deepcopy(family.policy.hf)
+    model.freeze_vision(hf.model)
+    text = {id(p) for p in (*hf.model.get_decoder().parameters(), *hf.lm_head.parameters())}
+    assert {id(p) for p in hf.parameters() if p.requires_grad} == text
+    tree = Tree(family.encoder.prompt(ROWS[1]), [family.encoder.response("two")])
+    forward_pack(hf.model, build_pack([tree], [(0, [0])])).sum().backward()
+    assert all(p.grad is None for p in hf.parameters() if id(p) not in text)
+
+
 def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
     model.save(family.policy, tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -635,12 +699,20 @@ def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
         found = family.logits(again, ROWS[2], ids)
         expected = family.logits(family.plain, ROWS[2], ids)
     torch.testing.assert_close(found, expected)
+    # The template asks for the three parts where a conversation does not.
+    turn = {"role": "user", "content": content_of("how many?")}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert SYSTEM_PROMPT in tokenizer.apply_chat_template([turn], tokenize=False)
     prompt = model.load(tmp_path).encoder.prompt(ROWS[2])
     assert prompt.ids.tolist() == family.encoder.prompt(ROWS[2]).ids.tolist()
 
 
 def test_a_discriminator_of_experts_is_the_dense_model_and_opens_again(family, tmp_path):
     """Without noise all experts are the MLP, whatever its form: hidden states stay the same."""
+    if not family.is_dense:
+        with pytest.raises(ValueError, match="Qwen3MoeSparseMoeBlock .*give --disc dense"):
+            align.Discriminator(copy.deepcopy(family.policy.hf.model), "moe")
+        return
     base = copy.deepcopy(family.policy.hf.model)
     tree = Tree(family.encoder.prompt(ROWS[2]), [family.encoder.response("two")], [0])
     pack = build_pack([tree], [(0, [0])])
@@ -693,6 +765,8 @@ def jobs(family, folder):
     }
     made = []
     for stage, flags in STAGES.items():
+        if stage == "align" and not family.is_dense:
+            flags = flags | dict(disc="dense")
         file = folder / f"{stage}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in files[stage]))
         flags = flags | dict(policy=str(family.folder), data=str(file), out=str(folder / stage))

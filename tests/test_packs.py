@@ -13,6 +13,7 @@ from engine import packs
 from engine.attention import FlexLayout, adopt, forward_pack
 from engine.logprob import token_logps
 from engine.packs import Tree, build_pack, filler, plan
+from engine.windows import blocks_of
 from model import recompute
 
 
@@ -127,6 +128,43 @@ def test_flex_layout_is_the_dense_mask(hf, monkeypatch):
     torch.testing.assert_close(
         FlexLayout(pack).attend(q, k, v, 0.3), expected.transpose(1, 2), atol=1e-5, rtol=1e-4
     )
+
+
+def row_by_row(pack, trees, window):
+    """(T, T) bool: each path as a row of its own, root and child, and then who sees whom in it."""
+    seen = torch.zeros(len(pack.ids), len(pack.ids), dtype=torch.bool)
+    for number, segment in enumerate(pack.segments):
+        path = [pack.segments[n] for n in (*pack.ancestors(number), number)]
+        places = [s.start + i for s in path for i in range(s.length)]
+        of_image = [False] * len(places)
+        if segment.tree < len(trees) and trees[segment.tree].prompt.blocks is not None:
+            mask = trees[segment.tree].prompt.image_mask.tolist()
+            of_image[: len(mask)] = mask
+        for i, query in enumerate(places):
+            for j, key in enumerate(places):
+                one_image = all(of_image[min(i, j) : max(i, j) + 1])  # side by side
+                if (j <= i or one_image) and (window is None or i - j < window):
+                    seen[query, key] = True
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 1, 4, 1000])
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_windows_and_images_that_attend_both_ways(hf, monkeypatch, window, both_ways):
+    """Both layouts compute what separate rows would."""
+    monkeypatch.setattr(FlexLayout, "kernel", staticmethod(flex_attention))
+    trees = forest(hf)
+    for tree in trees[::2] if both_ways else ():  # the second prompt says nothing of images
+        tree.prompt.blocks = blocks_of(tree.prompt.image_mask)
+    pack = build_pack(trees, whole(trees), pad_to=128)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, len(pack.ids), 16, generator=g) for h in (4, 2, 2))
+    mask = row_by_row(pack, trees, window)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+    for layout in (pack.layout, FlexLayout(pack)):
+        found = layout.attend(q, k, v, 0.3, window)
+        torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-4)
 
 
 def test_children_see_root_and_themselves_only(hf):

@@ -246,14 +246,7 @@ def takes_entropy(args) -> bool:
 
 # ---------------------------------------------------------------------- activations of a pack
 # What is read of a vision tower's configuration
-OF_TOWER = (
-    "depth",
-    "hidden_size",
-    "intermediate_size",
-    "patch_size",
-    "spatial_merge_size",
-    "deepstack_visual_indexes",
-)
+OF_TOWER = ("depth", "hidden_size", "intermediate_size", "patch_size", "spatial_merge_size")
 
 
 def activations(base, tokens, patches, bytes_each, checkpointing, experts_per_token=None) -> float:
@@ -436,8 +429,8 @@ def main(argv) -> None:
     missing = [name for name in OF_TOWER if not hasattr(policy.hf.config.vision_config, name)]
     if missing:
         sys.exit(
-            f"tools/memory.py: {args.policy}: the account of activations was measured for "
-            f"Qwen3-VL's vision tower; this one's configuration has no {', '.join(missing)}"
+            f"tools/memory.py: {args.policy}: the account of activations is that of Qwen-VL's "
+            f"vision towers; this one's configuration has no {', '.join(missing)}"
         )
     print(
         f"{args.policy}, {count(policy):,} parameters: GB on each of {ranks} ranks, {args.dtype}, "
