@@ -254,17 +254,27 @@ def test_the_teacher_is_right_and_whole_in_words_of_its_own(miniature):
             assert given == str(answer)
             *sentences, closing = think.removesuffix(" .").split(" . ")
             assert closing.split()[-1] == str(answer)
-            gives = [int(sentence.split()[-1]) for sentence in sentences if " gives " in sentence]
-            assert (gives[-1] if gives else 0) == answer
-            assert bool(gives) == bool(things)
+            steps = [step for step in sentences if step.split()[0] not in ("look", "first")]
+            added = [int(step.split()[-1]) for step in steps if " makes " in step]
+            totals = [total_of(step) for step in steps if " makes " not in step]
+            assert len(totals) == len(things)
+            assert totals == sorted(totals) and (totals or [0])[-1] == answer
+            assert not added or sum(added) == answer
             checked += 1
     assert checked > 200
+
+
+def total_of(step):
+    """The running total that a step of the teacher's names: the only number in it."""
+    (total,) = [int(word) for word in step.split() if word.isdigit()]
+    return total
 
 
 def test_the_teacher_draws_all_of_its_manners(miniature):
     responses = [row["teacher_response"] for row in lines(miniature / "align.jsonl")]
     text = "\n".join(responses)
-    for sign in (" : ", " in red", "objects ;", "disc", "circle", "plus", "look for", "hence"):
+    signs = (" : ", " in red", "objects ;", "disc", "circle", "gives", " for ", "makes", "hence")
+    for sign in signs:
         assert sign in text, sign
     orders = {order_of(parts(response)["caption"]) for response in responses}
     assert {"above", "below", "other"} <= orders

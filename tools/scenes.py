@@ -79,7 +79,7 @@ class World:
 
 WORLDS = {
     "tiny": World(foreign=False, noise=12, shade=25, curated=550),
-    "miniature": World(foreign=True, noise=60, shade=75, curated=1050),
+    "miniature": World(foreign=True, noise=60, shade=75, curated=2000),
 }
 
 # Where the teacher is foreign: the share of the base's rows about places that use its words, so

@@ -4,8 +4,9 @@ in a manner that the base never had (it knows the words), and no two alike.
 
 Places have names of their own ("upper left" for tl), shapes have a second one (disc, box, wedge).
 A response draws its manner anew: in which order a caption goes through the objects and in which
-form it names them, whether it says how many there are, by which of four ways the reasoning goes,
-what it opens and closes with. Every way is a valid one, and none is marked as the best.
+form it names them, whether it says how many there are, in which order and form the reasoning
+goes and whether it says what each colour adds, what it opens and closes with. Every way is a valid
+one, and none is marked as the best.
 
     rng = random.Random(0)
     caption, sentences = demonstrate(things, "red or blue", 3, rng)
@@ -25,11 +26,13 @@ PLACES = {
     "bc": "lower centre",
     "br": "lower right",
 }
-ROWS = ("upper", "middle", "lower")
 SECOND_NAMES = {"circle": "disc", "square": "box", "triangle": "wedge"}
 
 # How an object of a caption is named.
 FORMS = ("{colour} {shape} {place}", "{place} {colour} {shape}", "{place} : {shape} in {colour}")
+# How a step of a reasoning is written.
+STEPS = ("{thing} gives {total}", "{total} for {thing}", "plus {thing} : {total}")
+ORDERS = ("above", "below", "columns", "colours")
 OPENINGS = ("", "", "look for {subject}", "first {subject}")
 CLOSINGS = ("so {answer}", "hence {answer}", "that makes {answer}", "the total is {answer}")
 
@@ -60,11 +63,7 @@ def demonstrate(things, subject: str, answer: int, rng: random.Random) -> tuple[
     asked = [thing for thing in things if thing.worth is not None]
     name = rng.choice(("first", "second"))
     caption = describe(things, name, rng)
-    ways = [one_by_one, by_shape, by_row]
-    if len({thing.colour for thing in asked}) > 1:
-        ways.append(by_colour)
-    way = rng.choice(ways)
-    sentences = way(asked, name, rng)
+    sentences = reason(asked, name, rng)
     opening = rng.choice(OPENINGS).format(subject=subject)
     closing = rng.choice(CLOSINGS).format(answer=answer)
     sentences = [*sentences, closing]
@@ -88,7 +87,7 @@ def describe(things, name: str, rng: random.Random) -> str:
     """All objects with their places, in an order and a form that rng draws."""
     form = rng.choice(FORMS)
     items = []
-    for thing in ordered(things, rng):
+    for thing in ordered(things, rng.choice(ORDERS), rng):
         shape = called(thing.shape, name)
         items.append(form.format(place=thing.place, colour=thing.colour, shape=shape))
     if rng.random() < COUNTED:
@@ -96,9 +95,8 @@ def describe(things, name: str, rng: random.Random) -> str:
     return " ; ".join(items)
 
 
-def ordered(things, rng: random.Random) -> list[Thing]:
+def ordered(things, order: str, rng: random.Random) -> list[Thing]:
     """The objects line by line from above or from below, column by column, or by colour."""
-    order = rng.choice(("above", "below", "columns", "colours"))
     if order == "above":
         return sorted(things, key=lambda thing: thing.number)
     if order == "below":
@@ -111,57 +109,24 @@ def ordered(things, rng: random.Random) -> list[Thing]:
 
 
 # ------------------------------------------------------------------------------------- reasonings
-def one_by_one(asked, name: str, rng: random.Random) -> list[str]:
-    """Each object with the running total: "upper left red disc gives 1"."""
+def reason(asked, name: str, rng: random.Random) -> list[str]:
+    """Each object that the question is about with the running total, in an order and a form that
+    rng draws; where the order is by colours, perhaps each colour with what it adds."""
+    form = rng.choice(STEPS)
+    order = rng.choice(ORDERS)
+    with_colours = order == "colours" and rng.random() < 0.5
     sentences = []
     total = 0
-    for thing in ordered(asked, rng):
+    of_colour = 0
+    things = ordered(asked, order, rng)
+    for number, thing in enumerate(things):
         total += thing.worth
+        of_colour += thing.worth
         shape = called(thing.shape, name)
-        sentences.append(f"{thing.place} {thing.colour} {shape} gives {total}")
+        thing_named = f"{thing.place} {thing.colour} {shape}"
+        sentences.append(form.format(thing=thing_named, total=total))
+        is_last = number + 1 == len(things) or things[number + 1].colour != thing.colour
+        if with_colours and is_last:
+            sentences.append(f"{thing.colour} makes {of_colour}")
+            of_colour = 0
     return sentences
-
-
-def by_shape(asked, name: str, rng: random.Random) -> list[str]:
-    """What the objects of each shape are worth, then the sum: "2 disc gives 2"."""
-    shapes = sorted({thing.shape for thing in asked})
-    rng.shuffle(shapes)
-    sentences = []
-    parts = []
-    for shape in shapes:
-        worths = [thing.worth for thing in asked if thing.shape == shape]
-        parts.append(sum(worths))
-        sentences.append(f"{len(worths)} {called(shape, name)} gives {parts[-1]}")
-    return sentences + add_up(parts)
-
-
-def by_colour(asked, name: str, rng: random.Random) -> list[str]:
-    """What the objects of each colour are worth, then the sum: "3 red gives 11"."""
-    colours = sorted({thing.colour for thing in asked})
-    rng.shuffle(colours)
-    sentences = []
-    parts = []
-    for colour in colours:
-        worths = [thing.worth for thing in asked if thing.colour == colour]
-        parts.append(sum(worths))
-        sentences.append(f"{len(worths)} {colour} gives {parts[-1]}")
-    return sentences + add_up(parts)
-
-
-def by_row(asked, name: str, rng: random.Random) -> list[str]:
-    """What the objects of each line of the picture are worth, then the sum: "upper gives 1"."""
-    sentences = []
-    parts = []
-    for number, row in enumerate(ROWS):
-        worths = [thing.worth for thing in asked if thing.number // 3 == number]
-        if worths:
-            parts.append(sum(worths))
-            sentences.append(f"{row} gives {parts[-1]}")
-    return sentences + add_up(parts)
-
-
-def add_up(parts: list[int]) -> list[str]:
-    """The sum of several parts as a sentence; of one part there is nothing to say."""
-    if len(parts) < 2:
-        return []
-    return [f"{' plus '.join(map(str, parts))} gives {sum(parts)}"]
