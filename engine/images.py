@@ -225,9 +225,10 @@ class Images:
         if self.counts_patches:
             count = self.image_processor.get_number_of_image_patches
             merged = self.image_processor.merge_size**2
-            limits = {
+            limits = {  # Qwen-VL's reads the first two, GLM's the third
                 "min_pixels": self.limits["shortest_edge"],
                 "max_pixels": self.limits["longest_edge"],
+                "size": self.limits,
             }
             patches = [count(height, width, limits) for width, height in sizes]
             return [self.mark * (n // merged) for n in patches]

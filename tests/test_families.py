@@ -22,6 +22,7 @@ import align
 import model
 from data import SYSTEM_PROMPT, open_encoder, to_example
 from engine.attention import forward_pack
+from engine.files import same_input
 from engine.images import make_processor
 from engine.packs import Tree, build_pack, plan
 from engine.sampler import all_rows, generate
@@ -727,6 +728,15 @@ def test_a_discriminator_of_experts_is_the_dense_model_and_opens_again(family, t
     again = align.open_discriminator(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(pack)[0], found)
+
+
+def test_a_discriminator_of_another_family_is_refused(family):
+    ours = family.policy.hf.config
+    same_input(ours, copy.deepcopy(ours))
+    theirs = copy.deepcopy(ours)
+    theirs.image_token_id = ours.image_token_id + 1
+    with pytest.raises(ValueError, match="differ in image_token_id .*--disc_init"):
+        same_input(theirs, ours)
 
 
 @pytest.mark.parametrize("name", REFUSED)
