@@ -90,7 +90,7 @@ def alignment_steps(args, steps):
     data = read(args.data, "align")
     order = data.order(args.seed)
     build = partial(align.new_group, encoder=encoder, disc_encoder=encoder, args=args)
-    weights = list(align.span_weights(args).values())
+    weights = list(align.span_weights(args.spans, args.alpha).values())
     parts = Parts()
     for step in range(steps):
         parts.begin_step()

@@ -47,10 +47,9 @@ def read_seed(path, metric):
                 f"{path}: two results of {' '.join(key)}: name the arms' folders apart"
             )
         if result.get(metric) is None:
-            known = [name for name, value in result.items() if isinstance(value, float | int)]
-            raise ValueError(
-                f"{path}: no {metric} for {' '.join(key)}; there is {', '.join(known)}"
-            )
+            numbers = [name for name in result if isinstance(result[name], float | int)]
+            known = ", ".join(numbers)
+            raise ValueError(f"{path}: no {metric} for {' '.join(key)}; there is {known}")
         values[key] = result[metric]
     return values
 
@@ -82,30 +81,49 @@ def names_in(values, place):
 def means_table(values, mode, scale, digits):
     """Return the lines of a table: an arm per line, its mean and interval on each test."""
     tests = names_in(values, 1)
-    lines = [f"| arm, {mode} | {' | '.join(tests)} |", "|---" * (len(tests) + 1) + "|"]
+    lines = heading(f"arm, {mode}", tests)
     for arm in names_in(values, 0):
-        cells = [f"{scale * mean(values[arm, test, mode]):.{digits}f}" for test in tests]
-        for number, test in enumerate(tests):
-            half = half_interval(values[arm, test, mode])
-            if half is not None:
-                cells[number] += f" ± {scale * half:.{digits}f}"
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+        cells = []
+        for test in tests:
+            of_seeds = [scale * value for value in values[arm, test, mode]]
+            cells.append(mean_cell(of_seeds, digits))
+        lines.append(table_row(arm, cells))
     return lines
+
+
+def heading(first, tests):
+    """Return a table's first two lines."""
+    rule = "|---" * (len(tests) + 1) + "|"
+    return [table_row(first, tests), rule]
+
+
+def table_row(first, cells):
+    return f"| {first} | {' | '.join(cells)} |"
+
+
+def mean_cell(of_seeds, digits):
+    """Return a mean with its interval, as "84.0 ± 6.9"."""
+    cell = f"{mean(of_seeds):.{digits}f}"
+    half = half_interval(of_seeds)
+    if half is not None:
+        cell += f" ± {half:.{digits}f}"
+    return cell
 
 
 def differences_table(values, pairs, mode, scale, digits):
     """Return the lines of a table: a pair per line, its mean difference on each test with both
     intervals, marked with * where Student's excludes 0."""
     tests = names_in(values, 1)
-    lines = [f"| paired difference, {mode} | {' | '.join(tests)} |"]
-    lines.append("|---" * (len(tests) + 1) + "|")
+    lines = heading(f"paired difference, {mode}", tests)
     for pair in pairs:
         first, second = pair.split(":")
         cells = []
         for test in tests:
-            both = zip(values[first, test, mode], values[second, test, mode], strict=True)
-            cells.append(difference_cell([scale * (x - y) for x, y in both], digits))
-        lines.append(f"| {first} − {second} | {' | '.join(cells)} |")
+            ours = values[first, test, mode]
+            theirs = values[second, test, mode]
+            differences = [scale * (x - y) for x, y in zip(ours, theirs, strict=True)]
+            cells.append(difference_cell(differences, digits))
+        lines.append(table_row(f"{first} − {second}", cells))
     return lines
 
 
@@ -114,12 +132,16 @@ def difference_cell(differences, digits):
     middle = mean(differences)
     half = half_interval(differences)
     if half is None:
-        return f"{middle:+.{digits}f} (one seed)"
+        return f"{signed(middle, digits)} (one seed)"
+    student = f"[{signed(middle - half, digits)}, {signed(middle + half, digits)}]"
     low, high = bootstrap(differences)
-    student = f"[{middle - half:+.{digits}f}, {middle + half:+.{digits}f}]"
-    resampled = f"({low:+.{digits}f}, {high:+.{digits}f})"
+    resampled = f"({signed(low, digits)}, {signed(high, digits)})"
     mark = " *" if abs(middle) > half else ""
-    return f"{middle:+.{digits}f} {student} {resampled}{mark}"
+    return f"{signed(middle, digits)} {student} {resampled}{mark}"
+
+
+def signed(value, digits):
+    return f"{value:+.{digits}f}"
 
 
 def pairs_of(asked, arms):
