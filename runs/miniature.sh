@@ -7,8 +7,9 @@
 #   WORLD=tiny SEEDS="0 1 2" bash runs/miniature.sh         the world of runs/tiny.sh
 #   REFERENCES=50 bash runs/miniature.sh                    so many references, not all 1,500
 #   ARMS="sft sft-grpo" bash runs/miniature.sh              some of the arms
-# A run that has ended is not repeated, so the same command goes on after a stop. At the end the
-# tables of tools/compare.py: each arm's mean, and paired differences with their intervals.
+# A run that has ended is not repeated, nor its evaluation (<run>/eval.json), so the same command
+# goes on after a stop. At the end the tables of tools/compare.py: each arm's mean, and paired
+# differences with their intervals.
 #
 #   sft               SFT on many terse and partly wrong demonstrations and a few of the teacher's
 #   sft-grpo          then GRPO, 140 updates
@@ -65,13 +66,11 @@ one_seed() {
     mkdir -p "$out"
     for run in $ARMS; do
         one_run || return 1
-    done
-    if [ ! -f "$out/eval.json" ]; then
-        # shellcheck disable=SC2086  # several arms
-        python eval.py --policy $(printf "$out/%s " $ARMS) --data "$data"/test_{id,hard,ood}.jsonl \
+        [ -f "$out/$run/eval.json" ] && continue
+        python eval.py --policy "$out/$run" --data "$data"/test_{id,hard,ood}.jsonl \
             --limit "$LIMIT" --samples 1 --device cpu --max_response $MAX_RESPONSE \
-            --out "$out/eval.json"
-    fi
+            --out "$out/$run/eval.json" || return 1
+    done
 }
 
 bash runs/base.sh "$WORLD"
@@ -81,6 +80,13 @@ if [ "${1:-}" = --one ]; then
 fi
 export OMP_NUM_THREADS=1 WORLD REFERENCES ARMS LIMIT
 mkdir -p out
-printf "%s\n" $SEEDS | xargs -P "$JOBS" -I{} bash -c \
-    'bash runs/miniature.sh --one {} > "out/'"$NAME"'-{}.log" 2>&1 || echo "seed {} failed: out/'"$NAME"'-{}.log"'
-python tools/compare.py $(printf "out/$NAME-%s/eval.json " $SEEDS)
+logged() { # a seed, its output in a file
+    bash runs/miniature.sh --one "$1" > "out/$NAME-$1.log" 2>&1 ||
+        echo "seed $1 failed: $(tail -n 1 "out/$NAME-$1.log") (out/$NAME-$1.log)"
+}
+export -f logged
+export NAME
+# shellcheck disable=SC2086  # several seeds
+printf "%s\n" $SEEDS | xargs -P "$JOBS" -I{} bash -c "logged {}"
+# shellcheck disable=SC2046,SC2086
+python tools/compare.py $(printf "out/$NAME-%s " $SEEDS)

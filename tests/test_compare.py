@@ -4,6 +4,7 @@ by hand and by another way."""
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -92,3 +93,18 @@ def test_an_extra_arm_in_a_later_file_is_no_reason_to_drop_it(tmp_path):
     content["results"].append({**content["results"][0], "policy": "out/world-1/align"})
     (tmp_path / "1.json").write_text(json.dumps(content))
     assert "there is no result of align" in run(*files).stderr
+
+
+def test_a_seed_may_be_a_folder_of_runs(tmp_path):
+    """Each arm's own file, and the arms in the order of runs/miniature.sh."""
+    for seed in range(2):
+        for arm in ("refs", "sft", "align"):
+            folder = tmp_path / f"seed-{seed}" / arm
+            folder.mkdir(parents=True)
+            (file,) = write_seeds(folder, {arm: OURS[seed : seed + 1]})
+            Path(file).rename(folder / "eval.json")
+    done = run(str(tmp_path / "seed-0"), str(tmp_path / "seed-1"))
+    arms = [line.split(" | ")[0] for line in done.stdout.splitlines() if " ± " in line]
+    assert arms[:3] == ["| sft", "| align", "| refs"], done.stderr
+    (tmp_path / "empty").mkdir()
+    assert "empty: no run in it has an eval.json" in run(str(tmp_path / "empty")).stderr

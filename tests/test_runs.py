@@ -20,7 +20,7 @@ import sft
 from engine import files
 from engine.arguments import parse
 from engine.rows import Rows
-from tools import memory
+from tools import compare, memory
 
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
 SCRIPTS = {f"{name}.py": stage for name, stage in STAGES.items()} | {"eval.py": evaluation}
@@ -347,3 +347,23 @@ def test_a_data_file_from_the_hub(mirror, monkeypatch):
     assert asked == [("MathLLMs/MathVision", pattern)]
     with pytest.raises(FileNotFoundError, match="hf://datasets/MathLLMs/MathVision/x.parquet: no"):
         files.find_data("hf://datasets/MathLLMs/MathVision/x.parquet")
+
+
+def test_the_arms_of_the_comparison_have_equal_budgets():
+    """runs/miniature.sh: what follows SFT makes 140 updates of the policy in each whole arm, and
+    its arms are those that tools/compare.py shows."""
+    script = (ROOT / "runs/miniature.sh").read_text()
+    steps = {}
+    before = {}
+    for arm, policy, rest in re.findall(r"^ {8}([\w-]+)\) \w+ (\S+)(.*) ;;$", script, re.M):
+        found = re.search(r"--steps (\d+)", rest)
+        steps[arm] = int(found[1]) if found else 0  # SFT itself: by epochs
+        before[arm] = policy.strip('"').removeprefix("$out/")
+    for arm in steps:
+        if arm.endswith("-grpo"):
+            total = 0
+            while arm in steps:
+                total += steps[arm]
+                arm = before[arm]
+            assert total == 140
+    assert tuple(steps) == compare.ARMS

@@ -1,14 +1,15 @@
 """
 Compare arms over seeds: each arm's mean, and paired differences with 95 % intervals.
 
-    python tools/compare.py out/miniature-*/eval.json
-    python tools/compare.py out/miniature-*/eval.json --pairs align-grpo:sft-grpo --metric items
+    python tools/compare.py out/miniature-*
+    python tools/compare.py out/tiny-*/eval.json --pairs align-grpo:sft-grpo --metric items
 
-A file is what eval.py wrote of one seed's arms, all on the same tests. An arm has the name of its
-run's folder. A pair is compared seed by seed, so what is common to the two (data, the SFT run that
-both begin with) cancels out. Two intervals of the mean difference are given: Student's t, which
-takes the differences for normal, and the bootstrap over seeds, which does not (its percentiles, of
-10,000 draws from a fixed seed). Where the first excludes 0 the line is marked with *.
+Of each seed there is a file that eval.py wrote of all its arms, or a folder in which each arm's run
+has an eval.json; all on the same tests. An arm has the name of its run's folder. A pair is compared
+seed by seed, so what is common to the two (data, the SFT run that both begin with) cancels out. Two
+intervals of the mean difference are given: Student's t, which takes the differences for normal, and
+the bootstrap over seeds, which does not (its percentiles, of 10,000 draws from a fixed seed). Where
+the first excludes 0 the line is marked with *.
 
 The tables are in Markdown.
 """
@@ -23,7 +24,18 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.report import half_interval  # noqa: E402
 
-# The comparisons of runs/miniature.sh, where both arms are there.
+# The arms of runs/miniature.sh, in the order in which they are shown; others come behind them.
+ARMS = (
+    "sft",
+    "sft-grpo",
+    "align",
+    "align-grpo",
+    "refs",
+    "refs-grpo",
+    "refs-align",
+    "refs-align-grpo",
+)
+# The comparisons, where both arms are there.
 PAIRS = (
     "align:sft",
     "align-grpo:sft-grpo",
@@ -35,10 +47,9 @@ DRAWS = 10_000
 
 
 def read_seed(path, metric):
-    """Return {(arm, test, mode): value} of a file that eval.py wrote. Raises ValueError."""
-    content = json.loads(Path(path).read_text())
+    """Return {(arm, test, mode): value} of a seed's file or folder. Raises ValueError."""
     values = {}
-    for result in content["results"]:
+    for result in results_of(Path(path)):
         arm = Path(result["policy"]).name
         test = Path(result["data"]).stem.removeprefix("test_")
         key = (arm, test, result["mode"])
@@ -54,6 +65,22 @@ def read_seed(path, metric):
     return values
 
 
+def results_of(path):
+    """Return the results in a file that eval.py wrote, or in those of a folder's runs."""
+    files = sorted(path.glob("*/eval.json")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path}: no run in it has an eval.json")
+    results = []
+    for file in files:
+        results += json.loads(file.read_text())["results"]
+    return results
+
+
+def in_order(arm):
+    """Return the key by which arms are sorted."""
+    return ARMS.index(arm) if arm in ARMS else len(ARMS)
+
+
 def read_seeds(paths, metric):
     """Return {(arm, test, mode): one value per file}. Raises ValueError where one lacks any."""
     seeds = [read_seed(path, metric) for path in paths]
@@ -62,7 +89,8 @@ def read_seeds(paths, metric):
         if missing := [key for key in known if key not in values]:
             what = " ".join(missing[0])
             raise ValueError(f"{path}: there is no result of {what}, which another file has")
-    return {key: [values[key] for values in seeds] for key in known}
+    by_arm = sorted(known, key=lambda key: in_order(key[0]))
+    return {key: [values[key] for values in seeds] for key in by_arm}
 
 
 def bootstrap(differences):
@@ -157,7 +185,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", help="of eval.py --out, one per seed")
+    parser.add_argument("files", nargs="+", help="of eval.py --out, or folders: one per seed")
     parser.add_argument(
         "--pairs", nargs="*", default=[], help="ARM:ARM, the first minus the second"
     )
