@@ -102,7 +102,11 @@ def sample_groups(hf, encoder, groups, verify, args, seed):
 def read_and_verify(rollout, example, encoder, verify):
     """(text, verdict) of a rollout."""
     text = encoder.decode(rollout.ids)
-    return text, verify(text, example)
+    try:
+        return text, verify(text, example)
+    except Exception as error:
+        error.add_note(f"of a response to {example.where}: {text!r}")
+        raise
 
 
 def sampler_logps(pack, groups):

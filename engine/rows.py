@@ -381,13 +381,13 @@ class Data:
 
     def fetch(self, indices, build=_unchanged):
         """[build(self[i])] of the good rows i. `build`, as Encoder.prompt, may raise BadRow too."""
-        jobs = [self._begin(i, build) for i in indices]
+        jobs = {i: self._begin(i, build) for i in indices if i not in self.bad}
         built = []
-        for i, job in zip(progress(indices, "encoding"), jobs, strict=True):
+        for i in progress(indices, "encoding"):
             if i in self.bad:
                 continue
             try:
-                built.append(job.result())
+                built.append(jobs[i].result())
             except BadRow as error:
                 self.bad[i] = error.what
                 if len(self.bad) <= 5:
@@ -400,7 +400,13 @@ class Data:
         return self.ahead.pop((i, build), None) or self.workers.begin(self._build, i, build)
 
     def _build(self, i, build):
-        return build(self[i])
+        try:
+            return build(self[i])
+        except BadRow:
+            raise
+        except Exception as error:
+            error.add_note(f"in {self.path}:{i + 1}")
+            raise
 
     def _begin_ahead(self, indices, build):
         """Have the rows built that the next call will most likely ask for. Of an earlier call's

@@ -21,6 +21,7 @@ captured graph, and the host looks only every few tokens which rows have ended.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -101,8 +102,6 @@ def generate(
         return []
     if look_every is None:
         look_every = 16 if hf.device.type == "cuda" else 1
-    was_training = hf.training
-    hf.eval()
     queue = _Queue(hf, prompts, rows, pack_tokens)
     if any(windows_of(text_of(hf.model))):
         share_prompts = False  # a prompt that is kept once has one bias for all of its rows
@@ -113,7 +112,7 @@ def generate(
     )
     rollouts = [None] * len(rows)
     tokens = 0  # about: of a row that ends between two looks a few too many
-    with Bar(len(rows), "sampling") as bar:
+    with in_eval_mode(hf), Bar(len(rows), "sampling") as bar:
         while queue.waiting or decoder.busy_slots():
             _fill_free_slots(decoder, queue, seeds)
             decoder.advance(look_every)
@@ -127,8 +126,18 @@ def generate(
             bar.update(len(ended), tokens)
             if not queue.waiting:
                 decoder.shrink()
-    hf.train(was_training)
     return rollouts
+
+
+@contextlib.contextmanager
+def in_eval_mode(hf):
+    """Without dropout, and afterwards as before, also after an error."""
+    was_training = hf.training
+    hf.eval()
+    try:
+        yield
+    finally:
+        hf.train(was_training)
 
 
 def sharing_pays(prompts, rows):

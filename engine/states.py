@@ -121,7 +121,7 @@ def chunk_rule(net):
     return getattr(sys.modules[type(net).__module__], "torch_chunk_gated_delta_rule", None)
 
 
-def step(state, query, key, value, beta, decay):
+def delta_step(state, query, key, value, beta, decay):
     """One token of the rule, as at the head of this file, in each slot: state (B, H, K, V) changes
     in place; query and key (B, H, K), value (B, H, V), beta and decay (B, H) -> (B, H, V)."""
     query = unit(query.float()) * query.shape[-1] ** -0.5
@@ -220,7 +220,7 @@ class Forest:
     def convolve(self, net, x):
         """Inputs (T, C) -> (T, C)."""
         x = F.pad(x, (0, 0, 0, 1))  # at place T there is nothing
-        if self.kept is not None:
+        if self.kept is not None:  # `recur`, which comes next, fills in the states
             self.kept[net.layer_idx] = (x[self.ends], [None] * len(self.ends))
         row = x.index_select(0, self.row)
         return convolve(net, row.unsqueeze(0))[0].index_select(0, self.results)
@@ -310,16 +310,16 @@ class SlotStates:
 
     def __init__(self, hf, slots):
         self.inputs = {}  # number of a layer -> (B, W - 1, C)
-        self.states = {}  # number of a layer -> (B, H, K, V) float32
+        self.matrices = {}  # number of a layer -> (B, H, K, V) float32
         for layer, net in delta_nets(hf.model).items():
             inputs = (slots, net.conv_kernel_size - 1, net.conv_dim)
             state = (slots, net.num_v_heads, net.head_k_dim, net.head_v_dim)
             self.inputs[layer] = torch.zeros(inputs, dtype=hf.dtype, device=hf.device)
-            self.states[layer] = torch.zeros(state, dtype=torch.float32, device=hf.device)
+            self.matrices[layer] = torch.zeros(state, dtype=torch.float32, device=hf.device)
 
     def keep(self, slots):
         """Keep only `slots`, which are then numbered from 0."""
-        for tensors in (self.inputs, self.states):
+        for tensors in (self.inputs, self.matrices):
             for layer, old in tensors.items():
                 tensors[layer] = old[slots]
 
@@ -327,7 +327,7 @@ class SlotStates:
         """Let each of `slots` start behind a prompt. read: {layer: (inputs, state)} of it."""
         for layer, (inputs, state) in read.items():
             self.inputs[layer][slots] = inputs
-            self.states[layer][slots] = state
+            self.matrices[layer][slots] = state
 
     def convolve(self, net, x):
         """This step's inputs (B, C) -> (B, C)."""
@@ -339,5 +339,5 @@ class SlotStates:
     def recur(self, net, query, key, value, beta, decay):
         """This step's query and key (B, H, K), value (B, H, V), beta and decay (B, H) ->
         (B, H, V)."""
-        state = self.states[net.layer_idx]
-        return step(state, query, key, value, beta, decay).to(value.dtype)
+        state = self.matrices[net.layer_idx]
+        return delta_step(state, query, key, value, beta, decay).to(value.dtype)

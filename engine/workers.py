@@ -13,10 +13,13 @@ algebra runs in processes of its own (math_worker.py).
 import contextlib
 import queue
 import threading
+import time
 import weakref
 from functools import partial
 
 import torch
+
+PATIENCE = 10  # seconds that calls have to end at the end of the process
 
 
 class Job:
@@ -54,7 +57,8 @@ class Workers:
 
     0 threads: a call is made by the thread that asks for its result, when it asks. The threads end
     with this object, or with the process: then the calls that wait are dropped, and those that are
-    being made come to their end.
+    being made have PATIENCE seconds to come to their end. A side effect: threads of others that use
+    PyTorch for the first time after these have begun have one thread by default, as these.
     """
 
     def __init__(self, number):
@@ -100,6 +104,7 @@ def end(jobs, threads):
             jobs.get_nowait()
     for _ in threads:
         jobs.put(None)
+    latest = time.monotonic() + PATIENCE
     for thread in threads:
         if thread is not threading.current_thread():  # the last reference may go in any thread
-            thread.join()
+            thread.join(max(0.0, latest - time.monotonic()))

@@ -24,7 +24,11 @@ learn() { # from, file of demonstrations, run folder
     python eval.py --policy "$3" --data "$DATA/test_id.jsonl" --limit 100 --show 1 --device cpu \
         --max_response 128
 }
-python tools/init.py --config runs/tiny.json --corpus "$DATA/words.json" --out "$OUT/init"
+# The weights come last: what a stop cut short is made again.
+if [ ! -f "$OUT/init/model.safetensors" ]; then
+    rm -rf "$OUT/init"
+    python tools/init.py --config runs/tiny.json --corpus "$DATA/words.json" --out "$OUT/init"
+fi
 # Few objects first: full scenes alone taught nearly no places in the time of these two.
 learn "$OUT/init" easy "$OUT/easy"
 learn "$OUT/easy" look "$OUT/look"

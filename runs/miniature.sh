@@ -26,14 +26,13 @@ WORLD=${WORLD:-miniature} SEEDS=${SEEDS:-0} JOBS=${JOBS:-1} REFERENCES=${REFEREN
 ARMS=${ARMS:-sft sft-grpo align align-grpo refs refs-grpo refs-align refs-align-grpo}
 LIMIT=${LIMIT:-1000} MAX_RESPONSE=160
 NAME=$WORLD
-if [ "$REFERENCES" != 1500 ]; then NAME=$WORLD-$REFERENCES; fi
+if [ "$REFERENCES" != 1500 ]; then NAME=refs$REFERENCES-$WORLD; fi
 BASE=ckpt/base-$WORLD
 
-# One arm of one seed, unless it is there: arm POLICY SCRIPT FLAGS..; its name is in $run
+# One arm of one seed: arm POLICY SCRIPT FLAGS..; its name is in $run
 arm() {
     local policy=$1 script=$2
     shift 2
-    [ -d "$out/$run/last" ] && return
     python "$script" --policy "$policy" --seed "$seed" --out "$out/$run" --device cpu \
         --max_response $MAX_RESPONSE --save_every 0 --resume "$@"
 }
@@ -65,8 +64,8 @@ one_seed() {
     head -n "$REFERENCES" "$data/align.jsonl" > "$data/references.jsonl"
     mkdir -p "$out"
     for run in $ARMS; do
+        [ -f "$out/$run/eval.json" ] && continue # it comes last
         one_run || return 1
-        [ -f "$out/$run/eval.json" ] && continue
         python eval.py --policy "$out/$run" --data "$data"/test_{id,hard,ood}.jsonl \
             --limit "$LIMIT" --samples 1 --device cpu --max_response $MAX_RESPONSE \
             --out "$out/$run/eval.json" || return 1

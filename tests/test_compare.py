@@ -95,6 +95,15 @@ def test_an_extra_arm_in_a_later_file_is_no_reason_to_drop_it(tmp_path):
     assert "there is no result of align" in run(*files).stderr
 
 
+def test_files_of_other_evaluations_are_refused(tmp_path):
+    files = write_seeds(tmp_path, {"sft": OURS})
+    for path, limit in zip(files, (500, 500, 300, 500), strict=True):
+        content = json.loads(Path(path).read_text())
+        Path(path).write_text(json.dumps(content | {"args": {"limit": limit}}))
+    assert "2.json was made with --limit 300, " in run(*files).stderr
+    assert run(*files[:2]).returncode == 0
+
+
 def test_a_seed_may_be_a_folder_of_runs(tmp_path):
     """Each arm's own file, and the arms in the order of runs/miniature.sh."""
     for seed in range(2):

@@ -184,6 +184,16 @@ def test_init_is_seeded_and_its_ids_are_the_configuration_s(corpus, tmp_path):
     assert policy.encoder.prompt(example()).image_mask.sum() == 9
 
 
+def test_init_leaves_a_checkpoint_as_it_is(corpus, tmp_path):
+    """A second one would take the first one's tokenizer for the configuration's own."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    init(tmp_path / "config.json", tmp_path / "out", [corpus])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(FileExistsError, match="out holds a checkpoint already"):
+        init(tmp_path / "config.json", tmp_path / "out", [corpus])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_init_without_tokenizer_or_corpus(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     with pytest.raises(FileNotFoundError, match="--corpus"):

@@ -367,3 +367,11 @@ def test_the_model_stays_in_its_mode(hf, training):
     hf.train(training)
     sample(hf, [tiny_prompt(hf)], [(0, 0)], 2)
     assert hf.training == hf.model.language_model.training == training
+
+    def fail(row, rollout):
+        assert not hf.training
+        raise LookupError("of a caller's own")
+
+    with pytest.raises(LookupError):
+        sample(hf, [tiny_prompt(hf)], [(0, 0)], 2, on_end=fail)
+    assert hf.training == training

@@ -256,7 +256,7 @@ def test_a_step_asks_the_host_nothing(monkeypatch):
             step(decoder)
         steps.append(asked)
         states = decoder.store.states
-        tensors = [*states.inputs.values(), *states.states.values()]
+        tensors = [*states.inputs.values(), *states.matrices.values()]
         memory.append([tensor.data_ptr() for tensor in tensors])
 
     monkeypatch.setattr(sampler._Decoder, "step", watched)
@@ -343,7 +343,7 @@ def test_states_are_float32():
     """Whatever the weights are: rounded at each token, a sum of thousands of them would drift."""
     ours, _ = tiny_models()
     slots = states.SlotStates(ours.bfloat16(), 3)
-    assert {state.dtype for state in slots.states.values()} == {torch.float32}
+    assert {state.dtype for state in slots.matrices.values()} == {torch.float32}
     assert {inputs.dtype for inputs in slots.inputs.values()} == {torch.bfloat16}
     prompts = [tree.prompt for tree in forest(ours)[1:2]]
     rollouts = sample(ours, prompts, all_rows(prompts, 3), 20)

@@ -204,6 +204,36 @@ def test_ranks_build_their_own_rows_ahead(folder, number, monkeypatch):  # noqa:
     assert sorted(built) == sorted(i for part in parts for i in part)
 
 
+@pytest.mark.parametrize("number", THREADS)
+def test_an_error_that_is_no_bad_row_names_the_row(folder, number):  # noqa: F811
+    def build(example):
+        if example.row == 1:
+            raise KeyError("a field of one's own")
+        return example.row
+
+    path = write(folder, verl(), verl(), verl())
+    with pytest.raises(KeyError) as caught:
+        read(path, "rl", workers=number).fetch(range(3), build)
+    assert caught.value.__notes__ == [f"in {path}:2"]
+
+
+@pytest.mark.parametrize("number", THREADS)
+def test_a_bad_row_is_read_once(folder, number):  # noqa: F811
+    """Later epochs, and threads ahead of them, leave it alone."""
+    built = []
+
+    def build(example):
+        built.append(example.row)
+        if example.row == 1:
+            raise rows.BadRow(example.where, "bad", "mend it")
+        return example.row
+
+    data = read(write(folder, verl(), verl(), verl()), "rl", workers=number)
+    for _ in range(3):
+        assert data.fetch(range(3), build) == [0, 2]
+    assert sorted(built) == [0, 0, 0, 1, 2, 2, 2]
+
+
 def test_rows_are_built_side_by_side(folder):  # noqa: F811
     """Two threads meet in two rows of one call: neither would come to its end alone."""
     both = threading.Barrier(2)
@@ -238,7 +268,8 @@ def sampled(monkeypatch, number, generate, verify):
     args = SimpleNamespace(
         group_size=2, temperature=1.0, max_response=9, slots=3, pack_tokens=50, workers=number
     )
-    groups = [rollouts.Group(SimpleNamespace(example=f"example {g}")) for g in range(3)]
+    examples = [SimpleNamespace(where=f"file:{g + 1}") for g in range(3)]
+    groups = [rollouts.Group(SimpleNamespace(example=example)) for example in examples]
     rollouts.sample_groups(None, encoder, groups, verify, args, (0,))
     return groups
 
@@ -257,14 +288,14 @@ def test_verdicts_stand_by_their_rollouts(monkeypatch, number):
 
     def verify(text, example):
         time.sleep(0.01 * (int(text[-1]) % 3))
-        seen.append((text, example))
+        seen.append((text, example.where))
         return {"reward": float(text[-1])}
 
     groups = sampled(monkeypatch, number, ends_in_turn, verify)
     for g, group in enumerate(groups):
         assert group.texts == [f"text {2 * g}", f"text {2 * g + 1}"]
         assert group.verdicts["reward"].tolist() == [2 * g, 2 * g + 1]
-    assert sorted(seen) == [(f"text {row}", f"example {row // 2}") for row in range(6)]
+    assert sorted(seen) == [(f"text {row}", f"file:{row // 2 + 1}") for row in range(6)]
 
 
 def test_rollouts_are_verified_while_others_are_sampled(monkeypatch):
@@ -290,8 +321,9 @@ def test_an_error_of_the_verifier_ends_the_step(monkeypatch, number):
     def verify(text, example):
         raise ZeroDivisionError(f"a reward of one's own, {text}")
 
-    with pytest.raises(ZeroDivisionError, match="one's own, text 0"):
+    with pytest.raises(ZeroDivisionError, match="one's own, text 0") as caught:
         sampled(monkeypatch, number, ends_in_turn, verify)
+    assert caught.value.__notes__ == ["of a response to file:1: 'text 0'"]
 
 
 def test_without_workers_the_main_thread_verifies(monkeypatch):

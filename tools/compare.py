@@ -44,6 +44,7 @@ PAIRS = (
     "refs-align-grpo:align-grpo",
 )
 DRAWS = 10_000
+SETTINGS = ("limit", "samples", "temperature", "max_response")  # of eval.py: the same in all files
 
 
 def read_seed(path, metric):
@@ -74,6 +75,21 @@ def results_of(path):
     for file in files:
         results += json.loads(file.read_text())["results"]
     return results
+
+
+def expect_same_evaluation(paths):
+    """Raise ValueError where files were made with other settings of eval.py."""
+    first = {}
+    for path in map(Path, paths):
+        files = sorted(path.glob("*/eval.json")) if path.is_dir() else [path]
+        for file in files:
+            args = json.loads(file.read_text()).get("args", {})
+            for name in SETTINGS:
+                there, known = first.setdefault(name, (file, args.get(name)))
+                if args.get(name) != known:
+                    raise ValueError(
+                        f"{file} was made with --{name} {args.get(name)}, {there} with {known}"
+                    )
 
 
 def in_order(arm):
@@ -192,6 +208,7 @@ def main():
     parser.add_argument("--metric", default="accuracy", help="of the results in the files")
     args = parser.parse_args()
     try:
+        expect_same_evaluation(args.files)
         values = read_seeds(args.files, args.metric)
         pairs = pairs_of(args.pairs, names_in(values, 0))
     except (OSError, ValueError, KeyError) as error:

@@ -52,13 +52,16 @@ def init(config_file, out, corpus=(), seed=0) -> Path:
     """Write a checkpoint of random weights to the folder `out`, and return it.
 
     corpus: data files, read only where a tokenizer has to be trained. Raises FileNotFoundError
-    where there is neither a tokenizer beside the configuration nor a corpus.
+    where there is neither a tokenizer beside the configuration nor a corpus, and FileExistsError
+    where `out` holds a checkpoint.
     """
     config_file = Path(config_file)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(config_file.read_text())
     copy_processor(config_file.parent, out)
+    if (out / "config.json").exists() and not (out / "config.json").samefile(config_file):
+        raise FileExistsError(f"{out} holds a checkpoint already: remove it, or name another --out")
     if not (out / "tokenizer.json").exists():
         if not corpus:
             raise FileNotFoundError(
