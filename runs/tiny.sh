@@ -3,7 +3,7 @@
 # equally many updates in all), and one table of every checkpoint, greedy and at temperature 1;
 # last, a page with table, curves and rollouts: out/tiny-0/report.html. RLVR without alignment runs
 # beside alignment, a core each; its output is in out/tiny-0/sft-grpo.txt.
-#   bash runs/tiny.sh             12 minutes on two idle cores: the base about 8, the rest about 7
+#   bash runs/tiny.sh             15 minutes on two cores: the base about 8, the rest about 6
 #   bash runs/tiny.sh --quick     everything smaller, within 5 minutes: shows that it runs, not that
 #                                 it works
 #   SEED=1 bash runs/tiny.sh      other pictures and questions for every stage and test, other
