@@ -138,8 +138,8 @@ def expect_rows(hf, tokenizer, folder):
 
 
 def save(policy: Policy, folder):
-    """Write `policy` to `folder` in transformers' layout, with its tokenizer and processor files. All
-    ranks call it.
+    """Write `policy` to `folder` in transformers' layout, with its tokenizer and processor files.
+    All ranks call it.
 
     What is written opens in version 4.57 as in version 5 where both know the model and its layers
     share one setting of rotary positions, as Qwen-VL's do. Gemma 3's differ by layer type and are

@@ -46,19 +46,19 @@ def keep_recording(part):
 
 
 def compute_in(base, dtype):
-    """Let `base`, now sharded, say `dtype` where it is asked for its own: transformers reads that off
+    """Let `base`, now sharded, say `dtype` where it is asked for its own. Transformers reads it off
     the first parameter, which in a shard is float32, and some families cast the features of images
     to it, to put them among embeddings that are computed in `dtype`."""
     kind = type(base)
-    same_but_for_it = {"dtype": dtype, "__module__": kind.__module__}
-    base.__class__ = type(kind.__name__, (kind,), same_but_for_it)
+    changed = {"dtype": dtype, "__module__": kind.__module__}  # the name stays the same
+    base.__class__ = type(kind.__name__, (kind,), changed)
 
 
 def windows_of(text):
     """The windows, in tokens, that the layers of a text model have: of each layer one, or None.
 
-    Most attentions hold their own. Others (Mistral's, Phi-3's) read the configuration's as they run:
-    it is every layer's, unless `layer_types` says which have one.
+    Most attentions hold their own. Others (Mistral's, Phi-3's) read the configuration's as they
+    run: it is every layer's, unless `layer_types` says which have one.
     """
     found = []
     kinds = getattr(text.config, "layer_types", None) or [WINDOW] * len(text.layers)

@@ -152,8 +152,8 @@ class Store:
 
     def attend(self, query, key, value, scaling, window=None):
         """Attention of one query (B, Q, 1, d) per slot over its keys and values -> (B, 1, Q, d).
-        window: of the layer, in tokens. Raises ValueError for one where prompts are shared: a prompt
-        that is kept once has one bias for all of its rows.
+        window: of the layer, in tokens. Raises ValueError for one where prompts are shared: a
+        prompt that is kept once has one bias for all of its rows.
 
         Two thin matrix products read each key and value once. torch's own attention would repeat
         them for each query head.

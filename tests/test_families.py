@@ -717,8 +717,8 @@ BFLOAT16 = [
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_a_step_in_bfloat16_with_checkpointing(name, frozen, tmp_path_factory):
-    """Sharded, on one rank: log-probs and gradients are nearly those of float32, and the features of
-    a frozen image side have no graph."""
+    """Sharded, on one rank: log-probs and gradients are nearly those of float32, and the features
+    of a frozen image side have no graph."""
     family = opened(name, tmp_path_factory)
     args = SimpleNamespace(dtype="bfloat16", checkpointing=True, offload=False, nodes=1)
     ranks = setup(SimpleNamespace(device="cpu", seed=0))
@@ -802,8 +802,8 @@ def test_a_discriminator_of_experts_is_the_dense_model_and_opens_again(family, t
 
 
 def test_a_window_of_the_configuration_alone_is_known(tmp_path_factory):
-    """Mistral's attention holds no window, and hands the configuration's on: prompts are not shared.
-    Where they are, a window is an error, not left out."""
+    """Mistral's attention holds no window, and hands the configuration's on: prompts are not
+    shared. Where they are, a window is an error, not left out."""
     family = opened("llava_mistral", tmp_path_factory)
     encoder, hf = family.encoder, family.policy.hf
     assert windows_of(text_of(hf.model)) == [12, 12]
