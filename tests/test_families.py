@@ -869,7 +869,7 @@ STAGES = {
 }
 
 
-def jobs(family, folder):
+def jobs(family, folder, **more):
     """What ranked.py runs: a step of each stage, on rows with no image, one and two."""
     folder.mkdir(exist_ok=True)
     rows = []
@@ -894,7 +894,7 @@ def jobs(family, folder):
         file = folder / f"{stage}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in files[stage]))
         flags = flags | dict(policy=str(family.folder), data=str(file), out=str(folder / stage))
-        flags |= dict(steps=1, device="cpu", max_prompt=2000)
+        flags |= dict(steps=1, device="cpu", max_prompt=2000) | more
         made.append({"stage": stage, "flags": flags, "sgd": True})
     return made
 
@@ -907,3 +907,18 @@ def test_a_step_of_each_stage_on_one_rank_and_on_two(family, tmp_path):
         on_ranks(n, jobs(family, tmp_path / str(n)), tmp_path / str(n))
     for stage in STAGES:
         same_runs(tmp_path / "1" / stage, tmp_path / "2" / stage)
+
+
+@pytest.mark.slow
+def test_a_step_of_each_stage_in_bfloat16(family, tmp_path):
+    from test_ranks import on_ranks
+    from test_stages import records
+
+    made = jobs(family, tmp_path, dtype="bfloat16", checkpointing=True, freeze_vision=True)
+    on_ranks(1, made, tmp_path)
+    for stage in STAGES:
+        step = records(tmp_path / stage)[-1]
+        assert step["skipped"] == 0
+        assert step["grad_norm"] > 0 or stage == "rlvr"  # all of a group may be wrong alike
+        assert not step.get("logp_diff", 0) > 0.1
+        model.load(tmp_path / stage / "last")
