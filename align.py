@@ -45,7 +45,13 @@ from engine.attention import adopt, forward_pack
 from engine.checkpoint import Checkpoints, restore, save
 from engine.evaluation import validate, validation_is_due, warn_of_overlap
 from engine.families import text_of
-from engine.files import expect_none, read_backbone, same_input, write_backbone
+from engine.files import (
+    expect_none,
+    experts_of,
+    read_backbone,
+    same_input,
+    write_backbone,
+)
 from engine.log import Log
 from engine.optimiser import Schedule, optimizer, set_lr, step_if_finite
 from engine.packs import Tree, is_split, packs_of
@@ -418,7 +424,7 @@ def open_discriminator(path, expected=None) -> Discriminator:
     Raises ValueError for what is no discriminator, in doubt, or not of the `expected` form.
     """
     base, state, config = read_backbone(path)
-    experts = config["text_config"].get("num_experts", 0)
+    experts = experts_of(config)
     top_k = config["text_config"].get("num_experts_per_tok", 0)
     form = config.get("discriminator", "moe" if experts else "dense")
     if "v_head.1.weight" not in state:

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from data import open_encoder, write_template
 from engine import states
 from engine.attention import adopt, forward_pack
-from engine.families import image_side, keep_recording, obstacle, text_of
+from engine.families import compute_in, image_side, keep_recording, obstacle, text_of
 from engine.files import (
     copy_processor,
     expect_none,
@@ -139,7 +139,11 @@ def expect_rows(hf, tokenizer, folder):
 
 def save(policy: Policy, folder):
     """Write `policy` to `folder` in transformers' layout, with its tokenizer and processor files.
-    What is written opens in version 4.57 as in version 5. All ranks call it.
+    All ranks call it.
+
+    What is written opens in version 4.57 as in version 5 where both know the model and its layers
+    share one setting of rotary positions, as Qwen-VL's do. Gemma 3's differ by layer type and are
+    written as version 5 spells them: 4.57 would take its class's own in their place.
     """
     state = full_state(policy.hf)
     tied = is_tied(policy.hf)
@@ -211,9 +215,13 @@ def cut_dimension(parameter, ranks):
 def recompute(hf):
     """Activation checkpointing, not re-entrant: that would cut the gradients of what layers put
     aside (load balance).
+
+    With it transformers makes all embeddings require a gradient, those of a frozen tower too, which
+    only the re-entrant kind needs: features would have a graph that nothing is trained through.
     """
     enable = getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+    hf.disable_input_require_grads()
 
 
 def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
@@ -253,6 +261,7 @@ def shard(module: nn.Module, base: nn.Module, args, ranks, exact=()):
             # It ran first, so FSDP would gather it for the end of the backward pass, which needs it
             # no more.
             part.set_unshard_in_backward(False)
+    compute_in(base, dtype)
     # The known gradients of the log-probs are among the root's inputs: they stay as they are.
     uncast = replace(precision, cast_forward_inputs=False)
     fully_shard(root, mp_policy=uncast, **options)

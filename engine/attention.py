@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from engine import states
 from engine.families import takes, text_of
-from engine.windows import narrowest, rule_of
+from engine.windows import depths, narrowest, rule_of
 
 
 def layout_of(pack):
@@ -47,6 +47,9 @@ class SegmentLayout:
         self.batches = []  # (places of the queries, places of the keys, segments, causal mask)
         self.real = []  # of each batch (segments, keys) bool: False behind a segment's end
         self.masks = {}  # window -> of each batch its mask
+        depth = depths(pack)
+        self.deepest = int(depth.max())
+        self.depth = depth.to(pack.ids.device)  # (T,)
         # (T,) where a token's result stands among those of all batches
         self.rows = torch.empty(len(pack.ids), dtype=torch.long)
         done = 0
@@ -100,7 +103,7 @@ class SegmentLayout:
         if self.pack.blocks is None and window is None:
             return [mask for *_, mask in self.batches]
         if window not in self.masks:
-            rule = rule_of(self.pack, window)
+            rule = rule_of(self.pack, self.depth, window)
             masks = []
             for (queries, keys, size, _), real in zip(self.batches, self.real, strict=True):
                 seen = rule(queries.view(size, -1, 1), keys.view(size, 1, -1))
@@ -112,7 +115,7 @@ class SegmentLayout:
 
     def attend(self, query, key, value, scaling, window=None):
         """(1, H, T, d) each -> (1, T, H, d). window: of the layer, in tokens; None: it has none."""
-        masks = self._masks(narrowest(self.pack, window))
+        masks = self._masks(narrowest(window, self.deepest))
         query = query[0].transpose(0, 1)  # (T, H, d)
         key = key[0].transpose(0, 1)
         value = value[0].transpose(0, 1)
@@ -145,12 +148,15 @@ class FlexLayout:
     def __init__(self, pack):
         self.pack = pack
         self.masks = {}  # window -> block mask
+        depth = depths(pack)
+        self.deepest = int(depth.max())
+        self.depth = depth.to(pack.ids.device)  # (T,)
         self._mask(None)
 
     def _mask(self, window):
         if window not in self.masks:
             size = len(self.pack.ids)
-            rule = rule_of(self.pack, window)
+            rule = rule_of(self.pack, self.depth, window)
             self.masks[window] = create_block_mask(
                 lambda batch, head, query, key: rule(query, key),
                 None,
@@ -169,7 +175,7 @@ class FlexLayout:
             query,
             key,
             value,
-            block_mask=self._mask(narrowest(self.pack, window)),
+            block_mask=self._mask(narrowest(window, self.deepest)),
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )

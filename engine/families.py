@@ -45,10 +45,32 @@ def keep_recording(part):
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(part)), recorded)
 
 
+def compute_in(base, dtype):
+    """Let `base`, now sharded, say `dtype` where it is asked for its own. Transformers reads it off
+    the first parameter, which in a shard is float32, and some families cast the features of images
+    to it, to put them among embeddings that are computed in `dtype`."""
+    kind = type(base)
+    changed = {"dtype": dtype, "__module__": kind.__module__}  # the name stays the same
+    base.__class__ = type(kind.__name__, (kind,), changed)
+
+
 def windows_of(text):
-    """The windows, in tokens, that the layers of a text model have: of each layer one, or None."""
-    attentions = [getattr(layer, "self_attn", None) for layer in text.layers]
-    return [getattr(attention, "sliding_window", None) for attention in attentions]
+    """The windows, in tokens, that the layers of a text model have: of each layer one, or None.
+
+    Most attentions hold their own. Others (Mistral's, Phi-3's) read the configuration's as they
+    run: it is every layer's, unless `layer_types` says which have one.
+    """
+    found = []
+    kinds = getattr(text.config, "layer_types", None) or [WINDOW] * len(text.layers)
+    for layer, kind in zip(text.layers, kinds, strict=True):
+        window = None
+        attention = getattr(layer, "self_attn", None)
+        if hasattr(attention, "sliding_window"):
+            window = attention.sliding_window
+        elif attention is not None and kind == WINDOW:
+            window = getattr(text.config, "sliding_window", None)
+        found.append(window)
+    return found
 
 
 def obstacle(hf):

@@ -170,11 +170,16 @@ def open_config(path):
 def write_config(settings, folder, tied):
     """Write config.json, from a dict, so that both versions read the same from it. tied: whether
     the head is the embedding, and so is not among the tensors.
+
+    Rotary settings that differ by layer type (Gemma 3's) stay as version 5 spells them: 4.57 has no
+    one spelling of them, and takes the class's own settings in their place.
     """
     text = settings["text_config"]
     settings["tie_word_embeddings"] = tied
     text["tie_word_embeddings"] = tied
     rotary = dict(text.get("rope_parameters") or {})  # as 5 spells them
+    if any(isinstance(value, dict) for value in rotary.values()):  # of each layer type its own
+        rotary = {}
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in rotary:
             text[name] = rotary.pop(name)
@@ -200,6 +205,16 @@ def with_older_experts(state):
 
 
 # ------------------------------------------------------------------------------- discriminator
+def experts_of(config):
+    """The number of experts of a discriminator's mixtures, from its config.json as a dict; 0 where
+    it is dense. A dense one of a policy that is a mixture itself has the policy's experts: they are
+    layers of transformers' own.
+    """
+    if config.get("discriminator") == "dense":
+        return 0
+    return config["text_config"].get("num_experts") or 0
+
+
 def write_backbone(state, config, extra, source, folder, mixture=None):
     """Write a discriminator; rank 0 does.
 
@@ -255,14 +270,14 @@ def read_backbone(path):
     tensors, config as a dict).
 
     path: a folder, a run folder, its last/ or warmup/, or the hub's model of that name. Raises
-    ValueError for experts in another layout than 4.57's, (E, D, 2I) and (E, I, D): shapes cannot
-    tell it from version 5's, (E, 2I, D), where 2I = D or I = D, so the version in the configuration
-    decides.
+    ValueError for a mixture's experts in another layout than 4.57's, (E, D, 2I) and (E, I, D):
+    shapes cannot tell it from version 5's, (E, 2I, D), where 2I = D or I = D, so the version in the
+    configuration decides.
     """
     folder = find(path, ("last/discriminator", "discriminator", "warmup/last", "last", ""))
     config, weights = read_files(folder)
     dense = config
-    if config["text_config"].get("num_experts"):
+    if experts_of(config):
         version = str(config.get("transformers_version"))
         if not version.startswith("4."):
             raise ValueError(

@@ -72,7 +72,9 @@ class Pack:
     """One row of tokens, what is scored in it, and how attention runs over it."""
 
     ids: torch.Tensor  # (T,)
-    positions: torch.Tensor  # (R, T) rotary; of 3 rows, multimodal: time, height, width
+    # (R, T) rotary: of one row, plain; of several, multimodal, as Qwen-VL's 3 (time, height, width)
+    # and Hunyuan's 4. All packs of a model have as many rows, but for fillers, which have one.
+    positions: torch.Tensor
     segment: torch.Tensor  # (T,) number of the token's segment
     tree: torch.Tensor  # (T,) number of the token's tree in the pack; a padded tail's is one more
     kind: torch.Tensor  # (T,) number of the token's span; -1 in roots
@@ -88,7 +90,9 @@ class Pack:
     tree_tokens: torch.Tensor  # (G,) tokens of each whole tree, other packs' parts included
     copies: torch.Tensor  # (T,) in how many packs the token stands: above 1 in roots of split trees
     images: dict[str, torch.Tensor]  # of all prompts, as the model's forward takes them; {}: none
-    blocks: torch.Tensor | None  # (T,) number of the image whose tokens attend to each other; -1
+    # (T,) number of the image whose tokens attend to each other; -1: of none; None: no token is.
+    # Images are counted within their prompt: the same number in another prompt is another image.
+    blocks: torch.Tensor | None
     layout: object = None  # computes attention over the pack (attention.py)
 
     def ancestors(self, segment):

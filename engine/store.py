@@ -152,11 +152,17 @@ class Store:
 
     def attend(self, query, key, value, scaling, window=None):
         """Attention of one query (B, Q, 1, d) per slot over its keys and values -> (B, 1, Q, d).
-        window: of the layer, in tokens; never of one that shares prompts.
+        window: of the layer, in tokens. Raises ValueError for one where prompts are shared: a
+        prompt that is kept once has one bias for all of its rows.
 
         Two thin matrix products read each key and value once. torch's own attention would repeat
         them for each query head.
         """
+        if self.shared is not None and window is not None:
+            raise ValueError(
+                f"a layer has a window, of {window} tokens, so prompts cannot be shared: "
+                "families.windows_of does not know it"
+            )
         slots, query_heads, _, width = query.shape
         by_head = (query * scaling).view(len(key), -1, width)  # (B * H, Q / H, d)
         if self.shared is None:

@@ -12,21 +12,22 @@ from __future__ import annotations
 import torch
 
 
-def places(pack):
-    """(T,) of each token its place on its path: how many tokens its row would have before it."""
+def depths(pack):
+    """(T,) int32, on the CPU: of each token its depth, the number of its predecessors on its path
+    from the root."""
     found = []
     for number, segment in enumerate(pack.segments):
         above = sum(pack.segments[ancestor].length for ancestor in pack.ancestors(number))
-        found.append(above + torch.arange(segment.length))
-    return torch.cat(found).to(pack.ids.device)
+        found.append(above + torch.arange(segment.length, dtype=torch.int32))
+    return torch.cat(found)
 
 
-def rule_of(pack, window=None):
+def rule_of(pack, depth, window=None):
     """A function of two tensors of places in the pack, a query's and a key's: whether it attends to
-    it. window: tokens that a query sees, itself included; None: all."""
+    it. depth: as of `depths`, on the pack's device. window: tokens that a query sees, itself
+    included; None: all."""
     sees = pack.sees()
     segment = pack.segment
-    place = places(pack)
     block = pack.blocks
 
     def rule(query, key):
@@ -34,15 +35,15 @@ def rule_of(pack, window=None):
         if block is not None:
             seen = seen | ((block[query] >= 0) & (block[query] == block[key]))
         if window is not None:
-            seen = seen & (place[query] - place[key] < window)
+            seen = seen & (depth[query] - depth[key] < window)
         return seen & sees[segment[query], segment[key]]
 
     return rule
 
 
-def narrowest(pack, window):
-    """`window`, or None where no path of the pack is longer."""
-    if window is None or int(places(pack).max()) < window:
+def narrowest(window, deepest):
+    """`window`, or None where no path of the pack is longer. deepest: the greatest depth in it."""
+    if window is None or deepest < window:
         return None
     return window
 

@@ -5,6 +5,7 @@ its processors'."""
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +22,14 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 import align
 import model
 from data import SYSTEM_PROMPT, open_encoder, to_example
-from engine.attention import forward_pack
+from engine.attention import _tensors, forward_pack
+from engine.families import text_of, windows_of
 from engine.files import same_input
 from engine.images import make_processor
 from engine.packs import Tree, build_pack, plan
+from engine.ranks import setup
 from engine.sampler import all_rows, generate
+from engine.store import Store
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -374,6 +378,13 @@ def gemma4(ids):
     )
 
 
+def llava_mistral(ids):
+    """With a window that its attention reads off the configuration."""
+    made = llava(ids)
+    made["config"]["text_config"] = dict(model_type="mistral", sliding_window=12)
+    return made | dict(type="llava")
+
+
 def internvl_moe(ids):
     """A policy of mixture type."""
     made = internvl(ids)
@@ -386,6 +397,7 @@ def internvl_moe(ids):
 SLOW = {
     "internvl_moe": internvl_moe,
     "llava": llava,
+    "llava_mistral": llava_mistral,
     "llava_next": llava_next,
     "qwen2_5_vl": qwen2_5_vl,
     "glm4v": glm4v,
@@ -574,7 +586,10 @@ _opened = {}
 
 @pytest.fixture(scope="session", params=PARAMETERS)
 def family(request, tmp_path_factory):
-    name = request.param
+    return opened(request.param, tmp_path_factory)
+
+
+def opened(name, tmp_path_factory):
     if name not in _opened:
         _opened[name] = Family(name, tmp_path_factory.mktemp(name))
     return _opened[name]
@@ -692,6 +707,56 @@ def test_a_frozen_image_side_is_not_trained(family):
     assert all(p.grad is None for p in hf.parameters() if id(p) not in text)
 
 
+# SmolVLM casts features to the dtype of its first parameter, InternVL to that of the embeddings.
+BFLOAT16 = [
+    pytest.param(name, marks=() if name in ("internvl", "smolvlm") else pytest.mark.slow)
+    for name in (*FAST, *SLOW)
+]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_a_step_in_bfloat16_with_checkpointing(name, frozen, tmp_path_factory):
+    """Sharded, on one rank: log-probs and gradients are nearly those of float32, and the features
+    of a frozen image side have no graph."""
+    family = opened(name, tmp_path_factory)
+    args = SimpleNamespace(dtype="bfloat16", checkpointing=True, offload=False, nodes=1)
+    ranks = setup(SimpleNamespace(device="cpu", seed=0))
+    policy = model.load(family.folder).train()
+    base = policy.hf.model
+    if frozen:
+        model.freeze_vision(base)
+    model.shard(policy, base, args, ranks)
+    have_graph = []
+    features_of = base.get_image_features
+
+    def look(*args, **kwargs):
+        output = features_of(*args, **kwargs)
+        have_graph.extend(feature.requires_grad for feature in _tensors([output.pooler_output]))
+        return output
+
+    base.get_image_features = look
+    family.policy.zero_grad()
+    for chosen in (ROWS, ROWS[:1]):  # with images, and of text alone
+        trees = [
+            Tree(policy.encoder.prompt(row), [policy.encoder.response("two red")]) for row in chosen
+        ]
+        pack = build_pack(trees, plan(trees, 100_000)[0])
+        logp = policy(pack)
+        expected = family.policy(pack)
+        assert (logp - expected).abs().mean() < 0.1
+        logp.mean().backward()
+        expected.mean().backward()
+    assert {*have_graph} == {not frozen}
+    for ours, theirs in zip(policy.parameters(), family.policy.parameters(), strict=True):
+        if ours.grad is None:  # the last layers of some towers are never used
+            assert theirs.grad is None or not ours.requires_grad
+        elif theirs.grad.norm() > 1e-3:
+            off = (ours.grad.full_tensor() - theirs.grad).norm() / theirs.grad.norm()
+            # of a mixture, whose router chooses otherwise where two experts are near
+            assert off < (0.2 if family.is_dense else 0.5)
+
+
 def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
     model.save(family.policy, tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -704,8 +769,14 @@ def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
     turn = {"role": "user", "content": content_of("how many?")}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert SYSTEM_PROMPT in tokenizer.apply_chat_template([turn], tokenize=False)
-    prompt = model.load(tmp_path).encoder.prompt(ROWS[2])
-    assert prompt.ids.tolist() == family.encoder.prompt(ROWS[2]).ids.tolist()
+    policy = model.load(tmp_path)
+    assert (
+        policy.encoder.prompt(ROWS[2]).ids.tolist() == family.encoder.prompt(ROWS[2]).ids.tolist()
+    )
+    # Saved once more, its settings do not grow.
+    model.save(policy, tmp_path / "again")
+    settings = (tmp_path / "config.json").read_text()
+    assert (tmp_path / "again" / "config.json").read_text() == settings
 
 
 def test_a_discriminator_of_experts_is_the_dense_model_and_opens_again(family, tmp_path):
@@ -728,6 +799,49 @@ def test_a_discriminator_of_experts_is_the_dense_model_and_opens_again(family, t
     again = align.open_discriminator(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(pack)[0], found)
+
+
+def test_a_window_of_the_configuration_alone_is_known(tmp_path_factory):
+    """Mistral's attention holds no window, and hands the configuration's on: prompts are not
+    shared. Where they are, a window is an error, not left out."""
+    family = opened("llava_mistral", tmp_path_factory)
+    encoder, hf = family.encoder, family.policy.hf
+    assert windows_of(text_of(hf.model)) == [12, 12]
+    prompts = [encoder.prompt(ROWS[0])]
+    assert len(prompts[0].ids) > 2 * 12
+    options = dict(eos=encoder.eos_ids, seeds=[(0,)], share_prompts=True)
+    rollouts = generate(hf, prompts, all_rows(prompts, 3), 8, **options)
+    tree = Tree(prompts[0], [rollout.ids for rollout in rollouts])
+    with torch.no_grad():
+        logp = family.policy(build_pack([tree], [(0, [0, 1, 2])]))
+    sampled = torch.tensor([x for rollout in rollouts for x in rollout.logps])
+    torch.testing.assert_close(logp, sampled, rtol=1e-4, atol=1e-5)
+    store = Store(hf, slots=1, share_prompts=True)
+    with pytest.raises(ValueError, match="a window, of 12 tokens, so prompts cannot be shared"):
+        store.attend(*torch.zeros(3, 1, 4, 1, 8), scaling=1.0, window=12)
+
+
+@pytest.mark.parametrize("layer_types", [None, ["full_attention", "sliding_attention"]])
+def test_layer_types_say_which_layers_have_the_configurations_window(layer_types):
+    layers = [SimpleNamespace(self_attn=object()), SimpleNamespace(self_attn=object())]
+    config = SimpleNamespace(sliding_window=4, layer_types=layer_types)
+    found = windows_of(SimpleNamespace(layers=layers, config=config))
+    assert found == [4 if layer_types is None else None, 4]
+    layers[1] = SimpleNamespace(self_attn=SimpleNamespace(sliding_window=None))
+    layers[0] = SimpleNamespace(linear_attn=object())
+    assert windows_of(SimpleNamespace(layers=layers, config=config)) == [None, None]
+
+
+def test_a_dense_discriminator_of_a_mixture_opens_again(tmp_path, tmp_path_factory):
+    """The experts in its configuration are the policy's own, in transformers' layout."""
+    family = opened("internvl_moe", tmp_path_factory)
+    disc = align.Discriminator(copy.deepcopy(family.policy.hf.model), "dense").eval()
+    align.save_discriminator(disc, family.folder, tmp_path)
+    again = align.open_discriminator(tmp_path, "dense").eval()
+    tree = Tree(family.encoder.prompt(ROWS[2]), [family.encoder.response("two")], [0])
+    pack = build_pack([tree], [(0, [0])])
+    with torch.no_grad():
+        assert torch.equal(again(pack)[0], disc(pack)[0])
 
 
 def test_a_discriminator_of_another_family_is_refused(family):
@@ -755,7 +869,7 @@ STAGES = {
 }
 
 
-def jobs(family, folder):
+def jobs(family, folder, **more):
     """What ranked.py runs: a step of each stage, on rows with no image, one and two."""
     folder.mkdir(exist_ok=True)
     rows = []
@@ -780,7 +894,7 @@ def jobs(family, folder):
         file = folder / f"{stage}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in files[stage]))
         flags = flags | dict(policy=str(family.folder), data=str(file), out=str(folder / stage))
-        flags |= dict(steps=1, device="cpu", max_prompt=2000)
+        flags |= dict(steps=1, device="cpu", max_prompt=2000) | more
         made.append({"stage": stage, "flags": flags, "sgd": True})
     return made
 
@@ -793,3 +907,18 @@ def test_a_step_of_each_stage_on_one_rank_and_on_two(family, tmp_path):
         on_ranks(n, jobs(family, tmp_path / str(n)), tmp_path / str(n))
     for stage in STAGES:
         same_runs(tmp_path / "1" / stage, tmp_path / "2" / stage)
+
+
+@pytest.mark.slow
+def test_a_step_of_each_stage_in_bfloat16(family, tmp_path):
+    from test_ranks import on_ranks
+    from test_stages import records
+
+    made = jobs(family, tmp_path, dtype="bfloat16", checkpointing=True, freeze_vision=True)
+    on_ranks(1, made, tmp_path)
+    for stage in STAGES:
+        step = records(tmp_path / stage)[-1]
+        assert step["skipped"] == 0
+        assert step["grad_norm"] > 0 or stage == "rlvr"  # all of a group may be wrong alike
+        assert not step.get("logp_diff", 0) > 0.1
+        model.load(tmp_path / stage / "last")

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from conftest import EOS, plain_logits, tiny_hf, tiny_prompt
 from torch.nn.attention.flex_attention import flex_attention
 
-from engine import packs
+from engine import attention, packs
 from engine.attention import FlexLayout, adopt, forward_pack
 from engine.logprob import token_logps
 from engine.packs import Tree, build_pack, filler, plan
-from engine.windows import blocks_of
+from engine.windows import blocks_of, depths
 from model import recompute
 
 
@@ -165,6 +165,30 @@ def test_windows_and_images_that_attend_both_ways(hf, monkeypatch, window, both_
     for layout in (pack.layout, FlexLayout(pack)):
         found = layout.attend(q, k, v, 0.3, window)
         torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_depths_are_counted_once_for_all_layers(hf, monkeypatch):
+    """Of a token, how many come before it from the root through its child. On the CPU: no layer
+    asks the device."""
+    made = []
+
+    def count(pack):
+        made.append(depths(pack))
+        return made[-1]
+
+    monkeypatch.setattr(attention, "depths", count)
+    trees = forest(hf)
+    pack = build_pack(trees, whole(trees))
+    depth = pack.layout.depth
+    for segment in pack.segments:
+        above = pack.segments[segment.parent].length if segment.parent >= 0 else 0
+        own = depth[segment.start : segment.start + segment.length]
+        assert own.tolist() == [*range(above, above + segment.length)]
+    assert pack.layout.deepest == depth.max() and depth.dtype == torch.int32
+    q, k, v = (torch.randn(1, 2, len(pack.ids), 8) for _ in "qkv")
+    for window in (3, 4, 1000, None):
+        pack.layout.attend(q, k, v, 0.3, window)
+    assert len(made) == 1
 
 
 def test_children_see_root_and_themselves_only(hf):

@@ -444,13 +444,22 @@ def plain_logps(hf, prompt, ids):
     return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_5"])
-def test_discriminator_of_another_family(corpus, tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind, form",
+    [
+        ("qwen2_5_vl", "moe"),
+        ("qwen3_5", "moe"),
+        ("qwen3_5_moe", "dense"),
+        ("qwen3_vl_moe", "dense"),
+    ],
+)
+def test_discriminator_of_another_family(corpus, tmp_path, kind, form):
+    """A dense one of a mixture too: its configuration's experts are the policy's own."""
     folder = other(kind, corpus, tmp_path)
     policy = model.load(folder)
-    disc = align.Discriminator(model.load(folder).hf.model, "moe", noise=0.1)
+    disc = align.Discriminator(model.load(folder).hf.model, form, noise=0.1)
     align.save_discriminator(disc, folder, tmp_path / "disc")
-    again = align.open_discriminator(tmp_path / "disc")
+    again = align.open_discriminator(tmp_path / "disc", form)
     tree = Tree(policy.encoder.prompt(example()), [policy.encoder.response("red")], [0])
     assert torch.equal(scores(again, tree), scores(disc, tree))
 
