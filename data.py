@@ -5,14 +5,18 @@ file, row and mend, left out and counted.
 
 The response's form stands in SPANS: three parts in tags, two spans that the discriminator scores.
 The formats that rows come in have a function each, `from_..`, which says what fields it reads; all
-hold images under `images` or `image`, as paths, bytes or {bytes, path}. An image's path is relative
-to the file's folder, or to `image_root`, and must not lead out of it.
+hold images under `images` or `image`, as paths, bytes or {bytes, path}, and plain questions also
+under the names that benchmarks give them. An image's path is relative to the file's folder, or to
+`image_root`, and must not lead out of it.
+
+A checkpoint's encoder is opened by open_encoder, which refuses chat templates that would leave a
+turn out or begin the response; write_template writes the template of what is saved.
 
     python data.py check FILE .. [--kind sft|align|rl|pairs|eval] [--policy CHECKPOINT] [--against
         TEST_FILE ..]
 
-says what of a file is usable and what is in it (engine/inspection.py), and shows a row as it is
-read. Tokens are counted only with --policy.
+says what of a file is usable, what is in it, and what it shares with files to test on
+(engine/inspection.py), and shows a row as it is read. Tokens are counted only with --policy.
 """
 
 from __future__ import annotations
@@ -483,14 +487,19 @@ def _strings(value, field, where):
 
 # ----------------------------------------------------------------------------- examples -> prompts
 class Encoder:
-    """Text and images -> token ids and pixels, in one way for all stages.
+    """Text and images -> token ids and the images' tensors, in one way for all stages.
 
     The prompt is rendered by the chat template and tokenised apart from the response that follows
-    it: a text has the same ids as a demonstration, a rollout's span and a reference's span.
+    it: a response has the same ids as a demonstration and as a reference, and so has a span of it.
     processor: transformers', of tokenizer and image processor. base: the transformers model without
-    head, for its configuration and positions; its weights are not read. max_pixels, max_side:
-    larger images are scaled down to this area, or to this longer side in pixels. blind: images are
-    left out. ends: ids that end a rollout beside those that tokenizer and configuration name.
+    head, for its configuration, the names that its forward takes, and positions; its weights are
+    not read. max_pixels, max_side: larger images are scaled down to this area, or to this longer
+    side in pixels. blind: images are left out. ends: ids that end a rollout beside those that the
+    chat template, tokenizer and configuration name.
+
+    Raises ValueError where the tokenizer has no end token or no chat template; for a template that
+    begins the response, leaves a turn out or has an error; where the configuration does not know
+    the ids that an image's text has; for max_pixels where images are not scaled to an area.
     """
 
     def __init__(
@@ -879,8 +888,8 @@ def refuse_without_system(tokenizer):
     for role, text in texts.items():
         if text not in written:
             raise ValueError(
-                f"the chat template leaves out the {role} turn of a conversation, and the system "
-                f"turn is what asks for {FORM}. {mend}"
+                f"the chat template leaves out the {role} turn where a conversation has a system "
+                f"turn, which is what asks for {FORM}. {mend}"
             )
 
 
