@@ -1164,6 +1164,8 @@ def test_image_ids_that_the_configuration_does_not_know(checkpoint, tmp_path):
 
 def test_images_are_prepared_in_one_place(monkeypatch):
     """Where docs/changing.md says: an edit there is what every prompt and conversation holds."""
+    (line,) = re.findall(r"\| image preprocessing \|.*", (ROOT / "docs/changing.md").read_text())
+    assert "`data.Encoder._images`" in line
     encoder = encoder_of(byte_tokenizer())
     prepare = Encoder._images
 
