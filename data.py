@@ -5,14 +5,18 @@ file, row and mend, left out and counted.
 
 The response's form stands in SPANS: three parts in tags, two spans that the discriminator scores.
 The formats that rows come in have a function each, `from_..`, which says what fields it reads; all
-hold images under `images` or `image`, as paths, bytes or {bytes, path}. An image's path is relative
-to the file's folder, or to `image_root`, and must not lead out of it.
+hold images under `images` or `image`, as paths, bytes or {bytes, path}, and plain questions also
+under the names that benchmarks give them. An image's path is relative to the file's folder, or to
+`image_root`, and must not lead out of it.
+
+A checkpoint's encoder is opened by open_encoder, which refuses chat templates that would leave a
+turn out or begin the response; write_template writes the template of what is saved.
 
     python data.py check FILE .. [--kind sft|align|rl|pairs|eval] [--policy CHECKPOINT] [--against
         TEST_FILE ..]
 
-says what of a file is usable and what is in it (engine/inspection.py), and shows a row as it is
-read. Tokens are counted only with --policy.
+says what of a file is usable, what is in it, and what it shares with files to test on
+(engine/inspection.py), and shows a row as it is read. Tokens are counted only with --policy.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import threading
 import unicodedata
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Literal
 
@@ -482,14 +487,19 @@ def _strings(value, field, where):
 
 # ----------------------------------------------------------------------------- examples -> prompts
 class Encoder:
-    """Text and images -> token ids and pixels, in one way for all stages.
+    """Text and images -> token ids and the images' tensors, in one way for all stages.
 
     The prompt is rendered by the chat template and tokenised apart from the response that follows
-    it: a text has the same ids as a demonstration, a rollout's span and a reference's span.
+    it: a response has the same ids as a demonstration and as a reference, and so has a span of it.
     processor: transformers', of tokenizer and image processor. base: the transformers model without
-    head, for its configuration and positions; its weights are not read. max_pixels, max_side:
-    larger images are scaled down to this area, or to this longer side in pixels. blind: images are
-    left out. ends: ids that end a rollout beside those that tokenizer and configuration name.
+    head, for its configuration, the names that its forward takes, and positions; its weights are
+    not read. max_pixels, max_side: larger images are scaled down to this area, or to this longer
+    side in pixels. blind: images are left out. ends: ids that end a rollout beside those that the
+    chat template, tokenizer and configuration name.
+
+    Raises ValueError where the tokenizer has no end token or no chat template; for a template that
+    begins the response, leaves a turn out or has an error; where the configuration does not know
+    the ids that an image's text has; for max_pixels where images are not scaled to an area.
     """
 
     def __init__(
@@ -504,12 +514,13 @@ class Encoder:
     ):
         tokenizer = processor.tokenizer
         config = base.config
-        if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        if "default" not in templates_of(tokenizer) or tokenizer.eos_token_id is None:
             raise ValueError(
-                "the tokenizer has no chat template or no end token: "
-                "put chat_template.jinja beside it"
+                "the tokenizer has no chat template (of several, none named default) or no end "
+                "token: put chat_template.jinja beside it"
             )
         refuse_prefilled(tokenizer)
+        refuse_without_system(tokenizer)
         self.tokenizer = tokenizer
         self.images = Images(processor, base, max_pixels)
         self.rope_index = getattr(base, "get_rope_index", None)  # None: plain positions
@@ -521,6 +532,7 @@ class Encoder:
         # A call of the tokenizer can change its settings: threads take turns.
         self.lock = threading.Lock()
         self.image_id = config.image_token_id
+        self._expect_image_id()
 
         self.eos = end_of_turn(tokenizer)
         text_config = config.get_text_config()
@@ -547,6 +559,18 @@ class Encoder:
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         special.update(tokenizer.convert_ids_to_tokens(sorted(media)))
         self.special = re.compile("|".join(map(re.escape, special)))
+
+    def _expect_image_id(self):
+        """ValueError where an image's text has other ids than the configuration says: they would be
+        trained and attended to as words."""
+        text = self.images.text_of_blank()
+        written = sorted(set(self._ids(text)))
+        if self.image_id not in written:
+            raise ValueError(
+                f"config.json's image_token_id is {self.image_id}, but the ids that the processor "
+                f"and tokenizer write for an image are {written}, the text {text[:80]!r}: take "
+                "config.json and the tokenizer's files from one checkpoint"
+            )
 
     def prompt(self, example) -> Prompt:
         """The prompt up to where the response starts. Raises BadRow, of a long prompt say."""
@@ -575,17 +599,14 @@ class Encoder:
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
 
-    def pixels(self, example):
-        """The images as the model's forward takes them: a dict of tensors by name, {} for none.
+    def _images(self, example):
+        """The images as the model's forward takes them: (tensors by name, of each image the text
+        that stands for it); ({}, []) for none.
 
         The one place where images are prepared. Each is opened upright in RGB (open_image), made
         smaller where its longer side is above max_side, and scaled, normalised and cut by the
         checkpoint's own image processor. Raises BadRow.
         """
-        return self._images(example)[0]
-
-    def _images(self, example):
-        """(tensors by name, of each image the text that stands for it)."""
         if self.blind or not example.images:
             return {}, []
         images = [open_image(image, example.where) for image in example.images]
@@ -644,7 +665,7 @@ class Encoder:
                 mend = "Take it out: it would steer the model."
                 raise BadRow(example.where, "a special token in the text", mend, found[0])
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if self._render(asked).count(self.images.mark) != len(images):
+        if self._render(asked, example.where).count(self.images.mark) != len(images):
             mend = "Use the template of a vision-language model."
             raise BadRow(example.where, "the chat template does not write the images", mend)
         images = iter(images)
@@ -659,7 +680,7 @@ class Encoder:
                 # What the template would make of an assistant's last turn, or add behind it, is
                 # not asked: nothing comes after it.
                 break
-            text = self._render(messages[:k])
+            text = self._render(messages[:k], example.where)
             if not text.startswith(done):
                 mend = "Use an instruct model's template."
                 raise BadRow(example.where, "the chat template rewrites assistant turns", mend)
@@ -679,11 +700,14 @@ class Encoder:
             )
         return found["input_ids"]
 
-    def _render(self, messages):
-        messages = [message | {"content": self._content(message)} for message in messages]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+    def _render(self, messages, where=""):
+        """The text that asks for the response behind these turns. Raises BadRow, of `where`."""
+        turns = [message | {"content": self._content(message)} for message in messages]
+        try:
+            return rendered(self.tokenizer, turns, asks=True)
+        except ValueError as error:
+            mend = "Write turns as it knows them, or use the template of a vision-language model."
+            raise BadRow(where, "the chat template refuses the turns", mend, error) from None
 
     def _content(self, message):
         """A turn's text, or the list of text and image parts that templates know."""
@@ -716,13 +740,24 @@ ASKS_IN_LISTS = ASKS.replace(
     json.dumps(SYSTEM_PROMPT), f"[{{'type': 'text', 'text': {json.dumps(SYSTEM_PROMPT)}}}]"
 )
 
+# For the head of a template that knows no system turn: it is put in front of the user's first.
+MERGES = (
+    "{%- if messages[0].role == 'system' %}"
+    "{%- set system, asked = messages[0].content, messages[1].content %}"
+    "{%- if system is string %}{%- set system = system + '\\n\\n' %}{%- endif %}"
+    "{%- if system is string and asked is not string %}"
+    "{%- set system = [{'type': 'text', 'text': system}] %}{%- endif %}"
+    "{%- set messages = [{'role': 'user', 'content': system + asked}] + messages[2:] %}{%- endif %}"
+)
+
 
 def open_encoder(path, base=None, **options) -> Encoder:
     """The encoder of a checkpoint, a folder or a hub name; options: of Encoder.
 
     base: its model without head; None: one without weights is made of config.json, for its
     positions alone. What write_template put before the chat template comes off: here the data's own
-    turns are all that a prompt holds.
+    turns are all that a prompt holds. Of several templates the one named "default" is used. Raises
+    ValueError, with the folder, for what an Encoder cannot be made of.
     """
     folder = find(path)
     if base is None:
@@ -730,35 +765,80 @@ def open_encoder(path, base=None, **options) -> Encoder:
         with torch.device("meta"):
             base = AutoModelForImageTextToText.from_config(config).model
     tokenizer = open_tokenizer(folder)
-    older = folder / "chat_template.json"
-    if not tokenizer.chat_template and older.exists():
-        tokenizer.chat_template = json.loads(older.read_text())["chat_template"]
-    if tokenizer.chat_template:
-        template = tokenizer.get_chat_template()
-        tokenizer.chat_template = template.removeprefix(ASKS).removeprefix(ASKS_IN_LISTS)
+    tokenizer.chat_template = open_templates(tokenizer, folder)
     generation = folder / "generation_config.json"
     if generation.exists():
         named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
         options = {"ends": ids_of(named), **options}
-    return Encoder(open_processor(folder, base.config, tokenizer), base, **options)
+    processor = open_processor(folder, base.config, tokenizer)
+    try:
+        return Encoder(processor, base, **options)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def templates_of(tokenizer):
+    """A tokenizer's chat templates by name; one alone is named "default"."""
+    found = tokenizer.chat_template or {}
+    return {"default": found} if isinstance(found, str) else dict(found)
+
+
+def open_templates(tokenizer, folder):
+    """What `tokenizer.chat_template` has to be for the tokenizer in a checkpoint's folder (a Path):
+    one template's text, or several by name, as tool_use beside the default; None without any."""
+    templates = templates_of(tokenizer)
+    older = folder / "chat_template.json"
+    if "default" not in templates and older.exists():
+        text = older.read_text(encoding="utf-8")
+        templates["default"] = json.loads(text)["chat_template"]
+    for name in templates:
+        if Path(name).name != name:
+            raise ValueError(f"{folder}: a chat template is named {name!r}, which no file can be")
+    if "default" in templates:
+        templates["default"] = templates["default"].removeprefix(ASKS).removeprefix(ASKS_IN_LISTS)
+    if set(templates) <= {"default"}:
+        return templates.get("default")
+    return templates
+
+
+def rendered(tokenizer, turns, asks=False):
+    """The text that the chat template makes of turns; asks: up to where a response starts. Raises
+    ValueError with what the template says."""
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
+    except Exception as error:  # a template is a program: it can raise anything inside Jinja
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(
+            f"the chat template has an error with turns of {roles}: {error}"
+        ) from error
+
+
+def as_turn(tokenizer, role, text):
+    """A turn, its content in the form that the chat template knows."""
+    content = text if writes_strings(tokenizer) else [{"type": "text", "text": text}]
+    return {"role": role, "content": content}
 
 
 def writes_strings(tokenizer):
     """Whether its chat template writes turns whose content is a text; some know lists alone, and
-    leave texts out without a word."""
+    leave texts out without a word, or raise an error. Raises ValueError where it writes neither."""
     text = "a text of its own"
-    turn = {"role": "user", "content": text}
-    return text in tokenizer.apply_chat_template([turn], tokenize=False)
+    try:
+        if text in rendered(tokenizer, [{"role": "user", "content": text}]):
+            return True
+    except ValueError:
+        pass  # a list may do
+    content = [{"type": "text", "text": text}]
+    if text in rendered(tokenizer, [{"role": "user", "content": content}]):
+        return False
+    raise ValueError("the chat template leaves out what the user says: use an Instruct model's")
 
 
 def end_of_turn(tokenizer):
     """The id of the special token that the chat template writes behind the assistant's text, or of
     the tokenizer's end token where it writes none."""
-    turns = []
-    for role, text in (("user", "?"), ("assistant", "!")):
-        content = text if writes_strings(tokenizer) else [{"type": "text", "text": text}]
-        turns.append({"role": role, "content": content})
-    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+    turns = [as_turn(tokenizer, "user", "?"), as_turn(tokenizer, "assistant", "!")]
+    behind = rendered(tokenizer, turns).rpartition("!")[2]
     for id, token in tokenizer.added_tokens_decoder.items():
         if token.special and behind.startswith(token.content):
             return id
@@ -783,10 +863,7 @@ def refuse_prefilled(tokenizer):
     """Raise ValueError for a chat template that begins the response itself, as a Thinking model's
     does with <think>: no rollout could then begin with its caption. One that closes what it begins,
     as Qwen3.5's does where it shall not think, is none."""
-    turn = {"role": "user", "content": "?"}
-    if not writes_strings(tokenizer):
-        turn["content"] = [{"type": "text", "text": "?"}]
-    text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    text = rendered(tokenizer, [as_turn(tokenizer, "user", "?")], asks=True)
     behind = text.rpartition("?")[2]
     begun = [name for name in PARTS if behind.count(f"<{name}>") > behind.count(f"</{name}>")]
     if begun:
@@ -798,6 +875,24 @@ def refuse_prefilled(tokenizer):
         )
 
 
+def refuse_without_system(tokenizer):
+    """Raise ValueError for a chat template that leaves the system turn out, or has an error with
+    it: nothing would ask for the response's form. It may stand in the user's turn, as Gemma's."""
+    texts = {"system": "what the system says", "user": "what the user says"}
+    turns = [as_turn(tokenizer, role, text) for role, text in texts.items()]
+    mend = f"Write at the head of the chat template: {MERGES}"
+    try:
+        written = rendered(tokenizer, turns, asks=True)
+    except ValueError as error:
+        raise ValueError(f"{error}. {mend}") from error
+    for role, text in texts.items():
+        if text not in written:
+            raise ValueError(
+                f"the chat template leaves out the {role} turn where a conversation has a system "
+                f"turn, which is what asks for {FORM}. {mend}"
+            )
+
+
 def ids_of(named):
     """A configuration names one id, several, or none."""
     if named is None:
@@ -806,18 +901,26 @@ def ids_of(named):
 
 
 def write_template(tokenizer, folder):
-    """One chat template in one place of a checkpoint's folder (a Path): chat_template.jinja.
+    """The chat template of a checkpoint's folder (a Path), in one place: chat_template.jinja. Other
+    templates that the tokenizer has by name, as tool_use, stand in additional_chat_templates, as
+    transformers writes and reads them.
 
     It asks for the three parts where a conversation has no system turn, unless the vocabulary lacks
     the words, as the embedded world's does. Then the model's own template lies beside it, in
-    chat_template_plain.jinja: TRL knows a template by its text alone (docs/other_tools.md).
+    chat_template_plain.jinja: TRL knows a template by its text alone (docs/other_tools.md). The
+    named ones stay as they are.
     """
     words = tokenizer(SYSTEM_PROMPT)["input_ids"]
-    template = tokenizer.chat_template
+    templates = templates_of(tokenizer)
+    default = templates.pop("default")
     if tokenizer.unk_token_id not in words:
-        (folder / "chat_template_plain.jinja").write_text(template, encoding="utf-8")
-        template = (ASKS if writes_strings(tokenizer) else ASKS_IN_LISTS) + template
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (folder / "chat_template_plain.jinja").write_text(default, encoding="utf-8")
+        default = (ASKS if writes_strings(tokenizer) else ASKS_IN_LISTS) + default
+    (folder / "chat_template.jinja").write_text(default, encoding="utf-8")
+    for name, template in templates.items():
+        file = folder / "additional_chat_templates" / f"{name}.jinja"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(template, encoding="utf-8")
     # Of transformers 4, whose processors prefer it.
     (folder / "chat_template.json").unlink(missing_ok=True)
     file = folder / "tokenizer_config.json"

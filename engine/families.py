@@ -42,6 +42,8 @@ def keep_recording(part):
     """Let `part`, now sharded, hand out its layers' outputs, which some families read features
     from: transformers knows what it may record by the class's name, and FSDP makes a new class."""
     recorded = getattr(part, "_can_record_outputs", None)
+    # A part is registered when it is made, and nothing public does so later. By dict's own method:
+    # 5.18's table is a plain dict by class names, 5.23's makes the name itself of a part.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(part)), recorded)
 
 

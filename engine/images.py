@@ -81,7 +81,9 @@ def make_processor(kind, tokenizer, image_processor, settings=()):
     for name in kind.get_attributes():
         arguments.setdefault(name, None)
     processor = kind.__new__(kind)
-    processor.check_argument_for_proper_class = lambda *_: None  # which None would not pass
+    # The class has no argument for "without videos", and its check does not let None pass. Nor
+    # would AutoProcessor do: it opens every part, and so the video processor, by torchvision.
+    processor.check_argument_for_proper_class = lambda *_: None
     processor.__init__(**arguments)
     del processor.check_argument_for_proper_class
     return processor
@@ -177,6 +179,8 @@ class Images:
                 )
             processor.image_token = self.mark
             processor.image_token_id = base.config.image_token_id
+        # A processor's own defaults for images, above those of its image processor. transformers
+        # merges them inside a processor's call alone, which wants a text with marks beside them.
         known = processor.valid_processor_kwargs
         self.options = processor._merge_kwargs(known, return_tensors="pt")["images_kwargs"]
         self.limits = None  # areas, in pixels
@@ -191,7 +195,8 @@ class Images:
                 "(--max_side makes the image itself smaller before)"
             )
         self.counts_patches = bool(self.limits) and self._counts_patches()
-        self.known_sizes = {}  # (width, height) of each image -> their texts
+        # ((width, height), ..) of all images of one prompt -> [text, ..], one for each
+        self.known_sizes = {}
 
     def _limits(self, max_pixels):
         limits = dict(self.image_processor.size)
@@ -203,6 +208,9 @@ class Images:
     def prepare(self, images):
         """PIL images of one prompt -> (tensors by name, of each image the text in its mark's
         place). Raises ValueError for a shape that the image processor cannot take."""
+        # The processor's public call wants a whole text with marks, tokenises it, and returns its
+        # ids; of the images' texts it hands out only where they stand. Here they go into turns that
+        # are tokenised apart.
         made, texts = self.processor._process_images([images], **self.options)
         tensors = {}
         for name, value in made.items():
@@ -218,6 +226,12 @@ class Images:
         if sizes not in self.known_sizes:
             self.known_sizes[sizes] = self._texts_of_sizes(sizes)
         return self.known_sizes[sizes]
+
+    def text_of_blank(self):
+        """The text that stands for one small blank image."""
+        side = _side(self.image_processor)
+        (text,) = self.texts_of_sizes(((side, side),))
+        return text
 
     def _texts_of_sizes(self, sizes):
         """Where texts are as long as there are merged patches, these are counted; else blank images

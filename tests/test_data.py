@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tracemalloc
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,7 @@ from conftest import ROOT, SHARED
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -24,6 +26,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import (
+    ASKS,
     PARTS,
     SPANS,
     SYSTEM_PROMPT,
@@ -38,8 +41,10 @@ from data import (
     read,
     split_spans,
     to_example,
+    write_template,
 )
 from engine import rows
+from engine.files import copy_processor
 from engine.images import make_processor
 from engine.rows import BadRow, Order, Rows, open_image
 
@@ -1033,6 +1038,148 @@ def test_template_that_rewrites_turns_is_refused():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encoder_of(tokenizer)
+
+
+WITHOUT_SYSTEM = CHAT.replace("in messages", "in messages if m.role != 'system'")
+RAISES = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
+)
+MERGED = "{{ messages[0].content if loop.first and messages[0].role == 'system' }}"
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        (WITHOUT_SYSTEM, "leaves out the system turn"),
+        (RAISES + CHAT, "turns of system, user: System role not supported"),
+    ],
+    ids=["leaves it out", "refuses it"],
+)
+def test_template_without_the_system_turn_is_refused(checkpoint, tmp_path, template, says):
+    """Nothing would ask for the three parts, and a saved policy's template puts a system turn in
+    front. The line that the error names mends both."""
+    folder = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: .*{says}") as refused:
+        open_encoder(folder)
+    line = str(refused.value).split("Write at the head of the chat template: ")[1]
+    (folder / "chat_template.jinja").write_text(line + template)
+    encoder = open_encoder(folder)
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    for user in (USER, {"role": "user", "content": "How many?"}):
+        images = [picture()] if "<image>" in user["content"] else []
+        text = encoder.tokenizer.decode(encoder.prompt(Example([system, user], images)).ids)
+        assert text.startswith(f"<|im_start|>user\n{SYSTEM_PROMPT}\n\n")
+        assert text.count("<|im_start|>") == 2
+        assert text.endswith(f"{user['content'][-9:]}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_template_that_merges_the_system_turn_is_taken():
+    tokenizer = byte_tokenizer()
+    turn = "{{ '<|im_start|>' + m.role + '\n' }}"
+    tokenizer.chat_template = WITHOUT_SYSTEM.replace(turn, turn + MERGED)
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    encoder = encoder_of(tokenizer)
+    text = tokenizer.decode(encoder.prompt(Example([system, USER], [picture()])).ids)
+    assert text.startswith(f"<|im_start|>user\n{SYSTEM_PROMPT}<|vision_start|>")
+
+
+LISTS = (
+    "{% for m in messages %}{% if m.content is string %}{{ raise_exception('lists only') }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_template_that_raises_an_error(checkpoint, tmp_path):
+    """At a row it is a bad row, with what the template said; with every row, an error at load. One
+    that raises it for texts alone is handed lists."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = LISTS + CHAT
+    encoder = encoder_of(tokenizer)
+    assert encoder.writes_lists
+    question = Example([{"role": "user", "content": "How?"}], [])
+    assert "user\nHow?<|im_end|>" in tokenizer.decode(encoder.prompt(question).ids)
+
+    longer = "{% if messages | length > 2 %}{{ raise_exception('one turn alone') }}{% endif %}"
+    tokenizer.chat_template = longer + CHAT
+    example = Example([USER, ASSISTANT, USER], [picture()] * 2, "f:7")
+    says = r"f:7: the chat template refuses the turns \(.*one turn alone\)\. Write turns"
+    with pytest.raises(BadRow, match=says):
+        encoder_of(tokenizer).prompt(example)
+
+    folder = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    for template, says in (
+        ("{{ raise_exception('not today') }}", "turns of user: not today"),
+        ("{% for m in", "turns of user: "),  # no template at all
+        ("{{ 'ask: ' + 1 }}", "turns of user: can only concatenate"),  # Python's own error
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out what the user says"),
+    ):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: .*{says}"):
+            open_encoder(folder)
+
+
+def test_named_templates_stay_and_the_default_asks(checkpoint, tmp_path):
+    """In plain transformers, which renders tool_use where there are tools; here the default is
+    what it was, however often it is written."""
+    source = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    named = {"default": CHAT, "tool_use": "TOOLS " + CHAT, "rag": "RAG " + CHAT}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(source)
+    user = {"role": "user", "content": "How many?"}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    for n in range(2):
+        encoder = open_encoder(source)
+        assert encoder.tokenizer.chat_template == named
+        prompt = encoder.prompt(Example([user], []))
+        assert encoder.tokenizer.decode(prompt.ids).startswith("<|im_start|>user\nHow many?")
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        copy_processor(source, folder)
+        shutil.copy(source / "config.json", folder)
+        write_template(encoder.tokenizer, folder)
+        source = folder
+        theirs = AutoTokenizer.from_pretrained(source)
+        assert theirs.chat_template == named | {"default": ASKS + CHAT}
+        asked = theirs.apply_chat_template([user], tokenize=False)
+        assert asked.startswith(f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n")
+        with_tools = theirs.apply_chat_template([user], tools=tools, tokenize=False)
+        assert with_tools.startswith("TOOLS <|im_start|>user\nHow many?")
+        assert (source / "chat_template_plain.jinja").read_text() == CHAT
+
+
+def test_image_ids_that_the_configuration_does_not_know(checkpoint, tmp_path):
+    """Else the prompt would hold an image's ids, and a mask that shows none of them."""
+    folder = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    settings = json.loads((folder / "config.json").read_text())
+    of_image = settings["image_token_id"]
+    settings["image_token_id"] = of_image + 40
+    (folder / "config.json").write_text(json.dumps(settings))
+    says = rf"{re.escape(str(folder))}: .*image_token_id is {of_image + 40}, .* are \[{of_image}\]"
+    with pytest.raises(ValueError, match=says):
+        open_encoder(folder)
+
+
+def test_images_are_prepared_in_one_place(monkeypatch):
+    """Where docs/changing.md says: an edit there is what every prompt and conversation holds."""
+    (line,) = re.findall(r"\| image preprocessing \|.*", (ROOT / "docs/changing.md").read_text())
+    assert "`data.Encoder._images`" in line
+    encoder = encoder_of(byte_tokenizer())
+    prepare = Encoder._images
+
+    def in_grey(self, example):
+        grey = [image.convert("L").convert("RGB") for image in example.images]
+        return prepare(self, Example(example.messages, grey))
+
+    monkeypatch.setattr(Encoder, "_images", in_grey)
+    example = Example([USER, ASSISTANT], [picture()])
+    conversation, _ = encoder.conversation(example)
+    for prompt in (encoder.prompt(example), conversation):
+        channels = prompt.images["pixel_values"].view(-1, 3, 2 * 4 * 4)
+        assert torch.equal(channels[:, 0], channels[:, 1])
+        assert torch.equal(channels[:, 0], channels[:, 2])
 
 
 @pytest.fixture(scope="module")

@@ -663,6 +663,40 @@ def test_our_own_prompts_stay_as_they_were(real, tmp_path):
         assert file.read_bytes() == (tmp_path / "1" / file.name).read_bytes(), file.name
 
 
+@pytest.mark.parametrize("in_files", [True, False], ids=["files", "tokenizer_config.json"])
+def test_a_saved_policy_keeps_named_templates(tiny, tmp_path, in_files):
+    """In either form that transformers reads them in, also of a policy that is saved again."""
+    source = shutil.copytree(tiny, tmp_path / "source")
+    template = (source / "chat_template.jinja").read_text()
+    (source / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": template, "tool_use": "a {{ tools }}", "rag": "b"}
+    tokenizer.save_pretrained(source, save_jinja_files=in_files)
+    assert (source / "chat_template.jinja").exists() == in_files
+    for n in range(2):
+        policy = model.load(source)
+        source = tmp_path / str(n)
+        model.save(policy, source)
+        assert "chat_template" not in (source / "tokenizer_config.json").read_text()
+        assert AutoTokenizer.from_pretrained(source).chat_template == tokenizer.chat_template
+
+
+def test_named_templates_without_a_default_or_a_file_s_name(tiny, tmp_path):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    template = (source / "chat_template.jinja").read_text()
+    (source / "chat_template.jinja").unlink()
+    file = source / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for names, says in (
+        (["tool_use"], "none named default"),
+        (["default", "../x"], "named '../x'"),
+    ):
+        listed = [{"name": name, "template": template} for name in names]
+        file.write_text(json.dumps(settings | {"chat_template": listed}))
+        with pytest.raises(ValueError, match=f"{re.escape(str(source))}: .*{says}"):
+            open_encoder(source)
+
+
 def test_embedded_world_is_not_asked_in_words_it_lacks(tiny, tmp_path):
     model.save(model.load(tiny), tmp_path)
     saved, source = (folder / "chat_template.jinja" for folder in (tmp_path, tiny))
