@@ -33,6 +33,8 @@ PROCESSOR_FILES = (
     "generation_config.json",
 )
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+# Named chat templates beside the default: the tokenizer reads and writes them.
+TEMPLATE_FILES = ("additional_chat_templates/*.jinja",)
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -53,7 +55,8 @@ def find(path, inside=("last", "")) -> Path:
         raise FileNotFoundError(f"{path}: no such folder (and not the name of a model on the hub)")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(path), allow_patterns=[*WEIGHT_FILES, *PROCESSOR_FILES]))
+    wanted = [*WEIGHT_FILES, *PROCESSOR_FILES, *TEMPLATE_FILES]
+    return Path(snapshot_download(str(path), allow_patterns=wanted))
 
 
 def find_data(path) -> str:

@@ -388,7 +388,8 @@ def test_what_is_fetched(tiny, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert files.find("some/policy") == tiny
     assert asked["name"] == "some/policy"
-    assert [file for file in FILES if not wanted(file)] == []
+    expected = [*FILES, "additional_chat_templates/tool_use.jinja"]
+    assert [file for file in expected if not wanted(file)] == []
     code = ("modeling_qwen.py", "training_args.bin", "optimizer.pt")
     for file in ("pytorch_model.bin", *code, "README.md"):
         assert not wanted(file), file
