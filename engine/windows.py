@@ -30,15 +30,23 @@ def rule_of(pack, depth, window=None):
     segment = pack.segment
     block = pack.blocks
 
-    def rule(query, key):
-        seen = query >= key
-        if block is not None:
-            seen = seen | ((block[query] >= 0) & (block[query] == block[key]))
-        if window is not None:
-            seen = seen & (depth[query] - depth[key] < window)
-        return seen & sees[segment[query], segment[key]]
+    def causal(query, key):
+        return (query >= key) & sees[segment[query], segment[key]]
 
-    return rule
+    def with_images(query, key):
+        of_one_image = (block[query] >= 0) & (block[query] == block[key])
+        return ((query >= key) | of_one_image) & sees[segment[query], segment[key]]
+
+    # Each is a function of its own: of one that asks whether there is a `block`, torch 2.13 makes a
+    # kernel for CPUs whose C++ does not compile.
+    rule = causal if block is None else with_images
+    if window is None:
+        return rule
+
+    def within_window(query, key):
+        return rule(query, key) & (depth[query] - depth[key] < window)
+
+    return within_window
 
 
 def narrowest(window, deepest):
