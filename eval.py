@@ -389,6 +389,7 @@ def main(args):
         write_rollouts(args.rollouts_out, evaluated)
     if grader:
         content["judge"] = grade(evaluated, grader, args)
+        grader.api.close()
         print(f"judge: {content['judge']}")
         if args.rollouts_out:  # once more, with its verdicts; a kill before that loses no response
             write_rollouts(args.rollouts_out, evaluated)

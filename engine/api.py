@@ -141,6 +141,11 @@ class Api:
             answer = json.loads(line)
             self.known[answer["about"], answer["model"], answer["number"]] = answer
 
+    def close(self):
+        """Let another run write to the file."""
+        self.file.close()
+        self.http.close()
+
     def ask(self, of, messages, form=ANYTHING, again=False) -> str:
         """What the pattern `form` finds in the answer to the messages.
 

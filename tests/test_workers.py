@@ -376,7 +376,7 @@ sys.path.insert(0, {root!r})
 from engine.rows import Data
 
 def build(example):
-    time.sleep(0.2)
+    time.sleep(1.0)
     return example
 
 data = Data({path!r}, lambda row, where, index: index, workers=2)
@@ -390,7 +390,7 @@ print("begun", flush=True)
 
 @pytest.mark.parametrize("how", ["interrupted", "at its end"])
 def test_a_process_ends_at_once_and_quietly(folder, how):  # noqa: F811
-    """100 rows of 0.2 s wait for two threads, or for the main one too: they are dropped."""
+    """100 rows of a second wait for two threads, or for the main one too: they are dropped."""
     path = write(folder, *[verl()] * 200)
     waits = "data.draw(order, 100, build)" if how == "interrupted" else ""
     code = SLOW_ROWS.format(root=str(ROOT), path=str(path), waits=waits)
@@ -402,12 +402,9 @@ def test_a_process_ends_at_once_and_quietly(folder, how):  # noqa: F811
         if how == "interrupted":
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
-        begin = time.perf_counter()
-        _, errors = process.communicate(timeout=PATIENCE)
-        took = time.perf_counter() - begin
+        _, errors = process.communicate(timeout=PATIENCE)  # the rows would take 33 s or 50
     finally:
         process.kill()
-    assert took < 5  # the rows would take 7 s or 10
     if how == "interrupted":
         assert process.returncode == -signal.SIGINT
         assert errors.rstrip().endswith("KeyboardInterrupt") and errors.count("Traceback") == 1
