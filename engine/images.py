@@ -3,8 +3,8 @@ Images as a model's forward takes them, and the tokens that they stand for in a 
 
 Both are the family's own, and both come from transformers' processor of the checkpoint: patches and
 their grids, or tiles and which image they belong to; one token for each 2 x 2 patches, or rows of
-tokens between marks. Tensors have the names that the forward knows them by. Along the first
-dimension of each, images are appended.
+tokens between marks. Tensors have the names that the forward knows them by. Images are appended
+along the first dimension of each, or where the processor appends them.
 """
 
 from __future__ import annotations
@@ -23,27 +23,44 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 
 # ------------------------------------------------------------------------------- a pack's images
-def together(images):
-    """Images of several prompts, a dict (name -> tensor) of each, as one dict.
+class Tensors(dict):
+    """The tensors of one prompt's images, by name, where they may be appended otherwise than along
+    the first dimension."""
 
-    Where one's tensor is larger than another's beyond the first dimension, as where an image has
-    more tiles, the smaller is filled up with zeros: so do transformers' processors in a batch.
+    def __init__(self, tensors, along):
+        """along: of a name the dimension along which images of several prompts are appended."""
+        super().__init__(tensors)
+        self.along = along
+
+
+def together(images):
+    """Images of several prompts, a dict (name -> tensor) of each, as one dict: appended along the
+    first dimension, or where they are Tensors along the one that these say.
+
+    Where one's tensor is larger than another's in another dimension than that of the images, as
+    where an image has more tiles, the smaller is filled up with zeros: so do transformers'
+    processors in a batch.
     """
     images = [made for made in images if made]  # a prompt without images has none of the names
     if not images:
         return {}
-    return {name: _concatenate([made[name] for made in images]) for name in images[0]}
+    joined = {}
+    for name in images[0]:
+        along = images[0].along[name] if isinstance(images[0], Tensors) else 0
+        joined[name] = _concatenate([made[name] for made in images], along)
+    return joined
 
 
-def _concatenate(tensors):
+def _concatenate(tensors, along):
     largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     filled = []
     for tensor in tensors:
         missing = []
-        for dimension in reversed(range(1, tensor.ndim)):
-            missing += [0, largest[dimension] - tensor.shape[dimension]]
+        for dimension in reversed(range(tensor.ndim)):
+            is_images = dimension == along
+            missing += [0, 0 if is_images else largest[dimension] - tensor.shape[dimension]]
         filled.append(F.pad(tensor, missing) if any(missing) else tensor)
-    return torch.cat(filled)
+    return torch.cat(filled, along)
 
 
 # ------------------------------------------------------------------------------ to be opened
@@ -79,14 +96,23 @@ def make_processor(kind, tokenizer, image_processor, settings=()):
         if name in known and name not in kind.get_attributes():
             arguments[name] = value
     for name in kind.get_attributes():
-        arguments.setdefault(name, None)
+        arguments.setdefault(name, _Nothing() if name == "video_processor" else None)
     processor = kind.__new__(kind)
     # The class has no argument for "without videos", and its check does not let None pass. Nor
     # would AutoProcessor do: it opens every part, and so the video processor, by torchvision.
     processor.check_argument_for_proper_class = lambda *_: None
     processor.__init__(**arguments)
     del processor.check_argument_for_proper_class
+    if "video_processor" in arguments:
+        processor.video_processor = None
     return processor
+
+
+class _Nothing:
+    """In place of a video processor: some classes copy its settings when they are made."""
+
+    def __getattr__(self, _):
+        return None
 
 
 def open_processor(folder, config, tokenizer):
@@ -131,7 +157,7 @@ def smallest(image_processor):
     """Options by which an image processor makes as little of an image as it can: no tiles."""
     options = {"return_tensors": "pt"}
     known = image_processor.valid_kwargs.__annotations__
-    for name in ("do_image_splitting", "crop_to_patches", "do_pan_and_scan"):
+    for name in ("do_image_splitting", "crop_to_patches", "do_pan_and_scan", "slice_mode"):
         if name in known:
             options[name] = False
     if has_areas(image_processor):
@@ -142,7 +168,7 @@ def smallest(image_processor):
 def has_areas(image_processor):
     """Whether it scales images to an area and cuts them into patches, as Qwen-VL's do. Then the
     edges in its `size` are areas, for all their names; older files name them so."""
-    limits = dict(image_processor.size)
+    limits = dict(image_processor.size or {})
     areas = {"shortest_edge", "longest_edge"} <= {*limits} or "max_pixels" in limits
     return hasattr(image_processor, "merge_size") and areas
 
@@ -194,6 +220,9 @@ class Images:
                 f"how many tiles it has, is set in the checkpoint's preprocessor_config.json "
                 "(--max_side makes the image itself smaller before)"
             )
+        self.along = self._along()
+        # Whether an image's text begins with its number among the images of its prompt.
+        self.numbered = getattr(processor, "default_use_image_id", None)
         self.counts_patches = bool(self.limits) and self._counts_patches()
         # ((width, height), ..) of all images of one prompt -> [text, ..], one for each
         self.known_sizes = {}
@@ -216,7 +245,34 @@ class Images:
         for name, value in made.items():
             if name in self.names:
                 tensors[name] = torch.as_tensor(value)
-        return tensors, texts
+        if self.numbered:  # this, too, transformers does inside a processor's call alone
+            texts = self.processor._prepend_local_ids([self.mark * len(texts)], texts, self.mark)
+        return Tensors(tensors, self.along), texts
+
+    def _along(self):
+        """Of each tensor's name the dimension along which images of several prompts are appended:
+        the one that is twice as long for two prompts as for one. It is not the first where patches
+        of all images lie in one row. Raises ValueError where there is no such dimension."""
+        options = smallest(self.image_processor)
+        blank = _blank(_side(self.image_processor))
+        one = self.image_processor(images=[[blank]], **options)
+        two = self.image_processor(images=[[blank], [blank]], **options)
+        found = {}
+        for name in self.names.intersection(one):
+            single = list(torch.as_tensor(one[name]).shape)
+            double = list(torch.as_tensor(two[name]).shape)
+            longer = []
+            for dimension, size in enumerate(single):
+                if double == [*single[:dimension], 2 * size, *single[dimension + 1 :]]:
+                    longer.append(dimension)
+            if len(longer) != 1:
+                raise ValueError(
+                    f"{type(self.image_processor).__name__} makes {name} of shape {single} of a "
+                    f"prompt with one image, and {double} of two such prompts: packs can append "
+                    "images along one dimension only"
+                )
+            (found[name],) = longer
+        return found
 
     def texts_of_sizes(self, sizes):
         """The texts of one prompt's images of these sizes, a tuple of (width, height), without

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -25,7 +26,7 @@ from data import SYSTEM_PROMPT, open_encoder, to_example
 from engine.attention import _tensors, forward_pack
 from engine.families import text_of, windows_of
 from engine.files import same_input
-from engine.images import make_processor
+from engine.images import make_processor, together
 from engine.packs import Tree, build_pack, plan
 from engine.ranks import setup
 from engine.sampler import all_rows, generate
@@ -378,6 +379,52 @@ def gemma4(ids):
     )
 
 
+def minicpmv4_6(ids):
+    """Linear and full attention; patches of all images in one row, slices beside an overview."""
+    return dict(
+        config=dict(
+            text_config=dict(
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                linear_num_key_heads=2,
+                linear_num_value_heads=2,
+                layer_types=["linear_attention", "full_attention"],
+                rope_parameters=ROPE | {"partial_rotary_factor": 1.0},
+            ),
+            vision_config=VISION,
+            insert_layer_id=0,
+            image_token_id=ids["<image>"],
+            video_token_id=ids["<video>"],
+        ),
+        images=dict(
+            image_processor_type="MiniCPMV4_6ImageProcessor",
+            scale_resolution=24,
+            patch_size=4,
+            max_slice_nums=4,
+        ),
+        processor={},
+    )
+
+
+def minicpmv4_7(ids):
+    """Positions of slices are those of their places in the whole image."""
+    made = minicpmv4_6(ids)
+    made["config"] |= dict(
+        image_start_id=ids["<img>"],
+        image_end_id=ids["</img>"],
+        slice_start_id=ids["<row_1_col_1>"],
+        slice_end_id=ids["<row_1_col_2>"],
+        newline_id=ids["Ċ"],
+    )
+    return made
+
+
+def minicpm_ocr(ids):
+    made = minicpmv4_6(ids)
+    made["images"]["image_processor_type"] = "MiniCPMOcrImageProcessor"
+    return made
+
+
 def llava_mistral(ids):
     """With a window that its attention reads off the configuration."""
     made = llava(ids)
@@ -404,6 +451,8 @@ SLOW = {
     "hunyuan_vl": hunyuan_vl,
     "paddleocr_vl": paddleocr_vl,
     "aya_vision": aya_vision,
+    "minicpmv4_6": minicpmv4_6,
+    "minicpmv4_7": minicpmv4_7,
 }
 FAST = {
     "internvl": internvl,
@@ -417,6 +466,7 @@ REFUSED = {  # and why
     "ernie4_5_vl_moe": (ernie4_5_vl_moe, "depends on moe_mm_token_type_ids"),
     "paligemma": (paligemma, "masks are neither causal nor causal but for images"),
     "gemma4": (gemma4, "its logits are more than hidden states times the head"),
+    "minicpm_ocr": (minicpm_ocr, "for torchvision alone"),
 }
 FAMILIES = FAST | SLOW | {name: made for name, (made, _) in REFUSED.items()}
 PARAMETERS = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -465,6 +515,13 @@ NAMED |= {
     | ENDS
     | dict(video_start_token="<row_1_col_1>", video_end_token="<row_1_col_2>"),
 }
+SLICES = dict(
+    slice_start_token="<row_1_col_1>",
+    slice_end_token="<row_1_col_2>",
+    image_id_start_token="<row_2_col_1>",
+    image_id_end_token="<row_2_col_2>",
+)
+NAMED["minicpmv4_6"] = NAMED["minicpmv4_7"] = IMAGE | ENDS | SLICES
 MARKS = {
     "internvl": "<IMG_CONTEXT>",
     "internvl_moe": "<IMG_CONTEXT>",
@@ -500,6 +557,8 @@ def save_checkpoint(family, folder):
     """A small random model of a family, with its processor, written by transformers."""
     tokenizer = tokenizer_of(family)
     made = FAMILIES[family](tokenizer.get_vocab())
+    if made.get("type", family) not in CONFIG_MAPPING:
+        pytest.skip("unknown to this version of transformers")
     mark = MARKS.get(family, "<image>")
     tokenizer.chat_template = made.get("chat", CHAT).replace("MARK", f"'{mark}'")
     settings = made["config"]
@@ -612,6 +671,39 @@ def test_a_prompt_is_what_the_processor_makes(family, n):
     assert (rest, of_images, trained) == (len(prompt.ids), int(prompt.image_mask.sum()), 0)
 
 
+def test_images_are_appended_where_the_processor_appends_them(tmp_path_factory):
+    """Patches of all images in one row, and their numbers: as of the processor's own batch."""
+    family = opened("minicpmv4_6", tmp_path_factory)
+    chosen = (ROWS[2], ROWS[1])
+    prompts = [family.encoder.prompt(row) for row in chosen]
+    made = together([prompt.images for prompt in prompts])
+    images = [row.images for row in chosen]
+    expected = family.processor.image_processor(images=images, return_tensors="pt")
+    assert {*made} == {"pixel_values", "target_sizes"} and made["pixel_values"].shape[0] == 1
+    for name, tensor in made.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert len(family.policy.hf.model.blank_image["target_sizes"]) == 1  # without slices
+    for number in range(2):
+        assert f"<row_2_col_1>{number}<row_2_col_2><img>" in text_with_marks(family, prompts[0])
+
+
+def text_with_marks(family, prompt):
+    return family.encoder.tokenizer.decode(prompt.ids, skip_special_tokens=False)
+
+
+def test_images_that_cannot_be_appended_are_refused(tmp_path_factory):
+    """Here two prompts' tensors are larger in two dimensions than one's."""
+    images = copy.copy(opened("internvl", tmp_path_factory).encoder.images)
+
+    class Grows(type(images.image_processor)):
+        def __call__(self, images, **_):
+            return {"pixel_values": torch.zeros(len(images), 3, len(images))}
+
+    images.image_processor = Grows()
+    with pytest.raises(ValueError, match=r"\[1, 3, 1\] .* and \[2, 3, 2\] .*one dimension only"):
+        images._along()
+
+
 def test_turns_end_as_the_template_ends_them(family):
     """Two turns of the assistant: ids as the whole text has them, its words and end tokens are
     trained on, and nothing that stands for images is ever sampled."""
@@ -713,6 +805,13 @@ BFLOAT16 = [
     for name in (*FAST, *SLOW)
 ]
 
+# How far gradients may be from those of float32, where that is more than 0.2 of them.
+FAR = {
+    "internvl_moe": 0.5,  # its router chooses otherwise where two experts are near
+    "minicpmv4_6": 0.25,  # plain transformers in bfloat16 is off by 0.20
+    "minicpmv4_7": 0.25,  # by 0.21
+}
+
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("name", BFLOAT16)
@@ -753,8 +852,7 @@ def test_a_step_in_bfloat16_with_checkpointing(name, frozen, tmp_path_factory):
             assert theirs.grad is None or not ours.requires_grad
         elif theirs.grad.norm() > 1e-3:
             off = (ours.grad.full_tensor() - theirs.grad).norm() / theirs.grad.norm()
-            # of a mixture, whose router chooses otherwise where two experts are near
-            assert off < (0.2 if family.is_dense else 0.5)
+            assert off < FAR.get(name, 0.2)
 
 
 def test_what_is_saved_opens_in_plain_transformers(family, tmp_path):
