@@ -309,6 +309,7 @@ INPUT = {
         "image_token_id",
         "scale_factor",
         "downsample_ratio",
+        "downsample_mode",
         "mm_tokens_per_image",
         "image_grid_pinpoints",
     ),
