@@ -1,6 +1,7 @@
 """Runs that are killed, disks that are full, files that are broken: nothing lost, nothing silent,
 nothing run."""
 
+import gc
 import itertools
 import json
 import os
@@ -48,6 +49,9 @@ def child(act):
     sys.stdout.flush()
     if pid := os.fork():
         return pid
+    # What the parent has dropped and not collected yet, a process group say, waits for threads that
+    # are not here: to collect it would crash.
+    gc.freeze()
     code = 1
     try:
         act()
