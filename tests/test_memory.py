@@ -1,6 +1,7 @@
 """tools/memory.py: its numbers against counting by hand, against real shards and against measured
 memory."""
 
+import gc
 import json
 import math
 from types import SimpleNamespace
@@ -219,6 +220,7 @@ class Dense:
 
 def peak(compute):
     """Most bytes that were held at once of those that `compute` took."""
+    gc.collect()  # else what others have left is given back in between, and counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         compute()
     events = recorded.profiler.kineto_results.events()
