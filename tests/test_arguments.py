@@ -262,7 +262,7 @@ def test_without_data_the_settings_are_those_of_the_embedded_world(stage, tmp_pa
 
 
 # ----------------------------------------------------------------------------- several processes
-@pytest.mark.parametrize("ranks, late", [(2, "0"), (8, "1")])
+@pytest.mark.parametrize("ranks, late", [(2, "0"), pytest.param(8, "1", marks=pytest.mark.slow)])
 def test_a_wrong_flag_under_torchrun_is_one_message(stage, ranks, late):
     """Whichever process comes first; and torchrun's own report, of fifty lines, is not there."""
     done = stage("--policy", "p", "--aplha", "1", ranks=ranks, env={"LATE": late})

@@ -53,6 +53,7 @@ def test_golds_of_each_format():
     assert gold_of({"question": "What?"}) is None
 
 
+@pytest.mark.slow
 def test_the_script_prints_each_pair_and_counts(tmp_path):
     rows = [{"answer": "1/2"}, {"answer": "0.5"}, {"answer": "3", "choices": ["3", "4"]}]
     file = tmp_path / "rows.jsonl"

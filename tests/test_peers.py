@@ -977,6 +977,7 @@ print(*asyncio.run(cell()), __file__)
 """
 
 
+@pytest.mark.slow
 def test_verifier_in_a_notebook_s_circumstances(tmp_path):
     """No main file, a running event loop, another working directory, another thread."""
     pytest.importorskip("math_verify")

@@ -375,6 +375,7 @@ def test_worker_is_not_shared_with_a_fork():
     assert equivalent(r"\sqrt{44}", r"2\sqrt{11}")
 
 
+@pytest.mark.slow
 @needs_math_verify
 def test_worker_ends_with_its_caller():
     code = r"""

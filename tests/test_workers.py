@@ -388,7 +388,7 @@ print("begun", flush=True)
 """
 
 
-@pytest.mark.parametrize("how", ["interrupted", "at its end"])
+@pytest.mark.parametrize("how", ["interrupted", pytest.param("at its end", marks=pytest.mark.slow)])
 def test_a_process_ends_at_once_and_quietly(folder, how):  # noqa: F811
     """100 rows of a second wait for two threads, or for the main one too: they are dropped."""
     path = write(folder, *[verl()] * 200)
