@@ -777,9 +777,8 @@ def warm_up(disc, hf, encoder, disc_encoder, source, args, ranks):
         if last_step or (step + 1) % WARMUP_CHECK == 0:
             metrics |= held_out_metrics(disc, test, args, ranks.device)
             accuracy = min(metrics[f"{name}/held_out"] for name in names)
-            stale = (
-                0 if accuracy > best + LEAST_GAIN else stale + 1
-            )  # NaN, no pair at all, is no gain
+            # NaN, no pair at all, is no gain
+            stale = 0 if accuracy > best + LEAST_GAIN else stale + 1
             best = max(best, accuracy)
         log.step(step + 1, metrics)
         # 5) save

@@ -381,13 +381,14 @@ class Data:
 
     def fetch(self, indices, build=_unchanged):
         """[build(self[i])] of the good rows i. `build`, as Encoder.prompt, may raise BadRow too."""
-        jobs = {i: self._begin(i, build) for i in indices if i not in self.bad}
+        # A list: where a small file comes round again a row is drawn twice, and is built twice.
+        jobs = [(i, self._begin(i, build)) for i in indices if i not in self.bad]
         built = []
-        for i in progress(indices, "encoding"):
-            if i in self.bad:
+        for i, job in progress(jobs, "encoding"):
+            if i in self.bad:  # found to be so a moment ago
                 continue
             try:
-                built.append(jobs[i].result())
+                built.append(job.result())
             except BadRow as error:
                 self.bad[i] = error.what
                 if len(self.bad) <= 5:

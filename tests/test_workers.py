@@ -234,6 +234,17 @@ def test_a_bad_row_is_read_once(folder, number):  # noqa: F811
     assert sorted(built) == [0, 0, 0, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("number", THREADS)
+def test_a_row_that_is_drawn_twice_is_built_twice(folder, number):  # noqa: F811
+    """As where a step takes more rows than a file has: what is built holds the step's rollouts."""
+    data = read(write(folder, verl(), verl()), "rl", workers=number)
+    order = data.order(seed=0)
+    for _ in range(3):
+        drawn = data.draw(order, 5, lambda example: [example.row])
+        assert sorted(row for (row,) in drawn) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+        assert len({id(one) for one in drawn}) == 5
+
+
 def test_rows_are_built_side_by_side(folder):  # noqa: F811
     """Two threads meet in two rows of one call: neither would come to its end alone."""
     both = threading.Barrier(2)

@@ -66,13 +66,18 @@ def read_seed(path, metric):
     return values
 
 
-def results_of(path):
-    """Return the results in a file that eval.py wrote, or in those of a folder's runs."""
+def files_of(path):
+    """Return the files of a seed: the path itself, or those in a folder's runs."""
     files = sorted(path.glob("*/eval.json")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: no run in it has an eval.json")
+    return files
+
+
+def results_of(path):
+    """Return the results in a file that eval.py wrote, or in those of a folder's runs."""
     results = []
-    for file in files:
+    for file in files_of(path):
         results += json.loads(file.read_text())["results"]
     return results
 
@@ -80,9 +85,8 @@ def results_of(path):
 def expect_same_evaluation(paths):
     """Raise ValueError where files were made with other settings of eval.py."""
     first = {}
-    for path in map(Path, paths):
-        files = sorted(path.glob("*/eval.json")) if path.is_dir() else [path]
-        for file in files:
+    for path in paths:
+        for file in files_of(Path(path)):
             args = json.loads(file.read_text()).get("args", {})
             for name in SETTINGS:
                 there, known = first.setdefault(name, (file, args.get(name)))
