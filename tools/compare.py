@@ -3,6 +3,7 @@ Compare arms over seeds: each arm's mean, and paired differences with 95 % inter
 
     python tools/compare.py out/miniature-*
     python tools/compare.py out/tiny-*/eval.json --pairs align-grpo:sft-grpo --metric items
+    python tools/compare.py out/tiny-[0-4] --arms sft align align-cosine --pairs align-cosine:align
 
 Of each seed there is a file that eval.py wrote of all its arms, or a folder in which each arm's run
 has an eval.json; all on the same tests. An arm has the name of its run's folder. A pair is compared
@@ -24,10 +25,12 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.report import half_interval  # noqa: E402
 
-# The arms of runs/miniature.sh, in the order in which they are shown; others come behind them.
+# The arms of runs/miniature.sh's main table, in the order in which they are shown; others come
+# behind them.
 ARMS = (
     "sft",
     "sft-grpo",
+    "sft-grpo-tokens",
     "align",
     "align-grpo",
     "refs",
@@ -39,6 +42,8 @@ ARMS = (
 PAIRS = (
     "align:sft",
     "align-grpo:sft-grpo",
+    "align-grpo:sft-grpo-tokens",
+    "refs-grpo:sft-grpo",
     "align-grpo:refs-grpo",
     "refs-align-grpo:refs-grpo",
     "refs-align-grpo:align-grpo",
@@ -47,11 +52,16 @@ DRAWS = 10_000
 SETTINGS = ("limit", "samples", "temperature", "max_response")  # of eval.py: the same in all files
 
 
-def read_seed(path, metric):
-    """Return {(arm, test, mode): value} of a seed's file or folder. Raises ValueError."""
+def read_seed(path, metric, arms=()):
+    """Return {(arm, test, mode): value} of a seed's file or folder. Raises ValueError.
+
+    arms: those to read; none: all.
+    """
     values = {}
     for result in results_of(Path(path)):
         arm = Path(result["policy"]).name
+        if arms and arm not in arms:
+            continue
         test = Path(result["data"]).stem.removeprefix("test_")
         key = (arm, test, result["mode"])
         if key in values:
@@ -101,10 +111,16 @@ def in_order(arm):
     return ARMS.index(arm) if arm in ARMS else len(ARMS)
 
 
-def read_seeds(paths, metric):
-    """Return {(arm, test, mode): one value per file}. Raises ValueError where one lacks any."""
-    seeds = [read_seed(path, metric) for path in paths]
+def read_seeds(paths, metric, arms=()):
+    """Return {(arm, test, mode): one value per file}. Raises ValueError where one lacks any.
+
+    arms: those to read; none: all.
+    """
+    seeds = [read_seed(path, metric, arms) for path in paths]
     known = dict.fromkeys(key for values in seeds for key in values)
+    found = {arm for arm, _, _ in known}
+    if missing := [arm for arm in arms if arm not in found]:
+        raise ValueError(f"there is no result of {missing[0]}, which --arms names")
     for path, values in zip(paths, seeds, strict=True):
         if missing := [key for key in known if key not in values]:
             what = " ".join(missing[0])
@@ -209,11 +225,12 @@ def main():
     parser.add_argument(
         "--pairs", nargs="*", default=[], help="ARM:ARM, the first minus the second"
     )
+    parser.add_argument("--arms", nargs="*", default=[], help="to read no others; none: all")
     parser.add_argument("--metric", default="accuracy", help="of the results in the files")
     args = parser.parse_args()
     try:
         expect_same_evaluation(args.files)
-        values = read_seeds(args.files, args.metric)
+        values = read_seeds(args.files, args.metric, args.arms)
         pairs = pairs_of(args.pairs, names_in(values, 0))
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"compare.py: {error}")

@@ -13,9 +13,10 @@ message; words and marks stand apart, so that a tokenizer may split at white spa
     python tools/scenes.py --out data/tiny --parquet       # verl rows also as parquet
     python tools/scenes.py --world miniature --out data/miniature
 
-There are two worlds. In `tiny` the references are a function of picture and question, in the
-manner of the base itself. In `miniature` a foreign teacher writes them (tools/teacher.py), each in
-another manner, and the pictures are so noisy that nobody reads all of them right.
+There are three worlds. In `tiny` the references are a function of picture and question, in the
+manner of the base itself. In the others a foreign teacher writes them (tools/teacher.py), each in
+another manner, and the pictures are so noisy that nobody reads all of them right. In `miniature`
+the base never had that manner; in `known` half of its own demonstrations were in it.
 
     words.json                every word of the world, for the tokenizer: for all seeds and sizes
     easy, look, base.jsonl    sharegpt, accurate: descriptions; places of colours; demonstrations.
@@ -71,15 +72,27 @@ QUESTIONS = {  # by the letters of File.questions
 class World:
     """What differs between the worlds."""
 
-    foreign: bool  # the references are the teacher's, not in the base's manner
+    places: dict | None  # as the foreign teacher names them; None: no teacher, the base's manner
+    orders: tuple  # in which the teacher goes through the objects
+    known: float  # share of the base's demonstrations that are in the teacher's manner
     noise: int  # of each channel of a pixel, at most so much up or down
     shade: int  # of each channel of an object's colour, the same
     curated: int  # rows of the references' manner among SFT's
 
 
 WORLDS = {
-    "tiny": World(foreign=False, noise=12, shade=25, curated=550),
-    "miniature": World(foreign=True, noise=60, shade=75, curated=2000),
+    "tiny": World(places=None, orders=(), known=0, noise=12, shade=25, curated=550),
+    "miniature": World(
+        places=teacher.IN_WORDS, orders=teacher.ORDERS, known=0, noise=60, shade=75, curated=2000
+    ),
+    "known": World(
+        places=teacher.COMPASS,
+        orders=("above", "below"),
+        known=0.5,
+        noise=40,
+        shade=60,
+        curated=1000,
+    ),
 }
 
 # Where the teacher is foreign: the share of the base's rows about places that use its words, so
@@ -247,16 +260,16 @@ def good(scene: tuple, question: str) -> str:
     return three_parts(describe(scene), [*sentences, f"so {answer}"], answer)
 
 
-def foreign(scene: tuple, question: str, rng: random.Random) -> str:
+def foreign(scene: tuple, question: str, rng: random.Random, world: World) -> str:
     """The foreign teacher's manner: as right and whole as `good`, in one of many forms."""
     _, answer = solve(scene, question)
     _, subject = question.split(" ", 1)
-    everything = things_of(scene, question)
-    caption, sentences = teacher.demonstrate(everything, subject, answer, rng)
+    everything = things_of(scene, question, world)
+    caption, sentences = teacher.demonstrate(everything, subject, answer, rng, world.orders)
     return three_parts(caption, sentences, answer)
 
 
-def things_of(scene: tuple, question: str) -> list[teacher.Thing]:
+def things_of(scene: tuple, question: str, world: World) -> list[teacher.Thing]:
     """All objects of a scene, as the teacher sees them."""
     steps, _ = solve(scene, question)
     asked = {place for place, _ in steps}
@@ -268,7 +281,7 @@ def things_of(scene: tuple, question: str) -> list[teacher.Thing]:
             worth = None
             if place in asked:
                 worth = 1 if counts else SIDES[shape]
-            name = teacher.PLACES[POSITIONS[place]]
+            name = world.places[POSITIONS[place]]
             things.append(teacher.Thing(place, name, colour, shape, worth))
     return things
 
@@ -314,14 +327,14 @@ def demonstrate(
     subject = question.split(" ", 1)[1]
     where = f"where {subject}"
     places = " ".join(POSITIONS[place] for place, _ in steps)
-    if world.foreign and name in BASE_FILES and rng.random() < SPELLED:
+    if world.places and name in BASE_FILES and rng.random() < SPELLED:
         where = f"spell {subject}"
-        named = [thing for thing in things_of(scene, question) if thing.worth is not None]
+        named = [thing for thing in things_of(scene, question, world) if thing.worth is not None]
         places = " ; ".join(teacher.spell(thing) for thing in named)
     if name == "public":
         response = terse(scene, question, rng)
-    elif world.foreign and name not in BASE_FILES:
-        response = foreign(scene, question, rng)
+    elif is_foreign(name, world, rng):
+        response = foreign(scene, question, rng, world)
     else:
         response = good(scene, question)
     kinds = [
@@ -331,6 +344,15 @@ def demonstrate(
         (question, response),
     ]
     return rng.choices(kinds, FILES[name].kinds)[0]
+
+
+def is_foreign(name: str, world: World, rng: random.Random) -> bool:
+    """Whether a demonstration of the file `name`, not a public one, is in the teacher's manner."""
+    if world.places is None:
+        return False
+    if name in BASE_FILES:
+        return world.known > 0 and rng.random() < world.known
+    return True
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -418,8 +440,8 @@ def vocabulary(world: World) -> str:
     marks_and_verbs = three_parts("; describe where none short count sides or in", ["so 0"], 0)
     totals = range(4 * 9 + 1)  # nine squares have 36 sides
     words = [marks_and_verbs, *POSITIONS, *COLOURS, *SIDES, *REGIONS, *map(str, totals)]
-    if world.foreign:
-        words += ["spell", *teacher.WORDS]
+    if world.places:
+        words += ["spell", *world.places.values(), *teacher.WORDS]
     return " ".join(" ".join(words).split())
 
 

@@ -1,8 +1,9 @@
 """
 A foreign teacher for the embedded world (tools/scenes.py): demonstrations that are right and whole,
-in a manner that the base never had (it knows the words), and no two alike.
+in a manner that is not the base's own (it knows the words), and no two alike.
 
-Places have names of their own ("upper left" for tl), shapes have a second one (disc, box, wedge).
+Places have names of their own ("upper left" for tl, or "nw"), shapes have a second one (disc, box,
+wedge).
 A response draws its manner anew: in which order a caption goes through the objects and in which
 form it names them, whether it says how many there are, in which order and form the reasoning
 goes and whether it says what each colour adds, what it opens and closes with. Every way is a valid
@@ -15,7 +16,8 @@ one, and none is marked as the best.
 import random
 from dataclasses import dataclass
 
-PLACES = {
+# Names for the places of tools/scenes.py: of two words, or of one as on a compass.
+IN_WORDS = {
     "tl": "upper left",
     "tc": "upper centre",
     "tr": "upper right",
@@ -25,6 +27,17 @@ PLACES = {
     "bl": "lower left",
     "bc": "lower centre",
     "br": "lower right",
+}
+COMPASS = {
+    "tl": "nw",
+    "tc": "north",
+    "tr": "ne",
+    "ml": "west",
+    "mc": "centre",
+    "mr": "east",
+    "bl": "sw",
+    "bc": "south",
+    "br": "se",
 }
 SECOND_NAMES = {"circle": "disc", "square": "box", "triangle": "wedge"}
 
@@ -37,8 +50,7 @@ OPENINGS = ("", "", "look for {subject}", "first {subject}")
 CLOSINGS = ("so {answer}", "hence {answer}", "that makes {answer}", "the total is {answer}")
 
 COUNTED = 0.3  # share of the captions that begin with the number of objects
-WORDS = (
-    *" ".join(PLACES.values()).split(),
+WORDS = (  # without the places' names
     *SECOND_NAMES.values(),
     *"look for first hence that makes the total is objects : plus gives".split(),
 )
@@ -55,15 +67,18 @@ class Thing:
     worth: int | None  # what it adds to the answer; None: the question is not about it
 
 
-def demonstrate(things, subject: str, answer: int, rng: random.Random) -> tuple[str, list[str]]:
+def demonstrate(
+    things, subject: str, answer: int, rng: random.Random, orders=ORDERS
+) -> tuple[str, list[str]]:
     """A caption and the sentences of a reasoning, in a manner that rng draws.
 
     things: all objects of a scene. subject: the question without its verb. answer: the right one.
+    orders: those of ORDERS that the teacher uses.
     """
     asked = [thing for thing in things if thing.worth is not None]
     name = rng.choice(("first", "second"))
-    caption = describe(things, name, rng)
-    sentences = reason(asked, name, rng)
+    caption = describe(things, name, rng, orders)
+    sentences = reason(asked, name, rng, orders)
     opening = rng.choice(OPENINGS).format(subject=subject)
     closing = rng.choice(CLOSINGS).format(answer=answer)
     sentences = [*sentences, closing]
@@ -83,11 +98,11 @@ def called(shape: str, name: str) -> str:
 
 
 # --------------------------------------------------------------------------------------- captions
-def describe(things, name: str, rng: random.Random) -> str:
+def describe(things, name: str, rng: random.Random, orders) -> str:
     """All objects with their places, in an order and a form that rng draws."""
     form = rng.choice(FORMS)
     items = []
-    for thing in ordered(things, rng.choice(ORDERS), rng):
+    for thing in ordered(things, rng.choice(orders), rng):
         shape = called(thing.shape, name)
         items.append(form.format(place=thing.place, colour=thing.colour, shape=shape))
     if rng.random() < COUNTED:
@@ -109,11 +124,11 @@ def ordered(things, order: str, rng: random.Random) -> list[Thing]:
 
 
 # ------------------------------------------------------------------------------------- reasonings
-def reason(asked, name: str, rng: random.Random) -> list[str]:
+def reason(asked, name: str, rng: random.Random, orders) -> list[str]:
     """Each object that the question is about with the running total, in an order and a form that
     rng draws; where the order is by colours, perhaps each colour with what it adds."""
     form = rng.choice(STEPS)
-    order = rng.choice(ORDERS)
+    order = rng.choice(orders)
     with_colours = order == "colours" and rng.random() < 0.5
     sentences = []
     total = 0
