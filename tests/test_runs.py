@@ -349,21 +349,71 @@ def test_a_data_file_from_the_hub(mirror, monkeypatch):
         files.find_data("hf://datasets/MathLLMs/MathVision/x.parquet")
 
 
+def shown(*arguments):
+    """The commands that runs/miniature.sh would run -> {arm: (script, {flag: value})}."""
+    done = miniature("--show", *arguments)
+    assert done.returncode == 0, done.stderr
+    commands = {}
+    for line in done.stdout.splitlines():
+        _, script, *words = line.split()
+        flags = dict(re.findall(r"--(\w+) (\S+)", " ".join(words)))  # the last of two counts
+        if script != "eval.py" and "policy" in flags:
+            commands[Path(flags["out"]).name] = script, flags
+    return commands
+
+
+def miniature(*arguments):
+    command = ["bash", str(ROOT / "runs/miniature.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def test_the_arms_of_the_comparison_have_equal_budgets():
-    """runs/miniature.sh: what follows SFT makes 140 updates of the policy in each whole arm, and
-    its arms are those that tools/compare.py shows."""
-    script = (ROOT / "runs/miniature.sh").read_text()
-    steps = {}
-    before = {}
-    for arm, policy, rest in re.findall(r"^ {8}([\w-]+)\) \w+ (\S+)(.*) ;;$", script, re.M):
-        found = re.search(r"--steps (\d+)", rest)
-        steps[arm] = int(found[1]) if found else 0  # SFT itself: by epochs
-        before[arm] = policy.strip('"').removeprefix("$out/")
-    for arm in steps:
-        if arm.endswith("-grpo"):
-            total = 0
-            while arm in steps:
-                total += steps[arm]
-                arm = before[arm]
-            assert total == 140
-    assert tuple(steps) == compare.ARMS
+    """What follows SFT makes 140 updates of the policy in each whole arm, on the seed's own data;
+    the arms of the main table are those that tools/compare.py shows."""
+    commands = shown("--world", "tiny", "--seeds", "7")
+    assert sorted(commands) == sorted(compare.ARMS)
+    for arm in ("sft-grpo", "align-grpo", "refs-grpo", "refs-align-grpo"):
+        total = 0
+        while arm != "sft":
+            _, flags = commands[arm]
+            total += int(flags["steps"])
+            arm = Path(flags["policy"]).name
+        assert total == 140
+    scripts = [commands[arm][0] for arm in ("sft", "refs", "align", "refs-align", "sft-grpo")]
+    assert scripts == ["sft.py", "sft.py", "align.py", "align.py", "rlvr.py"]
+    assert commands["sft"][1]["policy"] == "ckpt/base-tiny"
+    assert commands["refs"][1]["data"] == commands["align"][1]["data"]
+    assert commands["sft-grpo-tokens"][1]["policy"] == "out/tiny-7/sft"
+    assert {flags["seed"] for _, flags in commands.values()} == {"7"}
+
+
+def test_the_other_tables_of_the_comparison():
+    algorithms = shown("--world", "tiny", "--table", "algorithms")
+    assert algorithms["align-dapo"][1]["algo"] == "dapo"
+    assert algorithms["align-dapo"][1]["steps"] == "100"
+    assert algorithms["sft-gspo"][1]["algo"] == "gspo"
+    ablations = shown("--world", "tiny", "--table", "ablations")
+    assert ablations["align-dense"][1]["disc"] == "dense"
+    assert ablations["align-dense-grpo"][1]["policy"].endswith("/align-dense")
+    assert ablations["base-align"][1]["policy"] == "ckpt/base-tiny"
+    assert ablations["half-align"][1]["policy"].endswith("/half")
+    cost = shown("--world", "tiny", "--table", "cost")
+    assert cost["align-short"][1]["steps"] == "20"
+    assert cost["align-cosine"][1]["schedule"] == "cosine"
+
+
+def test_seeds_worlds_and_arms_of_the_comparison():
+    seeds = miniature("--show", "--seeds", "0-2,5", "--arms", "sft,refs", "--references", "50")
+    for seed in (0, 1, 2, 5):
+        assert f"--out out/refs50-miniature-{seed}/refs " in seeds.stdout
+    assert "miniature-3" not in seeds.stdout and "align" not in seeds.stdout
+    for wrong, why in (
+        (("--seeds", "x"), "write 0-9"),
+        (("--table", "x"), "there are main"),
+        (("--arms", "x", "--show"), "there is no arm x"),
+        (("--arms", "align-x", "--show"), "there is no variant x"),
+        (("--seed", "0"), "there is no flag --seed"),
+        (("--seeds",), "--seeds needs a value"),
+    ):
+        done = miniature(*wrong)
+        assert done.returncode and why in done.stderr

@@ -227,14 +227,23 @@ def miniature(tmp_path_factory):
     return out
 
 
-def test_the_teacher_is_right_and_whole_in_words_of_its_own(miniature):
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    out = tmp_path_factory.mktemp("known")
+    run(out, "--world", "known")
+    return out
+
+
+@pytest.mark.parametrize("world", ("miniature", "known"))
+def test_the_teacher_is_right_and_whole_in_words_of_its_own(world, request):
     """Captions name every object once with its place; what the sentences add up is the answer."""
+    folder = request.getfixturevalue(world)
     shapes = {**{shape: shape for shape in SIDES}, "disc": "circle", "box": "square"}
     shapes["wedge"] = "triangle"
-    places = {name: short for short, name in teacher.PLACES.items()}
+    places = {name: short for short, name in scenes.WORLDS[world].places.items()}
     checked = 0
     for name in ("curated", "align", "test_id", "test_hard", "test_ood"):
-        for row in lines(miniature / f"{name}.jsonl"):
+        for row in lines(folder / f"{name}.jsonl"):
             response = row.get("teacher_response") or row["messages"][1]["content"]
             prompt = (row.get("prompt") or row["messages"])[0]["content"]
             scene = row["extra_info"]["scene"]
@@ -248,7 +257,7 @@ def test_the_teacher_is_right_and_whole_in_words_of_its_own(miniature):
                 words = item.replace(" : ", " ").replace(" in ", " ").split()
                 (colour,) = [word for word in words if word in scenes.COLOURS]
                 (shape,) = [shapes[word] for word in words if word in shapes]
-                (place,) = [short for long, short in places.items() if long in item]
+                (place,) = [short for long, short in places.items() if is_in(long, item)]
                 found.append(f"{place} {colour} {shape}")
             assert sorted(found) == sorted(scene.split(" ; "))
             assert given == str(answer)
@@ -264,6 +273,11 @@ def test_the_teacher_is_right_and_whole_in_words_of_its_own(miniature):
     assert checked > 200
 
 
+def is_in(words, text):
+    """Whether whole words stand in a text, one after the other."""
+    return f" {words} " in f" {text} "
+
+
 def total_of(step):
     """The running total that a step of the teacher's names: the only number in it."""
     (total,) = [int(word) for word in step.split() if word.isdigit()]
@@ -276,16 +290,19 @@ def test_the_teacher_draws_all_of_its_manners(miniature):
     signs = (" : ", " in red", "objects ;", "disc", "circle", "gives", " for ", "makes", "hence")
     for sign in signs:
         assert sign in text, sign
-    orders = {order_of(parts(response)["caption"]) for response in responses}
-    assert {"above", "below", "other"} <= orders
+    assert orders_in(responses, "miniature") == {"above", "below", "other"}
     assert len(set(responses)) == len(responses)
 
 
-def order_of(caption):
+def orders_in(responses, world):
+    places = list(scenes.WORLDS[world].places.values())
+    return {order_of(parts(response)["caption"], places) for response in responses}
+
+
+def order_of(caption, places):
     """From above, from below, or otherwise: by the places of a teacher's caption."""
-    places = list(teacher.PLACES.values())
     items = [item for item in caption.split(" ; ") if not item.endswith(" objects")]
-    numbers = [n for item in items for n, place in enumerate(places) if place in item]
+    numbers = [n for item in items for n, place in enumerate(places) if is_in(place, item)]
     if numbers == sorted(numbers):
         return "above"
     return "below" if numbers == sorted(numbers, reverse=True) else "other"
@@ -293,7 +310,7 @@ def order_of(caption):
 
 def test_the_base_knows_the_words_and_not_the_manner(miniature):
     """It spells objects in the teacher's words where it is asked to, and nowhere else."""
-    own = set(teacher.WORDS) - {"left", "right", ":"}
+    own = {*teacher.WORDS, *" ".join(teacher.IN_WORDS.values()).split()} - {"left", "right", ":"}
     spelled = 0
     for name in scenes.BASE_FILES:
         for row in lines(miniature / f"{name}.jsonl"):
@@ -306,3 +323,18 @@ def test_the_base_knows_the_words_and_not_the_manner(miniature):
                 assert not own & set(words)
     assert spelled > 50
     test_every_word_is_in_the_vocabulary(miniature)
+
+
+def test_the_base_of_the_known_world_has_half_of_its_own_manner_and_half_of_the_teachers(known):
+    whole = [row["messages"][1]["content"] for row in lines(known / "base.jsonl")]
+    whole = [response for response in whole if "<caption>" in response]
+    named = {word for name in teacher.COMPASS.values() for word in name.split()}
+    foreign = [response for response in whole if named & set(response.split())]
+    assert 0.4 < len(foreign) / len(whole) < 0.6
+    for response in whole:
+        own = set(scenes.POSITIONS) & set(response.split())
+        assert not own or response not in foreign
+    references = [row["teacher_response"] for row in lines(known / "align.jsonl")]
+    assert orders_in(references, "known") == {"above", "below"}
+    assert all(named & set(response.split()) for response in references)
+    test_every_word_is_in_the_vocabulary(known)

@@ -1,14 +1,13 @@
 """
 How many tokens runs have generated, and how many updates of another run generate as many.
 
-    python tools/budget.py out/tiny-0/align out/tiny-0/align-grpo
-    python tools/budget.py out/tiny-0/align out/tiny-0/align-grpo --as_updates_of out/tiny-0/sft-grpo
+    python tools/budget.py out/a/align out/a/align-grpo
+    python tools/budget.py out/a/align out/a/align-grpo --as_updates_of out/a/sft-grpo
 
-The first prints the tokens that runs of alignment and RLVR have sampled, one after the other, summed;
-alignment's warm-up logs no lengths, and its rollouts, which are of the policy that the game begins
-with, are taken to be as long as those of the game's first step. The second prints the number of
-updates after which the run named last has generated as many, or would have, had it gone on as in
-its last 20 updates.
+The first prints the tokens that runs of alignment and RLVR have sampled, all together. Alignment's
+warm-up logs no lengths: its rollouts, which are of the policy that the game begins with, are taken
+to be as long as those of the game's first step. The second prints the number of updates after which
+the run named last has generated as many, or would have, had it gone on as in its last 20 updates.
 """
 
 import argparse

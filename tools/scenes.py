@@ -89,8 +89,8 @@ WORLDS = {
         places=teacher.COMPASS,
         orders=("above", "below"),
         known=0.5,
-        noise=40,
-        shade=60,
+        noise=60,
+        shade=75,
         curated=1000,
     ),
 }
