@@ -76,6 +76,11 @@ def read_seed(path, metric, arms=()):
     return values
 
 
+def without_logs(paths):
+    """Leave out runs/miniature.sh's out/tiny-0.log, which out/tiny-* names beside out/tiny-0."""
+    return [path for path in paths if not str(path).endswith(".log")]
+
+
 def files_of(path):
     """Return the files of a seed: the path itself, or those in a folder's runs."""
     files = sorted(path.glob("*/eval.json")) if path.is_dir() else [path]
@@ -228,16 +233,17 @@ def main():
     parser.add_argument("--arms", nargs="*", default=[], help="to read no others; none: all")
     parser.add_argument("--metric", default="accuracy", help="of the results in the files")
     args = parser.parse_args()
+    files = without_logs(args.files)
     try:
-        expect_same_evaluation(args.files)
-        values = read_seeds(args.files, args.metric, args.arms)
+        expect_same_evaluation(files)
+        values = read_seeds(files, args.metric, args.arms)
         pairs = pairs_of(args.pairs, names_in(values, 0))
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"compare.py: {error}")
     # Shares are shown in %, counts (items, steps, tokens) as they are.
     is_share = all(0 <= value <= 1 for of_seeds in values.values() for value in of_seeds)
     scale, digits = (100, 1) if is_share else (1, 2)
-    seeds = len(args.files)
+    seeds = len(files)
     print(f"{args.metric}{', %' if is_share else ''}, {seeds} seed{'s' * (seeds > 1)}")
     for mode in names_in(values, 2):
         print()

@@ -44,7 +44,14 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.budget import tokens_per_update, warmup_tokens  # noqa: E402
-from tools.compare import expect_same_evaluation, files_of, in_order, names_in, read_seeds  # noqa: E402
+from tools.compare import (  # noqa: E402
+    expect_same_evaluation,
+    files_of,
+    in_order,
+    names_in,
+    read_seeds,
+    without_logs,
+)
 from tools.report import half_interval, points, read_run, span_names, stage_of  # noqa: E402
 
 START = "sft"  # the arm that all others begin with
@@ -122,8 +129,7 @@ class Comparison:
 def comparison_of(folders, asked=()):
     """Return the Comparison of the seeds' folders. asked: the arms to draw; empty: all. Raises
     ValueError for an arm that a seed has not, for a seed given twice, for other evaluations."""
-    # runs/miniature.sh leaves out/tiny-0.log beside out/tiny-0, which out/tiny-* names too
-    seeds = [Path(folder) for folder in folders if not str(folder).endswith(".log")]
+    seeds = [Path(folder) for folder in without_logs(folders)]
     if not seeds:
         raise ValueError("no seed's folder is named")
     there = {}  # seed -> its arms
