@@ -26,7 +26,7 @@
 #   refs-align        SFT on the references, then alignment
 #   refs-align-grpo   then GRPO
 # -dapo and -gspo are other algorithms in GRPO's place. `base-` begins without SFT, `half-` with half
-# of it. The variants of alignment (align-dense, align-cosine ..) are in the function `variant`.
+# of it. The variants of alignment (align-dense, align-constant ..) are in the function `variant`.
 set -euo pipefail
 
 usage() {
@@ -49,7 +49,8 @@ arms_of() { # of a table
         main) echo sft sft-grpo align align-grpo sft-grpo-tokens refs refs-grpo refs-align \
             refs-align-grpo ;;
         algorithms) echo sft align refs {sft,align,refs}-{dapo,gspo} ;;
-        cost) echo sft align align-{cosine,short,slow,stdfloor,group16,clip,discslow,discfast} ;;
+        cost) echo sft align align-{constant,nodecay,nofloor,short,slow,group16,clip} \
+            align-{discslow,discfast} ;;
         ablations)
             echo sft align align-grpo base-align base-align-grpo half half-align half-align-grpo
             for name in dense blind experts whole sum alpha0 alpha1; do
@@ -70,10 +71,11 @@ variant() {
         sum) echo "--normalize sum" ;;
         alpha0) echo "--alpha 0" ;;
         alpha1) echo "--alpha 1" ;;
-        cosine) echo "--schedule cosine" ;;
+        constant) echo "--schedule constant --std_floor 0" ;;
+        nodecay) echo "--schedule constant" ;;
+        nofloor) echo "--std_floor 0" ;;
         short) echo "--steps 20" ;;
         slow) echo "--lr 5e-5" ;;
-        stdfloor) echo "--std_floor 0.5" ;;
         group16) echo "--group_size 16 --prompts_per_step 8" ;;
         clip) echo "--score_clip 1" ;;
         discslow) echo "--disc_lr 1.5e-4" ;;

@@ -399,7 +399,7 @@ def test_the_other_tables_of_the_comparison():
     assert ablations["half-align"][1]["policy"].endswith("/half")
     cost = shown("--world", "tiny", "--table", "cost")
     assert cost["align-short"][1]["steps"] == "20"
-    assert cost["align-cosine"][1]["schedule"] == "cosine"
+    assert cost["align-constant"][1]["schedule"] == "constant"
 
 
 def test_seeds_worlds_and_arms_of_the_comparison():
