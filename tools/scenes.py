@@ -91,7 +91,7 @@ WORLDS = {
         known=0.5,
         noise=60,
         shade=75,
-        curated=1000,
+        curated=2000,
     ),
 }
 
