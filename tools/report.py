@@ -147,7 +147,8 @@ LIGHTS = [
         green=(0, 0.05),
         amber=(0, 0.2),
         meaning="Groups with almost equal scores: divided by their std, noise becomes advantage.",
-        mend="Set --std_floor near the usual group_std, or raise --group_size.",
+        mend="Set --std_floor near the usual group_std and --schedule cosine (Adam makes full steps "
+        "of small gradients, too), or raise --group_size.",
     ),
     Light(
         "Score and length",
@@ -185,7 +186,8 @@ LIGHTS = [
         green=(-0.05, inf),
         amber=(-0.15, inf),
         meaning="Change since the first steps; the verifier is not trained on in this stage.",
-        mend="Some cost is usual before stage 3; a collapse is not: fewer --steps or a lower --lr.",
+        mend="Some cost is usual before stage 3; a collapse is not: fewer --steps or a lower --lr; "
+        "where pair accuracy is at 0.5, --schedule cosine and --std_floor.",
     ),
     Light(
         "Cut rollouts",
