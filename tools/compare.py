@@ -3,7 +3,7 @@ Compare arms over seeds: each arm's mean, and paired differences with 95 % inter
 
     python tools/compare.py out/miniature-*
     python tools/compare.py out/tiny-*/eval.json --pairs align-grpo:sft-grpo --metric items
-    python tools/compare.py out/tiny-[0-4] --arms sft align align-constant --pairs align-constant:align
+    python tools/compare.py out/tiny-[0-4] --arms sft sft-grpo
 
 Of each seed there is a file that eval.py wrote of all its arms, or a folder in which each arm's run
 has an eval.json; all on the same tests. An arm has the name of its run's folder. A pair is compared

@@ -147,8 +147,8 @@ LIGHTS = [
         green=(0, 0.05),
         amber=(0, 0.2),
         meaning="Groups with almost equal scores: divided by their std, noise becomes advantage.",
-        mend="Set --std_floor near the usual group_std and --schedule cosine (Adam makes full steps "
-        "of small gradients, too), or raise --group_size.",
+        mend="Set --std_floor near the usual group_std and --schedule cosine (Adam makes full "
+        "steps of small gradients, too), or raise --group_size.",
     ),
     Light(
         "Score and length",
