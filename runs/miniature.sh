@@ -107,7 +107,11 @@ fi
 arms=${arms//,/ }
 
 EXTRAS=
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+if [ "$show" ]; then
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+else
+    source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+fi
 MAX_RESPONSE=160 UPDATES=140 EACH=40 # updates in all behind SFT, and in a stage before RLVR
 name=$world
 if [ "$references" != 1500 ]; then name=refs$references-$world; fi

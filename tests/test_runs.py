@@ -350,15 +350,17 @@ def test_a_data_file_from_the_hub(mirror, monkeypatch):
 
 
 def shown(*arguments):
-    """The commands that runs/miniature.sh would run -> {arm: (script, {flag: value})}."""
+    """The stages that runs/miniature.sh would run -> {arm: (script, its arguments)}."""
     done = miniature("--show", *arguments)
     assert done.returncode == 0, done.stderr
     commands = {}
     for line in done.stdout.splitlines():
         _, script, *words = line.split()
-        flags = dict(re.findall(r"--(\w+) (\S+)", " ".join(words)))  # the last of two counts
-        if script != "eval.py" and "policy" in flags:
-            commands[Path(flags["out"]).name] = script, flags
+        if (stage := script.removesuffix(".py")) in STAGES:
+            if "allow)" in words:  # in the place of a number that is known later
+                words = words[: words.index("--steps")]
+            args = parse(STAGES[stage].Args, words, with_paths=False)
+            commands[Path(args.out).name] = script, args
     return commands
 
 
@@ -375,31 +377,40 @@ def test_the_arms_of_the_comparison_have_equal_budgets():
     for arm in ("sft-grpo", "align-grpo", "refs-grpo", "refs-align-grpo"):
         total = 0
         while arm != "sft":
-            _, flags = commands[arm]
-            total += int(flags["steps"])
-            arm = Path(flags["policy"]).name
+            _, args = commands[arm]
+            total += args.steps
+            arm = Path(args.policy).name
         assert total == 140
     scripts = [commands[arm][0] for arm in ("sft", "refs", "align", "refs-align", "sft-grpo")]
     assert scripts == ["sft.py", "sft.py", "align.py", "align.py", "rlvr.py"]
-    assert commands["sft"][1]["policy"] == "ckpt/base-tiny"
-    assert commands["refs"][1]["data"] == commands["align"][1]["data"]
-    assert commands["sft-grpo-tokens"][1]["policy"] == "out/tiny-7/sft"
-    assert {flags["seed"] for _, flags in commands.values()} == {"7"}
+    assert commands["sft"][1].policy == "ckpt/base-tiny"
+    assert commands["refs"][1].data == commands["align"][1].data
+    assert commands["sft-grpo-tokens"][1].policy == "out/tiny-7/sft"
+    assert {args.seed for _, args in commands.values()} == {7}
 
 
 def test_the_other_tables_of_the_comparison():
-    algorithms = shown("--world", "tiny", "--table", "algorithms")
-    assert algorithms["align-dapo"][1]["algo"] == "dapo"
-    assert algorithms["align-dapo"][1]["steps"] == "100"
-    assert algorithms["sft-gspo"][1]["algo"] == "gspo"
-    ablations = shown("--world", "tiny", "--table", "ablations")
-    assert ablations["align-dense"][1]["disc"] == "dense"
-    assert ablations["align-dense-grpo"][1]["policy"].endswith("/align-dense")
-    assert ablations["base-align"][1]["policy"] == "ckpt/base-tiny"
-    assert ablations["half-align"][1]["policy"].endswith("/half")
-    cost = shown("--world", "tiny", "--table", "cost")
-    assert cost["align-short"][1]["steps"] == "20"
-    assert cost["align-constant"][1]["schedule"] == "constant"
+    def of_table(name):
+        commands = shown("--world", "tiny", "--table", name)
+        return {arm: args for arm, (_, args) in commands.items()}
+
+    algorithms = of_table("algorithms")
+    assert algorithms["align-dapo"].algo == "dapo"
+    assert algorithms["align-dapo"].steps == 100
+    assert algorithms["sft-gspo"].algo == "gspo"
+    ablations = of_table("ablations")
+    assert ablations["align"].disc == "moe"
+    assert ablations["align-dense"].disc == "dense"
+    assert ablations["align-dense-grpo"].policy.endswith("/align-dense")
+    assert ablations["align-dense-grpo"].steps == 100
+    assert ablations["base-align"].policy == "ckpt/base-tiny"
+    assert ablations["base-align-grpo"].steps == 100
+    assert ablations["half-align"].policy.endswith("/half")
+    assert ablations["half"].steps < 392 // 1.5
+    cost = of_table("cost")
+    assert cost["align-short"].steps == 20
+    assert (cost["align"].schedule, cost["align"].std_floor) == ("cosine", 0.5)
+    assert (cost["align-constant"].schedule, cost["align-constant"].std_floor) == ("constant", 0)
 
 
 def test_seeds_worlds_and_arms_of_the_comparison():
