@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style and tests, in the environment with all extras: two minutes on two cores.
+# Style and tests, in the environment with all extras: three minutes on two cores.
 #   bash runs/test.sh [--slow] [arguments for pytest]        --slow: the slow tests too
 set -euo pipefail
 EXTRAS=math,parquet,plot,wandb,tensorboard,test

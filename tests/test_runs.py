@@ -20,7 +20,7 @@ import sft
 from engine import files
 from engine.arguments import parse
 from engine.rows import Rows
-from tools import compare, memory
+from tools import memory
 
 STAGES = {"sft": sft, "align": align, "rlvr": rlvr}
 SCRIPTS = {f"{name}.py": stage for name, stage in STAGES.items()} | {"eval.py": evaluation}
@@ -347,84 +347,3 @@ def test_a_data_file_from_the_hub(mirror, monkeypatch):
     assert asked == [("MathLLMs/MathVision", pattern)]
     with pytest.raises(FileNotFoundError, match="hf://datasets/MathLLMs/MathVision/x.parquet: no"):
         files.find_data("hf://datasets/MathLLMs/MathVision/x.parquet")
-
-
-def shown(*arguments):
-    """The stages that runs/miniature.sh would run -> {arm: (script, its arguments)}."""
-    done = miniature("--show", *arguments)
-    assert done.returncode == 0, done.stderr
-    commands = {}
-    for line in done.stdout.splitlines():
-        _, script, *words = line.split()
-        if (stage := script.removesuffix(".py")) in STAGES:
-            if "allow)" in words:  # in the place of a number that is known later
-                words = words[: words.index("--steps")]
-            args = parse(STAGES[stage].Args, words, with_paths=False)
-            commands[Path(args.out).name] = script, args
-    return commands
-
-
-def miniature(*arguments):
-    command = ["bash", str(ROOT / "runs/miniature.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_the_arms_of_the_comparison_have_equal_budgets():
-    """What follows SFT makes 140 updates of the policy in each whole arm, on the seed's own data;
-    the arms of the main table are those that tools/compare.py shows."""
-    commands = shown("--world", "tiny", "--seeds", "7")
-    assert sorted(commands) == sorted(compare.ARMS)
-    for arm in ("sft-grpo", "align-grpo", "refs-grpo", "refs-align-grpo"):
-        total = 0
-        while arm != "sft":
-            _, args = commands[arm]
-            total += args.steps
-            arm = Path(args.policy).name
-        assert total == 140
-    scripts = [commands[arm][0] for arm in ("sft", "refs", "align", "refs-align", "sft-grpo")]
-    assert scripts == ["sft.py", "sft.py", "align.py", "align.py", "rlvr.py"]
-    assert commands["sft"][1].policy == "ckpt/base-tiny"
-    assert commands["refs"][1].data == commands["align"][1].data
-    assert commands["sft-grpo-tokens"][1].policy == "out/tiny-7/sft"
-    assert {args.seed for _, args in commands.values()} == {7}
-
-
-def test_the_other_tables_of_the_comparison():
-    def of_table(name):
-        commands = shown("--world", "tiny", "--table", name)
-        return {arm: args for arm, (_, args) in commands.items()}
-
-    algorithms = of_table("algorithms")
-    assert algorithms["align-dapo"].algo == "dapo"
-    assert algorithms["align-dapo"].steps == 100
-    assert algorithms["sft-gspo"].algo == "gspo"
-    ablations = of_table("ablations")
-    assert ablations["align"].disc == "moe"
-    assert ablations["align-dense"].disc == "dense"
-    assert ablations["align-dense-grpo"].policy.endswith("/align-dense")
-    assert ablations["align-dense-grpo"].steps == 100
-    assert ablations["base-align"].policy == "ckpt/base-tiny"
-    assert ablations["base-align-grpo"].steps == 100
-    assert ablations["half-align"].policy.endswith("/half")
-    assert ablations["half"].steps < 392 // 1.5
-    cost = of_table("cost")
-    assert cost["align-short"].steps == 20
-    assert (cost["align"].schedule, cost["align"].std_floor) == ("cosine", 0.5)
-    assert (cost["align-constant"].schedule, cost["align-constant"].std_floor) == ("constant", 0)
-
-
-def test_seeds_worlds_and_arms_of_the_comparison():
-    seeds = miniature("--show", "--seeds", "0-2,5", "--arms", "sft,refs", "--references", "50")
-    for seed in (0, 1, 2, 5):
-        assert f"--out out/refs50-miniature-{seed}/refs " in seeds.stdout
-    assert "miniature-3" not in seeds.stdout and "align" not in seeds.stdout
-    for wrong, why in (
-        (("--seeds", "x"), "write 0-9"),
-        (("--table", "x"), "there are main"),
-        (("--arms", "x", "--show"), "there is no arm x"),
-        (("--arms", "align-x", "--show"), "there is no variant x"),
-        (("--seed", "0"), "there is no flag --seed"),
-        (("--seeds",), "--seeds needs a value"),
-    ):
-        done = miniature(*wrong)
-        assert done.returncode and why in done.stderr

@@ -75,7 +75,7 @@ class World:
     places: dict | None  # as the foreign teacher names them; None: no teacher, the base's manner
     orders: tuple  # in which the teacher goes through the objects
     known: float  # share of the base's demonstrations that are in the teacher's manner
-    noise: int  # of each channel of a pixel, at most so much up or down
+    noise: int  # of each channel of a pixel: so much down, and up (up to 8 more: see paint)
     shade: int  # of each channel of an object's colour, the same
     curated: int  # rows of the references' manner among SFT's
 
@@ -214,7 +214,8 @@ def paint(scene: tuple, rng: random.Random, world: World) -> Image.Image:
         if thing:
             paint_object(pen, place, *thing, rng, world)
     noise = Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
-    fainter = 256 // (2 * world.noise + 1)  # by so much the 256 values are divided
+    # By so much the 256 values are divided; rounded down, it leaves some that are a little larger.
+    fainter = 256 // (2 * world.noise + 1)
     faint = noise.point(lambda value: value // fainter)  # 0 to about 2 * world.noise
     return ImageChops.add(image, faint, offset=-world.noise)
 

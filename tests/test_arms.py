@@ -1,0 +1,312 @@
+"""The comparison of arms over seeds: what it runs and in which order, budgets, stops and failures.
+No stage runs here: commands are written down, and what they would leave is put in its place."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import align
+import rlvr
+import sft
+from engine.arguments import parse
+from tools import arms, compare
+
+STAGES = {"sft.py": sft, "align.py": align, "rlvr.py": rlvr}
+
+
+def seed_of(run, *, show=False, references=1500, number=7):
+    args = argparse.Namespace(world="tiny", references=references, limit=1000, show=show)
+    return arms.Seed(number, args, run)
+
+
+def flags_of(command, name):
+    return command[command.index(f"--{name}") + 1]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project, and a `run` that leaves what the commands of a seed would leave."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        out = Path(flags_of(command, "out"))
+        if command[1] == "tools/scenes.py":
+            out.mkdir(parents=True)
+            (out / "align.jsonl").write_text("{}\n" * 1500)
+            (out / "words.json").write_text("[]")
+        elif command[1] == "eval.py":
+            limit = int(flags_of(command, "limit"))
+            out.write_text(json.dumps({"args": {"limit": limit}, "results": []}))
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            steps = range(1, 1 + int(flags_of(command, "steps")) if "--steps" in command else 2)
+            args = {"prompts_per_step": 16, "group_size": 8}
+            logged = [{"args": args}] if command[1] != "sft.py" else [{"args": {}}]
+            logged += [{"step": step, "length": 40.0} for step in steps]
+            (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+
+    run.commands = commands
+    return run
+
+
+# ------------------------------------------------------------------------------------- the arms
+def test_every_arm_s_command_is_one_of_its_stage():
+    """All flags go through the stages' own arguments; what ends with RLVR makes 140 updates."""
+    seed = seed_of(run=None, show=True)
+    for name, arm in arms.ARMS.items():
+        _, script, *words = seed.command(name)
+        if arm.more:
+            words = words[: words.index("--steps")]
+        args = parse(STAGES[script].Args, words, with_paths=False)
+        assert args.out == f"out/arms-tiny-7/{name}"
+        assert (args.seed, args.max_response, args.resume) == (7, 160, True)
+        if script == "rlvr.py" and not arm.more:
+            assert arms.updates_behind_sft(arms.ARMS, name) == 140
+            assert args.steps == arm.updates and name.endswith(f"-{args.algo}")
+        if script == "align.py":
+            assert args.disc_init == "ckpt/base-tiny"
+
+
+def test_what_arms_begin_with():
+    commands = {name: seed_of(run=None, show=True).command(name) for name in arms.ARMS}
+    for name, policy in {
+        "sft": "ckpt/base-tiny",
+        "half": "ckpt/base-tiny",
+        "base-align": "ckpt/base-tiny",
+        "align": "out/arms-tiny-7/sft",
+        "align-dense-grpo": "out/arms-tiny-7/align-dense",
+        "refs-align": "out/arms-tiny-7/refs",
+        "half-align": "out/arms-tiny-7/half",
+        "sft-grpo-tokens": "out/arms-tiny-7/sft",  # the run itself, on
+    }.items():
+        assert flags_of(commands[name], "policy") == policy
+    steps = {name: flags_of(commands[name], "steps") for name in ("align-short", "refs-align-grpo")}
+    assert steps == {"align-short": "20", "refs-align-grpo": "60"}
+    assert flags_of(commands["align-short-grpo"], "steps") == "120"
+    assert flags_of(commands["refs"], "data") == flags_of(commands["align"], "data")
+
+
+def test_variants_change_what_they_say():
+    seed = seed_of(run=None, show=True)
+
+    def args_of(name):
+        return parse(align.Args, seed.command(name)[2:], with_paths=False)
+
+    plain = args_of("align")
+    assert (plain.schedule, plain.std_floor, plain.disc) == ("cosine", 0.5, "moe")
+    changed = {}
+    for variant in arms.VARIANTS:
+        args = args_of(f"align-{variant}")
+        changed[variant] = {
+            field: value
+            for field, value in vars(args).items()
+            if value != getattr(plain, field) and field != "out"
+        }
+    assert changed == {
+        "dense": {"disc": "dense"},
+        "experts": {"disc": "experts"},
+        "blind": {"disc_blind": True},
+        "whole": {"spans": "whole"},
+        "sum": {"normalize": "sum"},
+        "alpha0": {"alpha": 0.0},
+        "alpha1": {"alpha": 1.0},
+        "constant": {"schedule": "constant", "std_floor": 0.0},
+        "nodecay": {"schedule": "constant"},
+        "nofloor": {"std_floor": 0.0},
+        "slow": {"lr": 5e-5},
+        "group16": {"group_size": 16, "prompts_per_step": 8},
+        "clip": {"score_clip": 1.0},
+        "discslow": {"disc_lr": 1.5e-4},
+        "discfast": {"disc_lr": 1.5e-3},
+        "short": {"steps": 20},
+    }
+
+
+def test_tables_compare_arms_that_they_have():
+    assert arms.TABLES["main"].arms == compare.ARMS
+    for table in arms.TABLES.values():
+        there = arms.with_starts(table.arms)
+        for pair in table.pairs:
+            assert set(pair.split(":")) <= set(there)
+        for place, name in enumerate(there):  # what an arm begins with comes before it
+            assert arms.ARMS[name].start in ["base", *there[:place]]
+    assert arms.with_starts(["sft-grpo-tokens"])[-1] == "sft-grpo-tokens"
+    assert {"align", "align-grpo"} < set(arms.with_starts(["sft-grpo-tokens"]))
+    for wrong in ("foo-grpo", "align-x", "refs-align-dense-grpo", "refs-grpo-tokens"):
+        with pytest.raises(ValueError, match=f"there is no arm {wrong}"):
+            arms.with_starts([wrong])
+
+
+# -------------------------------------------------------------------------------------- one seed
+def scripts(commands):
+    return [(command[1], Path(flags_of(command, "out")).name) for command in commands]
+
+
+def test_a_seed_is_made_in_order_and_only_what_is_missing(project):
+    seed = seed_of(project)
+    seed.make(["sft", "align"])
+    assert scripts(project.commands) == [
+        ("tools/scenes.py", "arms-tiny-7"),
+        ("sft.py", "sft"),
+        ("eval.py", "eval.json"),
+        ("align.py", "align"),
+        ("eval.py", "eval.json"),
+    ]
+    evaluation = project.commands[2]
+    assert flags_of(evaluation, "policy") == "out/arms-tiny-7/sft"
+    assert flags_of(evaluation, "limit") == "1000"
+    assert flags_of(project.commands[0], "tests") == "1000"
+    project.commands.clear()
+    seed.make(["sft", "align", "refs"])
+    assert scripts(project.commands) == [("sft.py", "refs"), ("eval.py", "eval.json")]
+    # An evaluation of other rows does not count.
+    project.commands.clear()
+    seed.args.limit = 500
+    assert seed.missing(["sft", "align"]) == ["sft", "align"]
+
+
+def test_references_are_the_first_rows(project):
+    few = seed_of(project, references=50)
+    assert few.name == "arms-refs50-tiny-7"
+    few.make([])
+    assert len(Path("data/arms-refs50-tiny-7/references.jsonl").read_text().splitlines()) == 50
+    with pytest.raises(ValueError, match="align.jsonl has 1500 rows: --references 1501"):
+        seed_of(project, references=1501).make([])
+
+
+def test_the_run_at_equal_tokens_goes_on_from_a_copy(project, monkeypatch):
+    seed = seed_of(project)
+    seed.make(["sft", "sft-grpo", "align", "align-grpo"])
+    monkeypatch.setattr(arms.budget, "generated", lambda runs: 150 * 16 * 8 * 40)
+    out = Path("out/arms-tiny-7")
+    project.commands.clear()
+
+    def fail(source, to, **_):
+        to.mkdir()
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms.shutil, "copytree", fail)
+        with pytest.raises(OSError, match="no space"):
+            seed.make(["sft-grpo-tokens"])
+    assert not (out / "sft-grpo-tokens").exists() and not project.commands
+    seed.make(["sft-grpo-tokens"])  # what the failure left is not in its way
+    command = project.commands[0]
+    assert flags_of(command, "steps") == "150"
+    assert flags_of(command, "policy") == "out/arms-tiny-7/sft"
+    assert not list(out.glob(".*part"))
+    # A run that has gone too far already begins anew.
+    monkeypatch.setattr(arms.budget, "generated", lambda runs: 100 * 16 * 8 * 40)
+    arms.shutil.rmtree(out / "sft-grpo-tokens")
+    assert flags_of(seed.command("sft-grpo-tokens"), "steps") == "100"
+    assert not (out / "sft-grpo-tokens").exists()
+
+
+def test_a_copy_is_the_run_without_its_evaluation(project, monkeypatch):
+    seed = seed_of(project)
+    seed.make(["sft", "sft-grpo", "align", "align-grpo"])
+    monkeypatch.setattr(arms.budget, "generated", lambda runs: 150 * 16 * 8 * 40)
+    seed.command("sft-grpo-tokens")
+    left = [path.name for path in Path("out/arms-tiny-7/sft-grpo-tokens").iterdir()]
+    assert left == ["log.jsonl"]
+
+
+# -------------------------------------------------------------------------------- all of them
+def test_what_fails_is_named_with_its_last_line(project, tmp_path):
+    args = argparse.Namespace(world="tiny", references=1500, limit=1000, show=False)
+    Path("sft.py").write_text("import sys\nprint('not enough')\nsys.exit(3)\n")
+    (tmp_path / "tools").mkdir()
+    making = "import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+    making += "out.mkdir(parents=True)\n(out / 'align.jsonl').write_text('{}\\n' * 1500)\n"
+    Path("tools/scenes.py").write_text(making + "(out / 'words.json').write_text('[]')\n")
+    reason = arms.make_seed(3, args, ["sft", "align"], arms.Runner())
+    assert reason == "sft.py ended with 3: not enough (more in out/arms-tiny-3/log.txt)"
+    args.references = 9999
+    reason = arms.make_seed(3, args, ["sft"], arms.Runner())
+    assert "--references 9999" in reason
+
+
+def test_a_seed_belongs_to_one_process(project):
+    args = argparse.Namespace(world="tiny", references=1500, limit=1000, show=False)
+    folder = Path("out/arms-tiny-3")
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        arms.fcntl.flock(lock, arms.fcntl.LOCK_EX)
+        reason = arms.make_seed(3, args, [], arms.Runner())
+    assert reason == "another process is at work in out/arms-tiny-3"
+
+
+def test_a_stop_ends_what_runs_and_begins_nothing(tmp_path):
+    runner = arms.Runner()
+    log = tmp_path / "log.txt"
+    timer = threading.Timer(0.3, runner.stop)
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(arms.Stopped):
+        runner.run([sys.executable, "-c", "import time; time.sleep(60)"], log)
+    assert time.monotonic() - begin < 30
+    with pytest.raises(arms.Stopped):
+        runner.run([sys.executable, "-c", "print('begun')"], log)
+    assert "\nbegun" not in log.read_text()
+
+
+def test_the_script_from_the_shell(tmp_path):
+    """--show runs nothing; a wrong value is one message; a stop leaves no run behind."""
+
+    def run(*arguments):
+        command = [sys.executable, str(ROOT / "tools/arms.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    done = run("--show", "--world", "tiny", "--seeds", "0-2,5,1", "--arms", "refs")
+    assert done.returncode == 0, done.stderr
+    runs = [line.split("--out ")[1].split()[0] for line in done.stdout.splitlines()]
+    assert [line for line in runs if line.endswith("/refs")] == [
+        f"out/arms-tiny-{seed}/refs" for seed in (0, 1, 2, 5)
+    ]
+    assert not list(tmp_path.iterdir())
+    for wrong, why in (
+        (("--seeds", "x"), "write 0-9"),
+        (("--seeds", "3-1"), "3-1 names no seed"),
+        (("--jobs", "0"), "1 or more"),
+        (("--world", "x"), "invalid choice"),
+        (("--arms", "x"), "there is no arm x"),
+    ):
+        done = run(*wrong)
+        assert done.returncode == 2 and why in done.stderr.splitlines()[-1]
+
+
+def test_jobs_share_the_seeds_and_a_failure_is_the_exit_status(project, monkeypatch, capsys):
+    made = []
+
+    def make_seed(number, args, names, runner):
+        made.append((number, threading.active_count()))
+        time.sleep(0.05)
+        return "no luck" if number == 1 else None
+
+    monkeypatch.setattr(arms, "make_seed", make_seed)
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit, match="not all seeds are whole"):
+            arms.run_all(argparse.Namespace(jobs=2, seeds=[0, 1, 2, 3]), ["sft"])
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert sorted(number for number, _ in made) == [0, 1, 2, 3]
+    assert "seed 1: no luck" in capsys.readouterr().err
+
+
+def test_the_shell_script_hands_its_flags_over():
+    text = (ROOT / "runs/miniature.sh").read_text()
+    assert 'exec python tools/arms.py "$@"' in text
+    assert os.access(ROOT / "tools/arms.py", os.R_OK)

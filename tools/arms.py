@@ -1,0 +1,461 @@
+"""
+The arms of the comparison, over seeds of an embedded world: what does an alignment stage buy?
+
+    bash runs/miniature.sh                         the main table on seed 0 of the world "miniature"
+    bash runs/miniature.sh --seeds 0-9 --jobs 2    ten seeds, two at a time, a core each
+    bash runs/miniature.sh --world tiny            the world of runs/tiny.sh (tools/scenes.py)
+    bash runs/miniature.sh --table cost            main, algorithms, ablations or cost
+    bash runs/miniature.sh --arms align-dense      some arms, with those that they begin with
+    bash runs/miniature.sh --references 50         so many references, not all 1,500
+    bash runs/miniature.sh --show                  print what is still to be run, and run nothing
+
+An arm of a seed is a run folder with an eval.json in it, out/arms-WORLD-SEED/ARM. What is there is
+not made again, so the same command goes on after a stop, and a table uses what another one made.
+How long it will take is printed first (for the world's base, which is made once, runs/base.sh);
+what a seed's runs print is in its log.txt. At the end come the tables of tools/compare.py: each
+arm's mean, and paired differences with their intervals.
+
+An arm's name says what follows what:
+
+    sft               SFT on many terse and partly wrong demonstrations and a few of the teacher's
+    sft-grpo          then GRPO
+    sft-grpo-tokens   the same run, on until it has generated as many tokens as align and align-grpo
+    align             alignment behind SFT
+    align-grpo        then GRPO
+    refs              the rival: SFT on alignment's references
+    refs-grpo         then GRPO
+    refs-align        SFT on the references, then alignment
+    refs-align-grpo   then GRPO
+
+Behind SFT, alignment and SFT on the references take 40 updates of the policy each, and RLVR what is
+left of 140; -dapo and -gspo are other algorithms in GRPO's place. `base` in the place of SFT begins
+without it, `half` with half of it. The variants of alignment are in VARIANTS: align-dense, say.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import budget, compare  # noqa: E402
+from tools.scenes import WORLDS  # noqa: E402
+
+UPDATES = 140  # of the policy behind SFT, in every arm that ends with RLVR
+EACH = 40  # of a stage before RLVR
+REFERENCES = 1500  # that the world has
+TESTS = 1000  # rows of each test
+MAX_RESPONSE = "160"  # tokens
+
+VARIANTS = {  # of alignment: what they change
+    "dense": ("--disc", "dense"),
+    "experts": ("--disc", "experts"),
+    "blind": ("--disc_blind",),
+    "whole": ("--spans", "whole"),
+    "sum": ("--normalize", "sum"),
+    "alpha0": ("--alpha", "0"),
+    "alpha1": ("--alpha", "1"),
+    "constant": ("--schedule", "constant", "--std_floor", "0"),
+    "nodecay": ("--schedule", "constant"),
+    "nofloor": ("--std_floor", "0"),
+    "slow": ("--lr", "5e-5"),
+    "group16": ("--group_size", "16", "--prompts_per_step", "8"),
+    "clip": ("--score_clip", "1"),
+    "discslow": ("--disc_lr", "1.5e-4"),
+    "discfast": ("--disc_lr", "1.5e-3"),
+    "short": (),  # half of the updates: see ARMS
+}
+ALGORITHMS = {
+    "grpo": ("--algo", "grpo"),
+    "dapo": ("--algo", "dapo", "--overlong", "32", "--prompts_per_draw", "48"),
+    "gspo": ("--algo", "gspo"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a stage."""
+
+    script: str  # of the stage
+    start: str  # the arm that it begins with; "base": the world's base
+    data: str  # a file of the seed's data
+    updates: int  # of the policy, counted behind SFT
+    flags: tuple[str, ...] = ()
+    more: bool = False  # the run `start` itself, on for as many updates as the tokens allow
+
+    @property
+    def stage(self):
+        return self.script.removesuffix(".py")
+
+
+def make_arms():
+    """Return {name: Arm} of all arms that there are, each behind the one that it begins with."""
+    arms = {
+        "sft": Arm("sft.py", "base", "sft.json", 0),
+        "half": Arm("sft.py", "base", "sft.json", 0, ("--epochs", "0.5")),
+    }
+    arms["refs"] = Arm("sft.py", "sft", "references.jsonl", EACH)
+    for start, name in (
+        ("sft", "align"),
+        ("refs", "refs-align"),
+        ("base", "base-align"),
+        ("half", "half-align"),
+    ):
+        arms[name] = Arm("align.py", start, "references.jsonl", EACH)
+    for variant, flags in VARIANTS.items():
+        updates = EACH // 2 if variant == "short" else EACH
+        arms[f"align-{variant}"] = Arm("align.py", "sft", "references.jsonl", updates, flags)
+    for name in [*arms]:
+        left = UPDATES - updates_behind_sft(arms, name)
+        for algorithm, flags in ALGORITHMS.items():
+            arms[f"{name}-{algorithm}"] = Arm("rlvr.py", name, "rl.jsonl", left, flags)
+    arms["sft-grpo-tokens"] = Arm("rlvr.py", "sft-grpo", "rl.jsonl", 0, ALGORITHMS["grpo"], True)
+    return arms
+
+
+def updates_behind_sft(arms, name):
+    """Return the updates of an arm and of those that it begins with, in all."""
+    total = 0
+    while name != "base":
+        total += arms[name].updates
+        name = arms[name].start
+    return total
+
+
+ARMS = make_arms()
+ABLATED = ("dense", "blind", "experts", "whole", "sum", "alpha0", "alpha1")
+COST = (
+    "constant",
+    "nodecay",
+    "nofloor",
+    "short",
+    "slow",
+    "group16",
+    "clip",
+    "discslow",
+    "discfast",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    arms: tuple[str, ...]
+    pairs: tuple[str, ...]  # as tools/compare.py takes them
+
+
+TABLES = {
+    "main": Table(compare.ARMS, compare.PAIRS),
+    "algorithms": Table(
+        arms=tuple(f"{arm}-{a}" for arm in ("sft", "align", "refs") for a in ("dapo", "gspo")),
+        pairs=tuple(
+            f"align-{a}:{other}-{a}" for a in ("dapo", "gspo") for other in ("sft", "refs")
+        ),
+    ),
+    "ablations": Table(
+        arms=(
+            "align",
+            "align-grpo",
+            "base-align-grpo",
+            "half-align-grpo",
+            *(f"align-{variant}-grpo" for variant in ABLATED),
+        ),
+        pairs=(
+            "base-align-grpo:align-grpo",
+            "half-align-grpo:align-grpo",
+            *(f"align-{variant}:align" for variant in ABLATED),
+            *(f"align-{variant}-grpo:align-grpo" for variant in ABLATED),
+        ),
+    ),
+    "cost": Table(
+        arms=("align", *(f"align-{variant}" for variant in COST)),
+        pairs=("align:sft", *(f"align-{variant}:align" for variant in COST)),
+    ),
+}
+
+
+def with_starts(names):
+    """Return the arms with all that they begin with, each once and behind those. Raises ValueError
+    for an arm that there is not."""
+    found = {}
+    for name in names:
+        if name not in ARMS:
+            known = ", ".join(name for name in ARMS if not name.endswith(("-dapo", "-gspo")))
+            raise ValueError(f"there is no arm {name}; there are {known}; -dapo, -gspo for -grpo")
+        chain = [name]
+        while ARMS[chain[-1]].start != "base":
+            chain.append(ARMS[chain[-1]].start)
+        if ARMS[name].more:  # its length follows from these
+            chain[1:1] = ["align-grpo", "align"]
+        found |= dict.fromkeys(reversed(chain))
+    return [*found]
+
+
+# -------------------------------------------------------------------------------------- one seed
+class Stopped(Exception):
+    """The whole comparison is to stop."""
+
+
+class Runner:
+    """Runs commands, several threads at a time, and stops all of them together."""
+
+    def __init__(self):
+        self.stopping = Event()
+        self.lock = Lock()
+        self.processes = set()
+
+    def run(self, command, log):
+        """Run a command, its output at the end of the file `log`. Raises CalledProcessError where
+        it fails, Stopped where everything stops."""
+        with open(log, "a") as out:
+            print(f"=== {shlex.join(command)}", file=out, flush=True)
+            with self.lock:
+                if self.stopping.is_set():
+                    raise Stopped
+                process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+                self.processes.add(process)
+            code = process.wait()
+        with self.lock:
+            self.processes.discard(process)
+        if self.stopping.is_set():
+            raise Stopped
+        if code:
+            raise subprocess.CalledProcessError(code, command)
+
+    def stop(self, *_):
+        """Let no command begin, and ask those that run to end. Also a signal's handler."""
+        self.stopping.set()
+        for process in [*self.processes]:
+            process.terminate()
+
+
+@dataclass
+class Seed:
+    """A seed of a world: its folders, and what is run in them."""
+
+    number: int
+    args: argparse.Namespace
+    run: Callable  # a command -> None
+
+    @property
+    def name(self):
+        """Of its folders: other references are another comparison."""
+        few = "" if self.args.references == REFERENCES else f"refs{self.args.references}-"
+        return f"arms-{few}{self.args.world}-{self.number}"
+
+    @property
+    def data(self):
+        return Path("data") / self.name
+
+    @property
+    def out(self):
+        return Path("out") / self.name
+
+    def missing(self, arms):
+        """Return those of the arms that have no evaluation with these settings."""
+        return [arm for arm in arms if not is_evaluated(self.out / arm, self.args.limit)]
+
+    def make(self, arms):
+        """Make the seed's data, then run and evaluate each arm that is missing."""
+        if not (self.data / "words.json").exists():  # it comes last
+            world = ["--world", self.args.world, "--tests", str(TESTS)]
+            seed = ["--out", str(self.data), "--seed", str(self.number)]
+            self.run([sys.executable, "tools/scenes.py", *world, *seed])
+        if not self.args.show:
+            write_references(self.data, self.args.references)
+        for arm in self.missing(arms):
+            self.run(self.command(arm))
+            self.run(self.evaluation(arm))
+
+    def command(self, name):
+        """Return the command that runs an arm's stage. All take --resume: what a stop cut short
+        goes on."""
+        arm = ARMS[name]
+        base = f"ckpt/base-{self.args.world}"
+        start = ARMS[arm.start].start if arm.more else arm.start
+        command = [sys.executable, arm.script]
+        command += ["--policy", base if start == "base" else str(self.out / start)]
+        command += ["--config", f"runs/tiny-{arm.stage}.json", "--data", str(self.data / arm.data)]
+        command += ["--out", str(self.out / name), "--seed", str(self.number), "--device", "cpu"]
+        command += ["--max_response", MAX_RESPONSE, "--save_every", "0", "--resume", *arm.flags]
+        if arm.stage == "align":
+            command += ["--disc_init", base]
+        if arm.more:
+            command += ["--steps", self.as_many_tokens(name)]
+        elif arm.updates:
+            command += ["--steps", str(arm.updates)]
+        return command
+
+    def as_many_tokens(self, name):
+        """Return the --steps with which GRPO behind SFT generates as many tokens as alignment and
+        the GRPO behind it. The folder `name` becomes a copy of the run that is to go on, unless
+        that has gone further already."""
+        if self.args.show:
+            return "AS_THE_TOKENS_ALLOW"
+        before = self.out / ARMS[name].start
+        tokens = budget.generated([self.out / "align", self.out / "align-grpo"])
+        of_run = budget.tokens_per_update(before)
+        updates = budget.updates_for(tokens, of_run)
+        if updates > len(of_run) and not (self.out / name).exists():
+            part = self.out / f".{name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(before, part, ignore=shutil.ignore_patterns("eval.json"))
+            part.rename(self.out / name)
+        return str(updates)
+
+    def evaluation(self, name):
+        tests = [str(self.data / f"test_{test}.jsonl") for test in ("id", "hard", "ood")]
+        command = [sys.executable, "eval.py", "--policy", str(self.out / name), "--data", *tests]
+        command += ["--limit", str(self.args.limit), "--samples", "1", "--device", "cpu"]
+        command += ["--max_response", MAX_RESPONSE]
+        command += ["--out", str(self.out / name / "eval.json")]
+        return command
+
+
+def is_evaluated(folder, limit):
+    """Whether a run was evaluated on the first `limit` rows of each test."""
+    file = folder / "eval.json"
+    return file.exists() and json.loads(file.read_text())["args"]["limit"] == limit
+
+
+def write_references(data, number):
+    """Write the first rows of align.jsonl as references.jsonl. Raises ValueError where there are
+    fewer."""
+    rows = (data / "align.jsonl").read_text().splitlines(keepends=True)
+    if len(rows) < number:
+        raise ValueError(f"{data}/align.jsonl has {len(rows)} rows: --references {number}")
+    (data / "references.jsonl").write_text("".join(rows[:number]))
+
+
+def make_seed(number, args, arms, runner):
+    """Make a seed whole. Returns the reason where it failed, else None."""
+    seed = Seed(number, args, run=None)
+    seed.out.mkdir(parents=True, exist_ok=True)
+    log = seed.out / "log.txt"
+    seed.run = lambda command: runner.run(command, log)
+    with open(seed.out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return f"another process is at work in {seed.out}"
+        try:
+            seed.make(arms)
+        except Stopped:
+            return "stopped"
+        except subprocess.CalledProcessError as error:
+            script = error.cmd[1]
+            last = log.read_text().splitlines()[-1]
+            return f"{script} ended with {error.returncode}: {last} (more in {log})"
+        except (OSError, ValueError) as error:
+            return str(error)
+    return None
+
+
+# -------------------------------------------------------------------------------- all of them
+def minutes(seeds, arms, args):
+    """Return about how many minutes what is missing will take, from runs on a core of an AMD EPYC:
+    0.8 s an update of RLVR, 1.5 s one of alignment, a warm-up 30 s, an evaluation 30 s; about 1.5
+    times as long in the worlds with a foreign teacher, whose responses are longer."""
+    seconds = 0
+    for seed in seeds:
+        for name in seed.missing(arms):
+            arm = ARMS[name]
+            seconds += 30
+            if arm.more:
+                seconds += 200
+            elif arm.stage == "align":
+                seconds += 30 + 1.5 * arm.updates
+            elif arm.stage == "rlvr":
+                seconds += arm.updates * (2 if "dapo" in arm.flags else 0.8)
+            else:
+                seconds += 60 if arm.data == "sft.json" else 10
+    longer = 1.5 if WORLDS[args.world].places else 1
+    return math.ceil(longer * seconds / 60 / min(args.jobs, len(seeds)))
+
+
+def seeds_of(text):
+    """Return the seeds that "0-3,7" names, each once."""
+    seeds = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise argparse.ArgumentTypeError("write 0-9 or 0,3,5-7")
+        seeds |= {*range(int(first), int(last or first) + 1)}
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text} names no seed")
+    return sorted(seeds)
+
+
+def one_or_more(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("write a number, 1 or more")
+    return int(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--world", choices=WORLDS, default="miniature")
+    parser.add_argument("--seeds", type=seeds_of, default=[0], help="0-9 or 0,3,5-7")
+    parser.add_argument("--jobs", type=one_or_more, default=1, help="seeds at a time")
+    parser.add_argument("--table", choices=TABLES, default="main")
+    parser.add_argument("--arms", nargs="+", default=[], help="in the place of a table")
+    parser.add_argument("--references", type=one_or_more, default=REFERENCES)
+    parser.add_argument("--limit", type=one_or_more, default=TESTS, help="rows of each test")
+    parser.add_argument("--show", action="store_true", help="print what is still to be run")
+    args = parser.parse_args()
+    table = TABLES[args.table]
+    if args.arms:
+        table = Table(tuple(args.arms), ())
+    try:
+        arms = with_starts(table.arms)
+    except ValueError as error:
+        parser.error(str(error))
+    seeds = [Seed(number, args, run=print_command) for number in args.seeds]
+    if args.show:
+        for seed in seeds:
+            seed.make(arms)
+        return
+    subprocess.run(["bash", "runs/base.sh", args.world], check=True)
+    about = minutes(seeds, arms, args)
+    print(f"=== about {about} minutes; what happens is in {seeds[0].out}/log.txt ..", flush=True)
+    run_all(args, arms)
+    folders = [str(seed.out) for seed in seeds]
+    pairs = ["--pairs", *table.pairs] if table.pairs else []
+    command = [sys.executable, "tools/compare.py", *folders, "--arms", *arms, *pairs]
+    sys.exit(subprocess.run(command).returncode)
+
+
+def print_command(command):
+    print(shlex.join(["python", *command[1:]]))
+
+
+def run_all(args, arms):
+    """Make all seeds, `--jobs` at a time. Ends the process where one fails: the others go on to
+    their end before that."""
+    runner = Runner()
+    signal.signal(signal.SIGTERM, runner.stop)
+    signal.signal(signal.SIGINT, runner.stop)
+    failed = False
+    with ThreadPoolExecutor(args.jobs) as pool:
+        made = [pool.submit(make_seed, number, args, arms, runner) for number in args.seeds]
+        for number, seed in zip(args.seeds, made, strict=True):
+            if reason := seed.result():
+                print(f"seed {number}: {reason}", file=sys.stderr, flush=True)
+                failed = True
+    if failed:
+        sys.exit("not all seeds are whole: the same command goes on")
+
+
+if __name__ == "__main__":
+    main()
