@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -215,9 +216,29 @@ def is_parquet(path):
     return Path(path).suffix == ".parquet"
 
 
+@contextmanager
+def whole_or_not(path):
+    """
+    Give the name under which to write the file `path`: another one beside it, that becomes its own
+    when all is written. Where that fails (a full disk, a kill), the file before it stays. A link, a
+    pipe and a device such as /dev/stdout are written to as they are.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        yield path
+        return
+    new = path.with_name(f"{path.name}.new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)  # room on a full disk
+
+
 def write_text(path, text):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text, encoding="utf-8")
+    with whole_or_not(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def write_rows(path, rows, out, image_root=None):
@@ -229,8 +250,8 @@ def write_rows(path, rows, out, image_root=None):
     if is_parquet(out):
         import pyarrow.parquet as pq
 
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pq.read_table(path).take(rows), out)
+        with whole_or_not(out) as new:
+            pq.write_table(pq.read_table(path).take(rows), new)
     else:
         source = read(path, "eval").rows
         lines = [json.dumps(source[i], ensure_ascii=False) + "\n" for i in rows]

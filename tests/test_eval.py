@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 from itertools import combinations, product
 from types import SimpleNamespace
 
@@ -162,6 +163,52 @@ def test_run_writes_results_and_rollouts(place, tmp_path, capsys):
         *[("T=1", row, 2) for row in (0, 1, 3, 4)],
     ]
     assert "left out 1 rows" in capsys.readouterr().out
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """What cannot be encoded stands for a full disk: it fails when the file is open already."""
+    out = tmp_path / "new/r.json"
+    script.write_text(out, "first")
+    with pytest.raises(UnicodeEncodeError):
+        script.write_text(out, "second" * 10_000 + "\ud800")
+    assert out.read_text() == "first"
+    with pytest.raises(UnicodeEncodeError):
+        script.write_text(out.with_name("other.json"), "\ud800")
+    assert [path.name for path in out.parent.iterdir()] == ["r.json"]
+    script.write_text(out, "third")
+    assert out.read_text() == "third"
+
+
+def test_parquet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    write_parquet(tmp_path / "rows.parquet", [{"a": 1}, {"a": 2}])
+    kept = tmp_path / "kept.parquet"
+    script.write_rows(tmp_path / "rows.parquet", [1], kept)
+    before = kept.read_bytes()
+
+    def fill_the_disk(table, path):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", fill_the_disk)
+    with pytest.raises(OSError, match="No space"):
+        script.write_rows(tmp_path / "rows.parquet", [0], kept)
+    assert kept.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.parquet", "rows.parquet"]
+
+
+def test_a_link_or_a_pipe_stays_what_it_is(tmp_path):
+    """--out /dev/stdout is no file to be put in another's place."""
+    script.write_text(tmp_path / "r.json", "first")
+    (tmp_path / "link.json").symlink_to("r.json")
+    script.write_text(tmp_path / "link.json", "second")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "r.json").read_text() == "second"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    script.write_text(tmp_path / "pipe", "third")
+    assert os.read(reader, 100) == b"third"
+    os.close(reader)
 
 
 def test_limits_are_kept_in_each_file(place, monkeypatch):

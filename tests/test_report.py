@@ -259,6 +259,21 @@ def test_seeds_are_drawn_as_their_mean_with_its_interval(tmp_path):
     assert len(data["charts"][0]["series"]) == 5
 
 
+@pytest.mark.parametrize(
+    "freedom, quantile",
+    [(1, 12.71), (2, 4.303), (9, 2.262), (30, 2.042)]
+    + [(31, 2.040), (40, 2.021), (60, 2.000), (120, 1.980)],
+)
+def test_intervals_are_students_of_any_number_of_seeds(freedom, quantile):
+    """Against the quantiles in tables. As many values are -1 as are 1; one is 0 if they are odd."""
+    count = freedom + 1
+    values = [-1.0] * (count // 2) + [1.0] * (count // 2) + [0.0] * (count % 2)
+    squares = 2 * (count // 2)
+    half = quantile * math.sqrt(squares / freedom / count)
+    assert report.half_interval(values) == pytest.approx(half, rel=0.005 / 2)
+    assert report.half_interval([1.0]) is None
+
+
 def test_steps_that_not_all_seeds_have_are_left_out():
     short = a_run("rlvr", [{"step": 1, "reward": 0.0}, {"step": 2, "reward": 0.5}], "a")
     long = a_run("rlvr", [{"step": n, "reward": 1.0} for n in (1, 2, 3)], "b")

@@ -19,9 +19,10 @@ made last. What ends in .log is passed over. Into the folder --out go
                    goes as far as all seeds do
 
 Of several seeds each figure shows the mean and its 95 % interval (Student's t over the seeds). An
-arm that only some of the seeds have is an error: --arms says which to draw. A figure of which there
-is nothing to draw is left out, and a line says so. The same runs give the same bytes (with the same
-matplotlib, the extra `plot`).
+arm that only some of the seeds have is an error: --arms says which to draw. Where a figure lacks a
+number of an arm (it is null: nothing was measured), the arm is left out of it, and a figure of
+which there is nothing to draw is left out too; a line says so. The figures that an earlier command
+left in --out go. The same runs give the same bytes (with the same matplotlib, the extra `plot`).
 """
 
 import argparse
@@ -45,10 +46,10 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.budget import tokens_per_update, warmup_tokens  # noqa: E402
 from tools.compare import (  # noqa: E402
-    expect_same_evaluation,
-    files_of,
-    in_order,
+    NotMeasured,
+    Result,
     names_in,
+    number,
     read_seeds,
     without_logs,
 )
@@ -124,33 +125,18 @@ WIDTH = 8.6  # inches: about as wide as a page of GitHub
 class Comparison:
     seeds: list[Path]  # folders
     arms: list[str]  # that each of them has, in the order of compare.ARMS
+    results: list[dict[tuple, Result]]  # of each seed, by (arm, test, mode)
 
 
 def comparison_of(folders, asked=()):
     """Return the Comparison of the seeds' folders. asked: the arms to draw; empty: all. Raises
-    ValueError for an arm that a seed has not, for a seed given twice, for other evaluations."""
+    ValueError for what is no folder, and as compare.read_seeds does."""
     seeds = [Path(folder) for folder in without_logs(folders)]
-    if not seeds:
-        raise ValueError("no seed's folder is named")
-    there = {}  # seed -> its arms
     for seed in seeds:
         if not seed.is_dir():
             raise ValueError(f"{seed}: not a folder; name seeds' folders, such as out/tiny-0")
-        if seed.resolve() in [known.resolve() for known in there]:
-            raise ValueError(f"{seed} is given twice: a seed counts once")
-        there[seed] = [file.parent.name for file in files_of(seed)]
-    arms = list(asked) or [arm for of_seed in there.values() for arm in of_seed]
-    arms = sorted(dict.fromkeys(arms), key=in_order)
-    common = [arm for arm in arms if all(arm in of_seed for of_seed in there.values())]
-    for seed, of_seed in there.items():
-        missing = [arm for arm in arms if arm not in of_seed]
-        if missing:
-            raise ValueError(
-                f"{seed}: there is no {missing[0]}/eval.json; "
-                f"--arms leaves an arm out, and all seeds have: {' '.join(common) or 'none'}"
-            )
-    expect_same_evaluation([seed / arm / "eval.json" for seed in seeds for arm in arms])
-    return Comparison(seeds, arms)
+    results = read_seeds(seeds, asked)
+    return Comparison(seeds, names_in(results[0], 0), results)
 
 
 def unfinished(seeds):
@@ -172,6 +158,7 @@ def run_of(seed, arm):
 
 
 # ----------------------------------------------------------------------------- figures in numbers
+# Each figure's numbers come with a list of what is left out of it, a line for each.
 @dataclass(frozen=True)
 class Estimate:
     """One number over the seeds."""
@@ -186,44 +173,58 @@ def estimate(of_seeds):
 
 
 def accuracies(comparison):
-    """Return {test: {arm: Estimate of greedy accuracy in %}}."""
-    values = read_seeds(comparison.seeds, "accuracy", comparison.arms)
-    greedy = {key: of_seeds for key, of_seeds in values.items() if key[2] == "greedy"}
+    """Return ({test: {arm: Estimate of greedy accuracy in %}}, what is left out)."""
     panels = {}
-    for test in names_in(greedy, 1):
-        panels[test] = {}
-        for arm in comparison.arms:
-            if (arm, test, "greedy") in greedy:
-                in_percent = [100 * value for value in greedy[arm, test, "greedy"]]
-                panels[test][arm] = estimate(in_percent)
-    return panels
+    left_out = []
+    for key in comparison.results[0]:
+        arm, test, mode = key
+        if mode != "greedy":
+            continue
+        try:
+            of_seeds = [100 * results[key].value("accuracy") for results in comparison.results]
+        except NotMeasured as error:
+            left_out.append(f"{arm} on {test}: {error}")
+            continue
+        panels.setdefault(test, {})[arm] = estimate(of_seeds)
+    return panels, left_out
 
 
 def drift(comparison):
-    """Return {"items": {arm: Estimate}, "steps": ..}, each as a multiple of the references' in the
-    same evaluation, on DRIFT_TEST; {} where that is not among the tests."""
+    """Return ({"items": {arm: Estimate}, "steps": ..}, what is left out), the estimates as a
+    multiple of the references' in the same evaluation, on DRIFT_TEST; {} where that is not among
+    the tests."""
     mode = drift_mode(comparison)
     if mode is None:
-        return {}
-    panels = {}
-    for metric in ("items", "steps"):
-        ours = read_seeds(comparison.seeds, metric, comparison.arms)
-        theirs = read_seeds(comparison.seeds, f"reference_{metric}", comparison.arms)
-        panels[metric] = {}
-        for arm in comparison.arms:
-            key = (arm, DRIFT_TEST, mode)
-            if key in ours:
-                if 0 in theirs[key]:
-                    raise ValueError(f"reference_{metric} of {' '.join(key)} is 0: no multiple")
-                ratios = [x / y for x, y in zip(ours[key], theirs[key], strict=True)]
-                panels[metric][arm] = estimate(ratios)
-    return panels
+        return {}, []
+    panels = {"items": {}, "steps": {}}
+    left_out = []
+    for arm in comparison.arms:
+        key = (arm, DRIFT_TEST, mode)
+        if key not in comparison.results[0]:
+            left_out.append(f"{arm}: there is no result of {' '.join(key)}")
+            continue
+        for metric, panel in panels.items():
+            try:
+                of_seeds = [multiple(results[key], metric) for results in comparison.results]
+            except NotMeasured as error:
+                left_out.append(f"{metric} of {arm}: {error}")
+                continue
+            panel[arm] = estimate(of_seeds)
+    return (panels if any(panels.values()) else {}), left_out
+
+
+def multiple(result, metric):
+    """Return a metric of a Result as a multiple of the references'. Raises NotMeasured."""
+    ours = result.value(metric)
+    theirs = result.value(f"reference_{metric}")
+    if theirs == 0:
+        raise NotMeasured(f"{result.file}: reference_{metric} is 0, of which there is no multiple")
+    return ours / theirs
 
 
 def drift_mode(comparison):
     """Return the mode of DRIFT_MODES that drift is measured in; None where there is none."""
-    values = read_seeds(comparison.seeds, "accuracy", comparison.arms)
-    known = {mode for _, test, mode in values if test == DRIFT_TEST}
+    known = {mode for _, test, mode in comparison.results[0] if test == DRIFT_TEST}
     return next((mode for mode in DRIFT_MODES if mode in known), None)
 
 
@@ -239,17 +240,17 @@ class Curve:
 
 
 def reward_gaps(comparison):
-    """Return {"margin": {span: Curve over the steps}, "acc": ..} of the alignment; {} where it is
-    not among the arms."""
+    """Return ({"margin": {span: Curve over the steps}, "acc": ..} of the alignment, what is left
+    out); {} where it is not among the arms. What is null is a gap in a curve."""
     if ALIGNMENT not in comparison.arms:
-        return {}
+        return {}, []
     runs = [run_of(seed, ALIGNMENT) for seed in comparison.seeds]
     panels = {}
     for metric in ("margin", "acc"):
         panels[metric] = {}
         for span in span_names(runs[0]):
             panels[metric][span] = curve_of_steps(runs, f"{span}/{metric}")
-    return panels
+    return panels, []
 
 
 def curve_of_steps(runs, key):
@@ -282,7 +283,10 @@ def chain_of(seed, arm):
         if arm in chain:
             raise ValueError(f"{seed}: {' and '.join(chain)} began with each other")
         chain.insert(0, arm)
-        began_with = Path(run_of(seed, arm).header["args"]["policy"])
+        policy = run_of(seed, arm).header["args"].get("policy")
+        if not isinstance(policy, str):
+            raise ValueError(f"{seed / arm}/log.jsonl: its arguments have no policy")
+        began_with = Path(policy)
         if began_with.name == "last":
             began_with = began_with.parent
         if not (seed / began_with.name / "log.jsonl").is_file():
@@ -306,12 +310,10 @@ def updates_of(run):
     return [by_step[step] for step in steps]
 
 
-def number(record, key, run):
-    """Return a metric of a record. Raises ValueError where it is none, or NaN."""
-    value = record.get(key)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{run.folder}/log.jsonl: {key} is {value} at step {record['step']}")
-    return value
+def logged(run, record, name):
+    """Return a metric of an update. Raises NotMeasured where it is null, ValueError where there is
+    none."""
+    return number(record, name, f"{run.folder}/log.jsonl, step {record['step']}")
 
 
 def generated_tokens(run):
@@ -321,7 +323,7 @@ def generated_tokens(run):
     if stage_of(run.header["args"]) == "sft":
         return [0] * len(records)
     for record in records:
-        number(record, "length", run)
+        logged(run, record, "length")
     return tokens_per_update(run.folder)
 
 
@@ -348,7 +350,7 @@ def training_of(seed, arm):
         updates += len(updates_of(run))
         tokens += sum(generated_tokens(run)) + warmup_tokens(run.folder)
     records = updates_of(last)
-    in_percent = [100 * number(record, "accuracy", last) for record in records]
+    in_percent = [100 * logged(last, record, "accuracy") for record in records]
     sums = list(accumulate(generated_tokens(last), initial=tokens))
     since_sft = [updates + record["step"] for record in records]
     return Training(since_sft, sums[1:], smoothed(in_percent))
@@ -373,13 +375,19 @@ def arms_of_rlvr(comparison):
 
 def training_curves(comparison):
     """
-    Return {"updates": {arm: Curve of accuracy in %}, "tokens": ..} of the arms that end in RLVR and
-    began with SFT; {} where there is none. Along tokens a point has the seeds' mean number.
+    Return ({"updates": {arm: Curve of accuracy in %}, "tokens": ..}, what is left out) of the arms
+    that end in RLVR and began with SFT; {} where there is none. Along tokens a point has the seeds'
+    mean number.
     """
-    since_sft, _ = arms_of_rlvr(comparison)
+    since_sft, others = arms_of_rlvr(comparison)
+    left_out = [f"{arm}, which did not begin with {START}" for arm in others]
     panels = {"updates": {}, "tokens": {}}
     for arm in since_sft:
-        trainings = [training_of(seed, arm) for seed in comparison.seeds]
+        try:
+            trainings = [training_of(seed, arm) for seed in comparison.seeds]
+        except NotMeasured as error:
+            left_out.append(f"{arm}: {error}")
+            continue
         first = trainings[0].updates[0]
         for seed, training in zip(comparison.seeds, trainings, strict=True):
             if training.updates[0] != first:
@@ -389,7 +397,7 @@ def training_curves(comparison):
                 )
         panels["updates"][arm] = curve_of_seeds(trainings, "updates")
         panels["tokens"][arm] = curve_of_seeds(trainings, "tokens")
-    return panels if since_sft else {}
+    return (panels if panels["updates"] else {}), left_out
 
 
 def curve_of_seeds(trainings, along):
@@ -463,9 +471,10 @@ def new_figure(title, panels, height, share=None):
 def draw_accuracy(comparison, panels):
     """Return the Figure of accuracies(): a panel per test, a row per arm."""
     title = f"Greedy accuracy of each arm: {seeds_text(comparison)}{dots_text(comparison)}"
-    figure, axes = new_figure(title, len(panels), rows_height(comparison), share="y")
+    arms = arms_drawn(comparison, panels)
+    figure, axes = new_figure(title, len(panels), rows_height(arms), share="y")
     for ax, (test, estimates) in zip(axes, panels.items(), strict=True):
-        draw_rows(ax, comparison, estimates)
+        draw_rows(ax, arms, colours_of(comparison.arms), estimates)
         ax.set_title(TEST_NAMES.get(test, test))
         ax.set_xlabel("%")
         ax.margins(x=0.08)
@@ -479,27 +488,32 @@ def draw_drift(comparison, panels):
     how = "greedy" if mode == "greedy" else "sampled at temperature 1"
     title = f"How much is written, beside the references (test {DRIFT_TEST}, {how}):\n"
     title += seeds_text(comparison) + dots_text(comparison)
-    figure, axes = new_figure(title, len(panels), rows_height(comparison) + 0.2, share="y")
+    arms = arms_drawn(comparison, panels)
+    figure, axes = new_figure(title, len(panels), rows_height(arms) + 0.2, share="y")
     titles = {"items": "items per caption", "steps": "steps per reasoning"}
     for ax, (metric, estimates) in zip(axes, panels.items(), strict=True):
         ax.axvline(1, color="#222222", linewidth=1, linestyle=":")
-        draw_rows(ax, comparison, estimates)
+        draw_rows(ax, arms, colours_of(comparison.arms), estimates)
         ax.set_title(titles[metric])
         ax.set_xlabel("1 (dotted): as many as the references")
         ax.set_xlim(left=0)
     return figure
 
 
-def rows_height(comparison):
+def arms_drawn(comparison, panels):
+    """Return the arms that any of the panels {name: {arm: Estimate}} has, in their order."""
+    return [arm for arm in comparison.arms if any(arm in panel for panel in panels.values())]
+
+
+def rows_height(arms):
     """Return the height in inches of a figure with a row per arm."""
-    return 1.1 + 0.36 * len(comparison.arms)
+    return 1.1 + 0.36 * len(arms)
 
 
-def draw_rows(ax, comparison, estimates):
+def draw_rows(ax, arms, colours, estimates):
     """Draw estimates {arm: Estimate} as a row per arm: the mean with its interval, and below it a
-    small dot per seed."""
-    colours = colours_of(comparison.arms)
-    for row, arm in enumerate(comparison.arms):
+    small dot per seed. An arm that another panel alone has leaves its row empty."""
+    for row, arm in enumerate(arms):
         if arm not in estimates:
             continue
         found = estimates[arm]
@@ -510,9 +524,8 @@ def draw_rows(ax, comparison, estimates):
             heights = [row + 0.27] * len(found.of_seeds)
             ax.plot(found.of_seeds, heights, ".", color=colour, markersize=3.5)
         ax.plot(found.mean, row, "o", color=colour, markersize=5.5)
-    rows = range(len(comparison.arms))
-    ax.set_yticks(rows, [label_of(arm) for arm in comparison.arms])
-    ax.set_ylim(len(comparison.arms) - 0.4, -0.6)  # the first arm on top
+    ax.set_yticks(range(len(arms)), [label_of(arm) for arm in arms])
+    ax.set_ylim(len(arms) - 0.4, -0.6)  # the first arm on top
     ax.tick_params(axis="y", length=0)
 
 
@@ -598,7 +611,7 @@ class Drawing:
     """One of the figures."""
 
     name: str
-    compute: Callable  # of a Comparison: {panel: what is in it}, {} where there is nothing
+    compute: Callable  # of a Comparison: ({panel: what is in it}, lines on what is left out)
     draw: Callable  # of a Comparison and that: a Figure
     needs: str  # without which there is nothing
 
@@ -612,20 +625,23 @@ DRAWINGS = (
 
 
 def draw_all(comparison, out):
-    """Write the figures into the folder `out` and print a line about each."""
+    """Write the figures into the folder `out`, from which earlier ones go, and print a line about
+    each, and about what is left out of it."""
+    computed = [drawing.compute(comparison) for drawing in DRAWINGS]
+    # No error in the runs can come any more: a folder never has figures of two states.
     out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{drawing.name}.svg" for drawing in DRAWINGS]
+    for path in paths:
+        path.unlink(missing_ok=True)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not what this machine's matplotlibrc says
         matplotlib.rcParams.update(STYLE)
-        for drawing in DRAWINGS:
-            path = out / f"{drawing.name}.svg"
-            panels = drawing.compute(comparison)
+        for path, drawing, (panels, left_out) in zip(paths, DRAWINGS, computed, strict=True):
+            for line in left_out:
+                print(f"{path}: without {line}")
             if not panels:
                 print(f"{path}: not drawn, there is no {drawing.needs}")
                 continue
-            if drawing.compute is training_curves:
-                for arm in arms_of_rlvr(comparison)[1]:
-                    print(f"{path}: without {arm}, which did not begin with {START}")
             figure = drawing.draw(comparison, panels)
             # without the date
             figure.savefig(path, metadata={"Date": None, "Creator": None})
@@ -647,7 +663,7 @@ def main():
         for folder in unfinished(comparison.seeds):
             print(f"{folder}: left out, it has no eval.json yet")
         draw_all(comparison, args.out)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"figures.py: {error}")
 
 

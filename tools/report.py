@@ -422,7 +422,7 @@ def measured(run, key):
     return [value for _, value in logged(run, key) if math.isfinite(value)]
 
 
-# Student's t that 2.5 % of the values exceed, by degrees of freedom from 1; beyond: 1.96.
+# Student's t that 2.5 % of the values exceed, by degrees of freedom from 1.
 T_QUANTILES = (
     *(12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160),
     *(2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056),
@@ -435,7 +435,10 @@ def half_interval(values):
     if len(values) < 2:
         return None
     freedom = len(values) - 1
-    t = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96
+    if freedom <= len(T_QUANTILES):
+        t = T_QUANTILES[freedom - 1]
+    else:
+        t = 1.96 + 2.4 / freedom  # right to 0.005
     return t * stdev(values) / math.sqrt(len(values))
 
 
