@@ -193,6 +193,7 @@ def test_a_seed_counts_once(tmp_path, run):
     files = write_seeds(tmp_path, {"sft": OURS, "align": THEIRS})
     again = f"{tmp_path}/../{tmp_path.name}/1.json"
     assert f"{again} is given twice: a seed counts once" in run(*files, again)
+    assert "1.json is given twice: a seed counts once" in run(again, *files)
     (tmp_path / "link.json").symlink_to(files[0])
     assert "link.json is given twice" in run(files[0], tmp_path / "link.json")
     assert "no seed is named" in run()

@@ -175,7 +175,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         script.write_text(out.with_name("other.json"), "\ud800")
     assert [path.name for path in out.parent.iterdir()] == ["r.json"]
-    script.write_text(out, "third")
+    with out.open() as reader:  # who has opened it reads it to its end
+        script.write_text(out, "third")
+        assert reader.read() == "first"
     assert out.read_text() == "third"
 
 
