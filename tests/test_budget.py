@@ -168,7 +168,7 @@ def test_a_run_that_generates_nothing_never_gets_there(tmp_path, run):
     align = write_alignment(tmp_path / "align")
     silent = write_log(tmp_path / "grpo", RLVR, *[{"length": 0.0}] * 3)
     said = run(align, "--as_updates_of", silent)
-    assert "generated nothing in its last 20 updates" in said and "1580 tokens" in said
+    assert "sampled nothing in its last 20 updates" in said and "1580 tokens" in said
 
 
 @pytest.mark.parametrize("name", ["pairs", "spans", "data", "warmup_pairs", "group_size"])

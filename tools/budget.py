@@ -118,8 +118,8 @@ def updates_for(tokens, of_run):
     last = mean(of_run[-LAST:])
     if last == 0:
         raise ValueError(
-            f"the run of --as_updates_of generated nothing in its last {LAST} updates: going on "
-            f"like that it never reaches {tokens:.0f} tokens"
+            f"the run that is to generate as many sampled nothing in its last {LAST} updates: "
+            f"going on like that it never reaches {tokens:.0f} tokens"
         )
     missing = tokens - sum(of_run)
     return len(of_run) + math.ceil(missing / last)
