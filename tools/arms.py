@@ -89,7 +89,7 @@ class Arm:
     script: str  # of the stage
     start: str  # the arm that it begins with; "base": the world's base
     data: str  # a file of the seed's data
-    updates: int  # of the policy, counted behind SFT
+    updates: int  # of the policy; SFT itself is not counted
     flags: tuple[str, ...] = ()
     more: bool = False  # the run `start` itself, on for as many updates as the tokens allow
 
@@ -233,9 +233,10 @@ class Runner:
 
     def stop(self, *_):
         """Let no command begin, and ask those that run to end. Also a signal's handler."""
-        self.stopping.set()
-        for process in [*self.processes]:
-            process.terminate()
+        with self.lock:  # the main thread, which handles signals, never holds it already
+            self.stopping.set()
+            for process in self.processes:
+                process.terminate()
 
 
 @dataclass
