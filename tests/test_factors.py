@@ -1,0 +1,74 @@
+"""What alignment gains at each level of a factor, against values worked out by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from tools import factors
+
+
+def write_level(folder, accuracies):
+    """Seeds' folders with an eval.json for each arm. accuracies: {arm: one value per seed}."""
+    seeds = []
+    for seed in range(len(next(iter(accuracies.values())))):
+        seeds.append(folder / str(seed))
+        for arm, values in accuracies.items():
+            results = []
+            for mode in ("greedy", "T=1"):
+                result = {"policy": f"out/{arm}", "data": f"d{seed}/test_hard.jsonl", "mode": mode}
+                accuracy = values[seed] if mode == "greedy" else 0.5
+                results.append({**result, "prompts": 10, "accuracy": accuracy})
+            (seeds[-1] / arm).mkdir(parents=True)
+            (seeds[-1] / arm / "eval.json").write_text(json.dumps({"results": results}))
+    return [str(seed) for seed in seeds]
+
+
+@pytest.fixture
+def levels(tmp_path):
+    own = {"sft-grpo": [0.5, 0.6], "align-grpo": [0.7, 0.9], "refs-grpo": [0.9, 0.9]}
+    foreign = {"sft-grpo": [0.5], "align-grpo": [0.45], "refs-grpo": [0.4]}
+    return {
+        "own": write_level(tmp_path / "own", own),
+        "foreign": write_level(tmp_path / "foreign", foreign),
+    }
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "tools/factors.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_gains_are_paired_and_greedy(levels):
+    found = factors.gains(levels["own"])["hard"]
+    assert found["sft-grpo"].of_seeds == pytest.approx([20, 30])
+    assert found["refs-grpo"].of_seeds == pytest.approx([-20, 0])
+    assert found["sft-grpo"].mean == pytest.approx(25)
+    # The standard deviation is 7.07, t with one degree of freedom 12.706.
+    assert found["sft-grpo"].half == pytest.approx(12.706 * 7.0711 / 2**0.5, rel=1e-3)
+
+
+def test_table_and_figure(levels, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "figures/f.svg"
+    given = [part for name, seeds in levels.items() for part in ("--level", name, *seeds)]
+    done = run(*given, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "| points gained by alignment, greedy | hard |"
+    assert lines[2].startswith("| own, over no alignment (2 seeds) | +25.0 [-38.6, +88.6]")
+    assert lines[-1] == "| foreign, over SFT on the references (1 seed) | +5.0 (one seed) |"
+    text = out.read_text()
+    assert ">own<" in text and ">foreign<" in text and ">over no alignment<" in text
+
+
+def test_what_is_wrong_is_named(levels, tmp_path):
+    own = levels["own"]
+    assert "name the seeds' folders" in run("--level", "own").stderr
+    assert "given twice" in run("--level", "a", *own, "--level", "a", *own).stderr
+    (tmp_path / "own/1/refs-grpo/eval.json").unlink()
+    done = run("--level", "a", *own)
+    assert done.returncode == 1 and "refs-grpo" in done.stderr
+    assert "Traceback" not in done.stderr

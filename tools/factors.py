@@ -1,0 +1,140 @@
+"""
+When does alignment help? What it gains at each level of a factor (how foreign the teacher is, how
+many references there are ..), as a table and a figure.
+
+    python tools/factors.py --level "own manner" out/arms-tiny-* \\
+        --level "foreign, known" out/arms-known-* --out docs/figures/foreignness.svg
+
+A level is a name and its seeds' folders, as runs/miniature.sh leaves them. Of each level it shows
+greedy accuracy gained, in points, over the two rivals at as many updates: over nothing (align-grpo
+less sft-grpo), and over SFT on the references (align-grpo less refs-grpo). They are paired
+differences over the seeds with Student's 95 % interval. --out needs the extra `plot`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import compare, figures  # noqa: E402
+
+OURS = "align-grpo"
+RIVALS = {  # arm: in words, and its colour
+    "sft-grpo": ("over no alignment", "#0072B2"),
+    "refs-grpo": ("over SFT on the references", "#D55E00"),
+}
+MODE = "greedy"
+APART = 0.16  # of a row's height: by so much the rivals' lines are above and below its middle
+
+
+def gains(folders):
+    """Return {test: {rival: Estimate of the gain in points}} of a level's seeds. Raises ValueError
+    as compare.read_seeds does."""
+    folders = compare.without_logs(folders)
+    seeds = compare.read_seeds(folders, (OURS, *RIVALS))
+    found = {}
+    for test in compare.names_in(seeds[0], 1):
+        found[test] = {}
+        for rival in RIVALS:
+            differences = []
+            for results in seeds:
+                ours = results[OURS, test, MODE].value("accuracy")
+                theirs = results[rival, test, MODE].value("accuracy")
+                differences.append(100 * (ours - theirs))
+            found[test][rival] = figures.estimate(differences)
+    return found
+
+
+def table(levels):
+    """Return the lines of a Markdown table: {level: gains()}, a line for each level and rival."""
+    tests = list(next(iter(levels.values())))
+    lines = compare.heading(f"points gained by alignment, {MODE}", tests)
+    for level, found in levels.items():
+        for rival, (words, _) in RIVALS.items():
+            cells = [compare.difference_cell(found[test][rival].of_seeds, 1) for test in tests]
+            count = len(found[tests[0]][rival].of_seeds)
+            seeds = f"{count} seed{'s' * (count > 1)}"
+            lines.append(compare.table_row(f"{level}, {words} ({seeds})", cells))
+    return lines
+
+
+def draw(levels):
+    """Return the figure of {level: gains()}: a panel per test, a row per level."""
+    tests = list(next(iter(levels.values())))
+    title = "Accuracy gained by alignment before GRPO, at as many updates: mean and 95 % interval"
+    figure, axes = figures.new_figure(title, len(tests), 1.6 + 0.5 * len(levels), share="y")
+    for ax, test in zip(axes, tests, strict=True):
+        ax.axvline(0, color="#222222", linewidth=1, linestyle=":")
+        for row, found in enumerate(levels.values()):
+            for place, (rival, (_, colour)) in enumerate(RIVALS.items()):
+                draw_gain(ax, row + APART * (2 * place - 1), found[test][rival], colour)
+        ax.set_title(figures.TEST_NAMES.get(test, test))
+        ax.set_xlabel("points")
+        ax.set_yticks(range(len(levels)), list(levels))
+        ax.set_ylim(len(levels) - 0.5, -0.5)  # the first level on top
+        ax.tick_params(axis="y", length=0)
+    lines = [figures.Line2D([], [], color=colour, marker="o") for _, colour in RIVALS.values()]
+    names = [words for words, _ in RIVALS.values()]
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names))
+    return figure
+
+
+def draw_gain(ax, height, gain, colour):
+    """Draw an Estimate with its interval, and small dots for the seeds."""
+    if gain.half is not None:
+        ends = (gain.mean - gain.half, gain.mean + gain.half)
+        ax.plot(ends, (height, height), color=colour, linewidth=1.8)
+        heights = [height + APART / 2] * len(gain.of_seeds)
+        ax.plot(gain.of_seeds, heights, ".", color=colour, markersize=3.5)
+    ax.plot(mean(gain.of_seeds), height, "o", color=colour, markersize=5.5)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--level",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("NAME", "FOLDER"),
+        help="a level's name and its seeds' folders; once for each level",
+    )
+    parser.add_argument("--out", type=Path, help="an SVG file")
+    args = parser.parse_args()
+    try:
+        levels = levels_of(args.level)
+    except (OSError, ValueError) as error:
+        sys.exit(f"factors.py: {error}")
+    print("\n".join(table(levels)))
+    if args.out:
+        if figures.matplotlib is None:
+            sys.exit("factors.py: --out needs `pip install matplotlib` (the extra `plot`)")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with figures.matplotlib.rc_context():
+            figures.matplotlib.rcdefaults()
+            figures.matplotlib.rcParams.update(figures.STYLE)
+            draw(levels).savefig(args.out, metadata={"Date": None, "Creator": None})
+
+
+def levels_of(given):
+    """Return {name: gains()} of what --level gave. Raises ValueError."""
+    levels = {}
+    for name, *folders in given:
+        if not folders:
+            raise ValueError(f"--level {name}: name the seeds' folders behind it")
+        if name in levels:
+            raise ValueError(f"--level {name} is given twice")
+        levels[name] = gains(folders)
+    tests = {name: set(found) for name, found in levels.items()}
+    first = next(iter(tests.values()))
+    for name, of_level in tests.items():
+        if of_level != first:
+            raise ValueError(f"--level {name} has other tests than the first level")
+    return levels
+
+
+if __name__ == "__main__":
+    main()
