@@ -66,8 +66,13 @@ def test_table_and_figure(levels, tmp_path):
 
 def test_what_is_wrong_is_named(levels, tmp_path):
     own = levels["own"]
-    assert "name the seeds' folders" in run("--level", "own").stderr
-    assert "given twice" in run("--level", "a", *own, "--level", "a", *own).stderr
+    for given, why in (
+        ([["own"]], "name the seeds' folders"),
+        ([["a", *own], ["a", *own]], "--level a is given twice"),
+        ([["a", *own, own[0]]], "twice"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            factors.levels_of(given)
     (tmp_path / "own/1/refs-grpo/eval.json").unlink()
     done = run("--level", "a", *own)
     assert done.returncode == 1 and "refs-grpo" in done.stderr

@@ -102,6 +102,7 @@ def test_exit_status_and_one_line(folder, capsys):  # noqa: F811
         assert re.fullmatch(rf"data.py: .*{says}.*\n", said), (arguments, said)
 
 
+@pytest.mark.slow
 def test_no_traceback_from_the_shell(folder):  # noqa: F811
     command = [sys.executable, ROOT / "data.py", "check", "nope.jsonl"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder)

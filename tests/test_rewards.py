@@ -413,6 +413,10 @@ def test_without_math_verify(no_math_verify):
             if gold != "2(x+3)":  # its equal is a formula
                 assert [pred for pred in same if not equivalent(pred, gold)] == []
             assert [pred for pred in other if equivalent(pred, gold)] == []
+
+
+@pytest.mark.slow
+def test_that_math_verify_is_missing_is_said_once():
     code = (
         r"import rewards; from engine import math_worker"
         r"; math_worker.importlib.util.find_spec = lambda name: None"
