@@ -382,7 +382,8 @@ def test_threads_ask_side_by_side(monkeypatch):
 
 # --------------------------------------------------------------------------------- the process ends
 SLOW_ROWS = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, {root!r})
 from engine.rows import Data
 
