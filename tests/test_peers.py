@@ -551,7 +551,10 @@ FILES = (
 )
 
 
-@pytest.fixture(scope="module", params=["qwen3vl_instruct", "prism_bridge_eval"])
+@pytest.fixture(
+    scope="module",
+    params=["qwen3vl_instruct", pytest.param("prism_bridge_eval", marks=pytest.mark.slow)],
+)
 def real(request, shared, tmp_path_factory):
     """The real tokenizer and settings, with a template in each of the three places where the hub's
     folders have one."""
