@@ -3,7 +3,6 @@ No stage runs here: commands are written down, and what they would leave is put 
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -170,7 +169,11 @@ def test_a_seed_is_made_in_order_and_only_what_is_missing(project):
     project.commands.clear()
     seed.make(["sft", "align", "refs"])
     assert scripts(project.commands) == [("sft.py", "refs"), ("eval.py", "eval.json")]
-    # An evaluation of other rows does not count.
+    # A broken one is named; one of other rows does not count.
+    broken = Path("out/arms-tiny-7/refs/eval.json")
+    broken.write_text("{")
+    with pytest.raises(ValueError, match="arms-tiny-7/refs/eval.json: not JSON"):
+        seed.missing(["refs"])
     project.commands.clear()
     seed.args.limit = 500
     assert seed.missing(["sft", "align"]) == ["sft", "align"]
@@ -309,4 +312,3 @@ def test_jobs_share_the_seeds_and_a_failure_is_the_exit_status(project, monkeypa
 def test_the_shell_script_hands_its_flags_over():
     text = (ROOT / "runs/miniature.sh").read_text()
     assert 'exec python tools/arms.py "$@"' in text
-    assert os.access(ROOT / "tools/arms.py", os.R_OK)

@@ -73,6 +73,12 @@ def test_what_is_wrong_is_named(levels, tmp_path):
     ):
         with pytest.raises(ValueError, match=why):
             factors.levels_of(given)
+    for file in (tmp_path / "foreign").rglob("eval.json"):
+        content = json.loads(file.read_text())
+        content["results"] = [r for r in content["results"] if r["mode"] != "greedy"]
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no greedy result"):
+        factors.gains(levels["foreign"])
     (tmp_path / "own/1/refs-grpo/eval.json").unlink()
     done = run("--level", "a", *own)
     assert done.returncode == 1 and "refs-grpo" in done.stderr

@@ -10,7 +10,8 @@ The arms of the comparison, over seeds of an embedded world: what does an alignm
     bash runs/miniature.sh --show                  print what is still to be run, and run nothing
 
 An arm of a seed is a run folder with an eval.json in it, out/arms-WORLD-SEED/ARM. What is there is
-not made again, so the same command goes on after a stop, and a table uses what another one made.
+not made again, so the same command goes on after a stop, and a table uses what another one made;
+after a change of settings or of a world, remove the folders that it concerns.
 How long it will take is printed first (for the world's base, which is made once, runs/base.sh);
 what a seed's runs print is in its log.txt. At the end come the tables of tools/compare.py: each
 arm's mean, and paired differences with their intervals.
@@ -34,7 +35,6 @@ without it, `half` with half of it. The variants of alignment are in VARIANTS: a
 
 import argparse
 import fcntl
-import json
 import math
 import shlex
 import shutil
@@ -325,7 +325,7 @@ class Seed:
 def is_evaluated(folder, limit):
     """Whether a run was evaluated on the first `limit` rows of each test."""
     file = folder / "eval.json"
-    return file.exists() and json.loads(file.read_text())["args"]["limit"] == limit
+    return file.exists() and compare.read_json(file).get("args", {}).get("limit") == limit
 
 
 def write_references(data, number):
@@ -427,8 +427,12 @@ def main():
         for seed in seeds:
             seed.make(arms)
         return
-    subprocess.run(["bash", "runs/base.sh", args.world], check=True)
-    about = minutes(seeds, arms, args)
+    if subprocess.run(["bash", "runs/base.sh", args.world]).returncode:
+        sys.exit(f"arms.py: runs/base.sh {args.world} failed: the same command goes on")
+    try:
+        about = minutes(seeds, arms, args)
+    except ValueError as error:
+        sys.exit(f"arms.py: {error}")
     print(f"=== about {about} minutes; what happens is in {seeds[0].out}/log.txt ..", flush=True)
     run_all(args, arms)
     folders = [str(seed.out) for seed in seeds]

@@ -14,7 +14,6 @@ differences over the seeds with Student's 95 % interval. --out needs the extra `
 import argparse
 import sys
 from pathlib import Path
-from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import compare, figures  # noqa: E402
@@ -33,6 +32,8 @@ def gains(folders):
     as compare.read_seeds does."""
     folders = compare.without_logs(folders)
     seeds = compare.read_seeds(folders, (OURS, *RIVALS))
+    if MODE not in compare.names_in(seeds[0], 2):
+        raise ValueError(f"{folders[0]}: there is no {MODE} result: evaluate with --greedy")
     found = {}
     for test in compare.names_in(seeds[0], 1):
         found[test] = {}
@@ -68,7 +69,8 @@ def draw(levels):
         ax.axvline(0, color="#222222", linewidth=1, linestyle=":")
         for row, found in enumerate(levels.values()):
             for place, (rival, (_, colour)) in enumerate(RIVALS.items()):
-                draw_gain(ax, row + APART * (2 * place - 1), found[test][rival], colour)
+                height = row + APART * (2 * place - 1)
+                figures.draw_estimate(ax, height, found[test][rival], colour, below=APART / 2)
         ax.set_title(figures.TEST_NAMES.get(test, test))
         ax.set_xlabel("points")
         ax.set_yticks(range(len(levels)), list(levels))
@@ -78,16 +80,6 @@ def draw(levels):
     names = [words for words, _ in RIVALS.values()]
     figure.legend(lines, names, loc="outside lower center", ncols=len(names))
     return figure
-
-
-def draw_gain(ax, height, gain, colour):
-    """Draw an Estimate with its interval, and small dots for the seeds."""
-    if gain.half is not None:
-        ends = (gain.mean - gain.half, gain.mean + gain.half)
-        ax.plot(ends, (height, height), color=colour, linewidth=1.8)
-        heights = [height + APART / 2] * len(gain.of_seeds)
-        ax.plot(gain.of_seeds, heights, ".", color=colour, markersize=3.5)
-    ax.plot(mean(gain.of_seeds), height, "o", color=colour, markersize=5.5)
 
 
 def main():

@@ -516,17 +516,20 @@ def draw_rows(ax, arms, colours, estimates):
     for row, arm in enumerate(arms):
         if arm not in estimates:
             continue
-        found = estimates[arm]
-        colour = colours[arm]
-        if found.half is not None:
-            ends = (found.mean - found.half, found.mean + found.half)
-            ax.plot(ends, (row, row), color=colour, linewidth=1.8)
-            heights = [row + 0.27] * len(found.of_seeds)
-            ax.plot(found.of_seeds, heights, ".", color=colour, markersize=3.5)
-        ax.plot(found.mean, row, "o", color=colour, markersize=5.5)
+        draw_estimate(ax, row, estimates[arm], colours[arm], below=0.27)
     ax.set_yticks(range(len(arms)), [label_of(arm) for arm in arms])
     ax.set_ylim(len(arms) - 0.4, -0.6)  # the first arm on top
     ax.tick_params(axis="y", length=0)
+
+
+def draw_estimate(ax, height, found, colour, below):
+    """Draw an Estimate: the mean with its interval, and so much below it a small dot per seed."""
+    if found.half is not None:
+        ends = (found.mean - found.half, found.mean + found.half)
+        ax.plot(ends, (height, height), color=colour, linewidth=1.8)
+        heights = [height + below] * len(found.of_seeds)
+        ax.plot(found.of_seeds, heights, ".", color=colour, markersize=3.5)
+    ax.plot(found.mean, height, "o", color=colour, markersize=5.5)
 
 
 def draw_gap(comparison, panels):
