@@ -278,6 +278,12 @@ def test_the_script_from_the_shell(tmp_path):
         f"out/arms-tiny-{seed}/refs" for seed in (0, 1, 2, 5)
     ]
     assert not list(tmp_path.iterdir())
+    broken = tmp_path / "out/arms-tiny-9/sft/eval.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    done = run("--show", "--world", "tiny", "--seeds", "9", "--arms", "sft")
+    assert done.returncode == 1 and "sft/eval.json: not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
     for wrong, why in (
         (("--seeds", "x"), "write 0-9"),
         (("--seeds", "3-1"), "3-1 names no seed"),

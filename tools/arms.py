@@ -424,8 +424,11 @@ def main():
         parser.error(str(error))
     seeds = [Seed(number, args, run=print_command) for number in args.seeds]
     if args.show:
-        for seed in seeds:
-            seed.make(arms)
+        try:
+            for seed in seeds:
+                seed.make(arms)
+        except ValueError as error:
+            sys.exit(f"arms.py: {error}")
         return
     if subprocess.run(["bash", "runs/base.sh", args.world]).returncode:
         sys.exit(f"arms.py: runs/base.sh {args.world} failed: the same command goes on")
