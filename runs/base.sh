@@ -2,7 +2,7 @@
 # The base of an embedded world: a tiny Qwen3-VL, from random weights to one that sees and can do
 # the task in its own manner. Built once, from seed 0, about 8 minutes on one core; after a stop the
 # same command goes on with the part that was not done. Now and then it shows what it learns.
-#   bash runs/base.sh [tiny|quick|miniature|known]
+#   bash runs/base.sh [tiny|quick|miniature|known|both]
 set -euo pipefail
 EXTRAS=
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -22,8 +22,8 @@ from tools import arms, compare
 STAGES = {"sft.py": sft, "align.py": align, "rlvr.py": rlvr}
 
 
-def seed_of(run, *, show=False, references=1500, number=7):
-    args = argparse.Namespace(world="tiny", references=references, limit=1000, show=show)
+def seed_of(run, *, show=False, number=7):
+    args = argparse.Namespace(world="tiny", limit=1000, show=show)
     return arms.Seed(number, args, run)
 
 
@@ -42,7 +42,8 @@ def project(tmp_path, monkeypatch):
         out = Path(flags_of(command, "out"))
         if command[1] == "tools/scenes.py":
             out.mkdir(parents=True)
-            (out / "align.jsonl").write_text("{}\n" * 1500)
+            rows = [json.dumps({"row": row}) for row in range(1500)]
+            (out / "align.jsonl").write_text("\n".join(rows) + "\n")
             (out / "words.json").write_text("[]")
         elif command[1] == "eval.py":
             limit = int(flags_of(command, "limit"))
@@ -82,6 +83,7 @@ def test_what_arms_begin_with():
     for name, policy in {
         "sft": "ckpt/base-tiny",
         "half": "ckpt/base-tiny",
+        "base-grpo": "ckpt/base-tiny",
         "base-align": "ckpt/base-tiny",
         "align": "out/arms-tiny-7/sft",
         "align-dense-grpo": "out/arms-tiny-7/align-dense",
@@ -93,7 +95,11 @@ def test_what_arms_begin_with():
     steps = {name: flags_of(commands[name], "steps") for name in ("align-short", "refs-align-grpo")}
     assert steps == {"align-short": "20", "refs-align-grpo": "60"}
     assert flags_of(commands["align-short-grpo"], "steps") == "120"
-    assert flags_of(commands["refs"], "data") == flags_of(commands["align"], "data")
+    assert flags_of(commands["base-grpo"], "steps") == "140"
+    for kind, file in {"": "align", "-50": "align_50", "-own": "align_own"}.items():
+        for arm in ("align", "refs"):
+            data = flags_of(commands[f"{arm}{kind}"], "data")
+            assert data == f"data/arms-tiny-7/{file}.jsonl"
 
 
 def test_variants_change_what_they_say():
@@ -179,13 +185,20 @@ def test_a_seed_is_made_in_order_and_only_what_is_missing(project):
     assert seed.missing(["sft", "align"]) == ["sft", "align"]
 
 
-def test_references_are_the_first_rows(project):
-    few = seed_of(project, references=50)
-    assert few.name == "arms-refs50-tiny-7"
-    few.make([])
-    assert len(Path("data/arms-refs50-tiny-7/references.jsonl").read_text().splitlines()) == 50
-    with pytest.raises(ValueError, match="align.jsonl has 1500 rows: --references 1501"):
-        seed_of(project, references=1501).make([])
+def test_few_references_are_the_first_rows(project):
+    seed_of(project).make([])
+    rows = Path("data/arms-tiny-7/align.jsonl").read_text().splitlines()
+    for number in (50, 300):
+        first = Path(f"data/arms-tiny-7/align_{number}.jsonl").read_text().splitlines()
+        assert first == rows[:number]
+
+
+def test_references_that_a_world_has_not_are_named():
+    arms.expect_references(["sft", "align-50", "align-own"], "both")
+    for world in ("tiny", "known"):
+        arms.expect_references(["sft", "align-50", "refs-300-grpo"], world)
+        with pytest.raises(ValueError, match=f"{world} has no align_own.jsonl, which refs-own"):
+            arms.expect_references(["sft", "refs-own"], world)
 
 
 def test_the_run_at_equal_tokens_goes_on_from_a_copy(project, monkeypatch):
@@ -227,7 +240,7 @@ def test_a_copy_is_the_run_without_its_evaluation(project, monkeypatch):
 
 # -------------------------------------------------------------------------------- all of them
 def test_what_fails_is_named_with_its_last_line(project, tmp_path):
-    args = argparse.Namespace(world="tiny", references=1500, limit=1000, show=False)
+    args = argparse.Namespace(world="tiny", limit=1000, show=False)
     Path("sft.py").write_text("import sys\nprint('not enough')\nsys.exit(3)\n")
     (tmp_path / "tools").mkdir()
     making = "import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
@@ -235,13 +248,10 @@ def test_what_fails_is_named_with_its_last_line(project, tmp_path):
     Path("tools/scenes.py").write_text(making + "(out / 'words.json').write_text('[]')\n")
     reason = arms.make_seed(3, args, ["sft", "align"], arms.Runner())
     assert reason == "sft.py ended with 3: not enough (more in out/arms-tiny-3/log.txt)"
-    args.references = 9999
-    reason = arms.make_seed(3, args, ["sft"], arms.Runner())
-    assert "--references 9999" in reason
 
 
 def test_a_seed_belongs_to_one_process(project):
-    args = argparse.Namespace(world="tiny", references=1500, limit=1000, show=False)
+    args = argparse.Namespace(world="tiny", limit=1000, show=False)
     folder = Path("out/arms-tiny-3")
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as lock:
@@ -290,6 +300,7 @@ def test_the_script_from_the_shell(tmp_path):
         (("--jobs", "0"), "1 or more"),
         (("--world", "x"), "invalid choice"),
         (("--arms", "x"), "there is no arm x"),
+        (("--world", "tiny", "--arms", "align-own"), "has no align_own.jsonl"),
     ):
         done = run(*wrong)
         assert done.returncode == 2 and why in done.stderr.splitlines()[-1]

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from tools import factors
+from tools import arms, factors
 
 
 def write_level(folder, accuracies):
@@ -43,11 +43,33 @@ def run(*arguments):
 
 def test_gains_are_paired_and_greedy(levels):
     found = factors.gains(levels["own"])["hard"]
-    assert found["sft-grpo"].of_seeds == pytest.approx([20, 30])
-    assert found["refs-grpo"].of_seeds == pytest.approx([-20, 0])
-    assert found["sft-grpo"].mean == pytest.approx(25)
+    nothing, references = found["over no alignment"], found["over SFT on the references"]
+    assert nothing.of_seeds == pytest.approx([20, 30])
+    assert references.of_seeds == pytest.approx([-20, 0])
+    assert nothing.mean == pytest.approx(25)
     # The standard deviation is 7.07, t with one degree of freedom 12.706.
-    assert found["sft-grpo"].half == pytest.approx(12.706 * 7.0711 / 2**0.5, rel=1e-3)
+    assert nothing.half == pytest.approx(12.706 * 7.0711 / 2**0.5, rel=1e-3)
+
+
+def test_a_level_may_be_of_other_arms(tmp_path):
+    """On other references the arm without any is the same; behind another beginning it is not."""
+    accuracies = {
+        **{"sft-grpo": [0.1], "align-grpo": [0.2], "refs-grpo": [0.4]},
+        **{"align-50-grpo": [0.3], "refs-50-grpo": [0.8]},
+        **{"half-grpo": [0.5], "half-align-grpo": [0.6], "half-refs-grpo": [0.9]},
+    }
+    folders = write_level(tmp_path, accuracies)
+    levels = factors.levels_of([["all", *folders], ["few=50", *folders], ["h=half", *folders]])
+    found = {}
+    for level, gained in levels.items():
+        found[level] = [gain.mean for gain in gained["hard"].values()]
+    assert found == {
+        "all": pytest.approx([10, -20]),
+        "few": pytest.approx([20, -50]),
+        "h": pytest.approx([10, -30]),
+    }
+    for word in ("", "50", "fixed", "half", "base"):
+        assert set(factors.arms_of(word)) <= set(arms.ARMS)
 
 
 def test_table_and_figure(levels, tmp_path):

@@ -1,6 +1,7 @@
 """The embedded world: same bytes from the same seed, right answers (worked out again here), stated
 rates, disjoint scenes."""
 
+import hashlib
 import json
 import random
 import re
@@ -338,3 +339,84 @@ def test_the_base_of_the_known_world_has_half_of_its_own_manner_and_half_of_the_
     assert orders_in(references, "known") == {"above", "below"}
     assert all(named & set(response.split()) for response in references)
     test_every_word_is_in_the_vocabulary(known)
+
+
+# -------------------------------------------------------------- references in more than one manner
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    out = tmp_path_factory.mktemp("both")
+    run(out, "--world", "both")
+    return out
+
+
+def test_other_references_differ_in_the_response_alone(both):
+    """In each manner all of the references are right and whole; in two of them there is but one
+    form."""
+    plain = lines(both / "align.jsonl")
+    for manner in ("fixed", "own"):
+        rows = lines(both / f"align_{manner}.jsonl")
+        assert len(rows) == len(plain)
+        for row, first in zip(rows, plain, strict=True):
+            response = row.pop("teacher_response")
+            assert row == {name: value for name, value in first.items() if name in row}
+            assert set(first) - set(row) == {"teacher_response"}
+            scene = row["extra_info"]["scene"]
+            things, answer = asked(row["prompt"][0]["content"].removeprefix("<image>"), scene)
+            caption, think, given = parts(response).values()
+            assert given == str(answer)
+            if manner == "own":
+                assert caption == scene
+                assert [step.split()[:3] for step in think.split(" . ")[:-1]] == [
+                    list(thing) for thing in things
+                ]
+                continue
+            named = []
+            for item in caption.split(" ; "):
+                colour, shape, place = item.split()
+                named.append(f"{short_name(place)} {colour} {first_name(shape)}")
+            assert named == scene.split(" ; ")
+            *steps, closing = think.removesuffix(" .").split(" . ")
+            assert closing == f"hence {answer}"
+            assert [step.split()[3] for step in steps] == ["gives"] * len(things)
+            assert [short_name(step.split()[0]) for step in steps] == [
+                place for place, *_ in things
+            ]
+
+
+def short_name(place):
+    (short,) = [short for short, name in teacher.COMPASS.items() if name == place]
+    return short
+
+
+def first_name(shape):
+    (first,) = [first for first, name in teacher.SECOND_NAMES.items() if name == shape]
+    return first
+
+
+def test_half_of_the_curated_rows_are_in_the_base_s_own_manner(both):
+    responses = [row["messages"][1]["content"] for row in lines(both / "curated.jsonl")]
+    own = [response for response in responses if set(scenes.POSITIONS) & set(response.split())]
+    assert 0.3 < len(own) / len(responses) < 0.7
+    for response in responses:
+        foreign = set(teacher.COMPASS.values()) & set(response.split())
+        assert bool(foreign) == (response not in own)
+    test_every_word_is_in_the_vocabulary(both)
+
+
+FROZEN = {  # of each world: a digest of its rows with --quick and seed 0
+    "world": "7ed6b9ba6cce9017",
+    "miniature": "3fd8cfea970ef50d",
+    "known": "a51a25368eeaffb7",
+    "both": "e6a819035bed4760",
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_world_that_results_were_measured_in_stays_as_it_is(name, request):
+    """A change makes it another world: see bench/NOTES.md, which lists such changes, and set the
+    digest anew."""
+    folder = request.getfixturevalue(name)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.json*")):
+        digest.update(file.read_bytes())
+    assert digest.hexdigest()[:16] == FROZEN[name]

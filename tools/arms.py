@@ -4,9 +4,8 @@ The arms of the comparison, over seeds of an embedded world: what does an alignm
     bash runs/miniature.sh                         the main table on seed 0 of the world "miniature"
     bash runs/miniature.sh --seeds 0-9 --jobs 2    ten seeds, two at a time, a core each
     bash runs/miniature.sh --world tiny            the world of runs/tiny.sh (tools/scenes.py)
-    bash runs/miniature.sh --table cost            main, algorithms, ablations or cost
+    bash runs/miniature.sh --table cost            another of the tables: see TABLES
     bash runs/miniature.sh --arms align-dense      some arms, with those that they begin with
-    bash runs/miniature.sh --references 50         so many references, not all 1,500
     bash runs/miniature.sh --show                  print what is still to be run, and run nothing
 
 An arm of a seed is a run folder with an eval.json in it, out/arms-WORLD-SEED/ARM. What is there is
@@ -30,7 +29,9 @@ An arm's name says what follows what:
 
 Behind SFT, alignment and SFT on the references take 40 updates of the policy each, and RLVR what is
 left of 140; -dapo and -gspo are other algorithms in GRPO's place. `base` in the place of SFT begins
-without it, `half` with half of it. The variants of alignment are in VARIANTS: align-dense, say.
+without it, `half` with half of it (base-refs, half-align-grpo). The variants of alignment are in
+VARIANTS: align-dense, say. Other references are in REFERENCES: align-50 and refs-50 have the first
+50 of all 1,500; of the world `both` there are some in another manner, align-own and refs-own.
 """
 
 import argparse
@@ -53,7 +54,13 @@ from tools.scenes import WORLDS  # noqa: E402
 
 UPDATES = 140  # of the policy behind SFT, in every arm that ends with RLVR
 EACH = 40  # of a stage before RLVR
-REFERENCES = 1500  # that the world has
+REFERENCES = {  # other than all of align.jsonl: a file of the seed's data
+    "50": "align_50.jsonl",
+    "300": "align_300.jsonl",
+    "fixed": "align_fixed.jsonl",
+    "own": "align_own.jsonl",
+}
+FIRST = (50, 300)  # so many rows of align.jsonl are a file of their own
 TESTS = 1000  # rows of each test
 MAX_RESPONSE = "160"  # tokens
 
@@ -104,18 +111,22 @@ def make_arms():
         "sft": Arm("sft.py", "base", "sft.json", 0),
         "half": Arm("sft.py", "base", "sft.json", 0, ("--epochs", "0.5")),
     }
-    arms["refs"] = Arm("sft.py", "sft", "references.jsonl", EACH)
+    for start, name in (("sft", "refs"), ("base", "base-refs"), ("half", "half-refs")):
+        arms[name] = Arm("sft.py", start, "align.jsonl", EACH)
     for start, name in (
         ("sft", "align"),
         ("refs", "refs-align"),
         ("base", "base-align"),
         ("half", "half-align"),
     ):
-        arms[name] = Arm("align.py", start, "references.jsonl", EACH)
+        arms[name] = Arm("align.py", start, "align.jsonl", EACH)
+    for references, file in REFERENCES.items():
+        arms[f"refs-{references}"] = Arm("sft.py", "sft", file, EACH)
+        arms[f"align-{references}"] = Arm("align.py", "sft", file, EACH)
     for variant, flags in VARIANTS.items():
         updates = EACH // 2 if variant == "short" else EACH
-        arms[f"align-{variant}"] = Arm("align.py", "sft", "references.jsonl", updates, flags)
-    for name in [*arms]:
+        arms[f"align-{variant}"] = Arm("align.py", "sft", "align.jsonl", updates, flags)
+    for name in ["base", *arms]:
         left = UPDATES - updates_behind_sft(arms, name)
         for algorithm, flags in ALGORITHMS.items():
             arms[f"{name}-{algorithm}"] = Arm("rlvr.py", name, "rl.jsonl", left, flags)
@@ -153,6 +164,16 @@ class Table:
     pairs: tuple[str, ...]  # as tools/compare.py takes them
 
 
+def table_of_references(*kinds):
+    """Return the table of the main arms with all references and with those of REFERENCES."""
+    arms = ["sft-grpo", "align-grpo", "refs-grpo"]
+    pairs = ["align-grpo:sft-grpo", "align-grpo:refs-grpo"]
+    for kind in kinds:
+        arms += [f"align-{kind}-grpo", f"refs-{kind}-grpo"]
+        pairs += [f"align-{kind}-grpo:sft-grpo", f"align-{kind}-grpo:refs-{kind}-grpo"]
+    return Table(tuple(arms), tuple(pairs))
+
+
 TABLES = {
     "main": Table(compare.ARMS, compare.PAIRS),
     "algorithms": Table(
@@ -180,6 +201,22 @@ TABLES = {
         arms=("align", *(f"align-{variant}" for variant in COST)),
         pairs=("align:sft", *(f"align-{variant}:align" for variant in COST)),
     ),
+    # One factor at a time, for tools/factors.py: the references' number, their manner (in the
+    # world `both`), how far SFT has gone.
+    "number": table_of_references("50", "300"),
+    "manner": table_of_references("fixed", "own"),
+    "drift": Table(
+        arms=(
+            *("base-grpo", "base-align-grpo", "base-refs-grpo"),
+            *("half-grpo", "half-align-grpo", "half-refs-grpo"),
+            *("sft-grpo", "align-grpo", "refs-grpo"),
+        ),
+        pairs=(
+            *("base-align-grpo:base-grpo", "base-align-grpo:base-refs-grpo"),
+            *("half-align-grpo:half-grpo", "half-align-grpo:half-refs-grpo"),
+            *("align-grpo:sft-grpo", "align-grpo:refs-grpo"),
+        ),
+    ),
 }
 
 
@@ -198,6 +235,15 @@ def with_starts(names):
             chain[1:1] = ["align-grpo", "align"]
         found |= dict.fromkeys(reversed(chain))
     return [*found]
+
+
+def expect_references(arms, world):
+    """Raise ValueError for an arm whose references a world has not."""
+    there = [f"align_{name}.jsonl" for name in (*FIRST, *WORLDS[world].others)]
+    for name in arms:
+        file = ARMS[name].data
+        if file in REFERENCES.values() and file not in there:
+            raise ValueError(f"the world {world} has no {file}, which {name} learns from")
 
 
 # -------------------------------------------------------------------------------------- one seed
@@ -248,18 +294,12 @@ class Seed:
     run: Callable  # a command -> None
 
     @property
-    def name(self):
-        """Of its folders: other references are another comparison."""
-        few = "" if self.args.references == REFERENCES else f"refs{self.args.references}-"
-        return f"arms-{few}{self.args.world}-{self.number}"
-
-    @property
     def data(self):
-        return Path("data") / self.name
+        return Path(f"data/arms-{self.args.world}-{self.number}")
 
     @property
     def out(self):
-        return Path("out") / self.name
+        return Path(f"out/arms-{self.args.world}-{self.number}")
 
     def missing(self, arms):
         """Return those of the arms that have no evaluation with these settings."""
@@ -272,7 +312,7 @@ class Seed:
             seed = ["--out", str(self.data), "--seed", str(self.number)]
             self.run([sys.executable, "tools/scenes.py", *world, *seed])
         if not self.args.show:
-            write_references(self.data, self.args.references)
+            write_first_references(self.data)
         for arm in self.missing(arms):
             self.run(self.command(arm))
             self.run(self.evaluation(arm))
@@ -328,13 +368,11 @@ def is_evaluated(folder, limit):
     return file.exists() and compare.read_json(file).get("args", {}).get("limit") == limit
 
 
-def write_references(data, number):
-    """Write the first rows of align.jsonl as references.jsonl. Raises ValueError where there are
-    fewer."""
+def write_first_references(data):
+    """Write the first rows of align.jsonl, as many as FIRST says, as files of their own."""
     rows = (data / "align.jsonl").read_text().splitlines(keepends=True)
-    if len(rows) < number:
-        raise ValueError(f"{data}/align.jsonl has {len(rows)} rows: --references {number}")
-    (data / "references.jsonl").write_text("".join(rows[:number]))
+    for number in FIRST:
+        (data / f"align_{number}.jsonl").write_text("".join(rows[:number]))
 
 
 def make_seed(number, args, arms, runner):
@@ -411,7 +449,6 @@ def main():
     parser.add_argument("--jobs", type=one_or_more, default=1, help="seeds at a time")
     parser.add_argument("--table", choices=TABLES, default="main")
     parser.add_argument("--arms", nargs="+", default=[], help="in the place of a table")
-    parser.add_argument("--references", type=one_or_more, default=REFERENCES)
     parser.add_argument("--limit", type=one_or_more, default=TESTS, help="rows of each test")
     parser.add_argument("--show", action="store_true", help="print what is still to be run")
     args = parser.parse_args()
@@ -420,6 +457,7 @@ def main():
         table = Table(tuple(args.arms), ())
     try:
         arms = with_starts(table.arms)
+        expect_references(arms, args.world)
     except ValueError as error:
         parser.error(str(error))
     seeds = [Seed(number, args, run=print_command) for number in args.seeds]

@@ -4,11 +4,15 @@ many references there are ..), as a table and a figure.
 
     python tools/factors.py --level "own manner" out/arms-tiny-* \\
         --level "foreign, known" out/arms-known-* --out docs/figures/foreignness.svg
+    python tools/factors.py --level "50 references=50" out/arms-tiny-* \\
+        --level "1,500 references" out/arms-tiny-*
 
 A level is a name and its seeds' folders, as runs/miniature.sh leaves them. Of each level it shows
 greedy accuracy gained, in points, over the two rivals at as many updates: over nothing (align-grpo
-less sft-grpo), and over SFT on the references (align-grpo less refs-grpo). They are paired
-differences over the seeds with Student's 95 % interval. --out needs the extra `plot`.
+less sft-grpo), and over SFT on the references (align-grpo less refs-grpo). A word behind = says
+that other arms are meant: those on other references (align-50-grpo, refs-50-grpo), or those behind
+another beginning (half-align-grpo, half-grpo, half-refs-grpo). They are paired differences over the
+seeds with Student's 95 % interval. --out needs the extra `plot`.
 """
 
 import argparse
@@ -18,32 +22,45 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import compare, figures  # noqa: E402
 
-OURS = "align-grpo"
-RIVALS = {  # arm: in words, and its colour
-    "sft-grpo": ("over no alignment", "#0072B2"),
-    "refs-grpo": ("over SFT on the references", "#D55E00"),
+RIVALS = {  # in words: the colour
+    "over no alignment": "#0072B2",
+    "over SFT on the references": "#D55E00",
 }
+BEGINNINGS = ("base", "half")  # of arms, in the place of SFT
 MODE = "greedy"
 APART = 0.16  # of a row's height: by so much the rivals' lines are above and below its middle
 
 
-def gains(folders):
-    """Return {test: {rival: Estimate of the gain in points}} of a level's seeds. Raises ValueError
-    as compare.read_seeds does."""
+def arms_of(word):
+    """Return the names of three arms: ours, and the rivals in the order of RIVALS.
+
+    word: what stands behind a level's name; "" means the arms on all references.
+    """
+    if not word:
+        return "align-grpo", "sft-grpo", "refs-grpo"
+    if word in BEGINNINGS:
+        return f"{word}-align-grpo", f"{word}-grpo", f"{word}-refs-grpo"
+    return f"align-{word}-grpo", "sft-grpo", f"refs-{word}-grpo"
+
+
+def gains(folders, word=""):
+    """Return {test: {rival: Estimate of the gain in points}} of a level's seeds; word: as arms_of
+    takes it. Raises ValueError as compare.read_seeds does."""
+    ours, *rivals = arms_of(word)
     folders = compare.without_logs(folders)
-    seeds = compare.read_seeds(folders, (OURS, *RIVALS))
+    seeds = compare.read_seeds(folders, (ours, *rivals))
     if MODE not in compare.names_in(seeds[0], 2):
         raise ValueError(f"{folders[0]}: there is no {MODE} result: evaluate with --greedy")
     found = {}
     for test in compare.names_in(seeds[0], 1):
         found[test] = {}
-        for rival in RIVALS:
+        for words, rival in zip(RIVALS, rivals, strict=True):
             differences = []
             for results in seeds:
-                ours = results[OURS, test, MODE].value("accuracy")
-                theirs = results[rival, test, MODE].value("accuracy")
-                differences.append(100 * (ours - theirs))
-            found[test][rival] = figures.estimate(differences)
+                our_accuracy = results[ours, test, MODE].value("accuracy")
+                their_accuracy = results[rival, test, MODE].value("accuracy")
+                differences.append(100 * (our_accuracy - their_accuracy))
+            found[test][words] = figures.estimate(differences)
     return found
 
 
@@ -52,9 +69,9 @@ def table(levels):
     tests = list(next(iter(levels.values())))
     lines = compare.heading(f"points gained by alignment, {MODE}", tests)
     for level, found in levels.items():
-        for rival, (words, _) in RIVALS.items():
-            cells = [compare.difference_cell(found[test][rival].of_seeds, 1) for test in tests]
-            count = len(found[tests[0]][rival].of_seeds)
+        for words in RIVALS:
+            cells = [compare.difference_cell(found[test][words].of_seeds, 1) for test in tests]
+            count = len(found[tests[0]][words].of_seeds)
             seeds = f"{count} seed{'s' * (count > 1)}"
             lines.append(compare.table_row(f"{level}, {words} ({seeds})", cells))
     return lines
@@ -68,17 +85,16 @@ def draw(levels):
     for ax, test in zip(axes, tests, strict=True):
         ax.axvline(0, color="#222222", linewidth=1, linestyle=":")
         for row, found in enumerate(levels.values()):
-            for place, (rival, (_, colour)) in enumerate(RIVALS.items()):
+            for place, (words, colour) in enumerate(RIVALS.items()):
                 height = row + APART * (2 * place - 1)
-                figures.draw_estimate(ax, height, found[test][rival], colour, below=APART / 2)
+                figures.draw_estimate(ax, height, found[test][words], colour, below=APART / 2)
         ax.set_title(figures.TEST_NAMES.get(test, test))
         ax.set_xlabel("points")
         ax.set_yticks(range(len(levels)), list(levels))
         ax.set_ylim(len(levels) - 0.5, -0.5)  # the first level on top
         ax.tick_params(axis="y", length=0)
-    lines = [figures.Line2D([], [], color=colour, marker="o") for _, colour in RIVALS.values()]
-    names = [words for words, _ in RIVALS.values()]
-    figure.legend(lines, names, loc="outside lower center", ncols=len(names))
+    lines = [figures.Line2D([], [], color=colour, marker="o") for colour in RIVALS.values()]
+    figure.legend(lines, list(RIVALS), loc="outside lower center", ncols=len(RIVALS))
     return figure
 
 
@@ -92,7 +108,7 @@ def main():
         action="append",
         required=True,
         metavar=("NAME", "FOLDER"),
-        help="a level's name and its seeds' folders; once for each level",
+        help="a level's name, perhaps with =WORD, and its seeds' folders; once for each level",
     )
     parser.add_argument("--out", type=Path, help="an SVG file")
     args = parser.parse_args()
@@ -114,16 +130,17 @@ def main():
 def levels_of(given):
     """Return {name: gains()} of what --level gave. Raises ValueError."""
     levels = {}
-    for name, *folders in given:
+    for first, *folders in given:
+        name, _, word = first.partition("=")
         if not folders:
             raise ValueError(f"--level {name}: name the seeds' folders behind it")
         if name in levels:
             raise ValueError(f"--level {name} is given twice")
-        levels[name] = gains(folders)
+        levels[name] = gains(folders, word)
     tests = {name: set(found) for name, found in levels.items()}
-    first = next(iter(tests.values()))
+    of_first = next(iter(tests.values()))
     for name, of_level in tests.items():
-        if of_level != first:
+        if of_level != of_first:
             raise ValueError(f"--level {name} has other tests than the first level")
     return levels
 

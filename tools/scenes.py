@@ -13,10 +13,13 @@ message; words and marks stand apart, so that a tokenizer may split at white spa
     python tools/scenes.py --out data/tiny --parquet       # verl rows also as parquet
     python tools/scenes.py --world miniature --out data/miniature
 
-There are three worlds. In `tiny` the references are a function of picture and question, in the
-manner of the base itself. In the others a foreign teacher writes them (tools/teacher.py), each in
-another manner, and the pictures are so noisy that nobody reads all of them right. In `miniature`
-the base never had that manner; in `known` half of its own demonstrations were in it.
+There are four worlds. In `tiny` the references are a function of picture and question, in the
+manner of the base itself. In `miniature` and `known` a foreign teacher writes them
+(tools/teacher.py), each in another manner, and the pictures are so noisy that nobody reads all of
+them right; in `miniature` the base never had that manner, in `known` half of its own
+demonstrations were in it. `both` has the pictures of `tiny` and a base as in `known`, and its
+references three times, so that these alone differ: the teacher's, the same in one form, and in the
+base's own manner.
 
     words.json                every word of the world, for the tokenizer: for all seeds and sizes
     easy, look, base.jsonl    sharegpt, accurate: descriptions; places of colours; demonstrations.
@@ -25,6 +28,7 @@ the base never had that manner; in `known` half of its own demonstrations were i
                               below); few complete and right ones
     sft.json                  these two shuffled together, in the other sharegpt dialect
     align.jsonl               verl rows with teacher_response, as curated, but none of sft.json
+    align_{fixed,own}.jsonl   in `both`: the same rows with other responses
     rl.jsonl                  verl rows with answers only, harder
     pairs.jsonl               warm-up pairs: a curated and a public response to one prompt
     test_{id,hard,ood}.jsonl  verl rows with references; ood has more objects than any other file
@@ -78,6 +82,8 @@ class World:
     noise: int  # of each channel of a pixel: so much down, and up (up to 8 more: see paint)
     shade: int  # of each channel of an object's colour, the same
     curated: int  # rows of the references' manner among SFT's
+    own: float = 0  # with a teacher: share of these that are in the base's own manner
+    others: tuple = ()  # more references, each in a manner: see restate
 
 
 WORLDS = {
@@ -92,6 +98,16 @@ WORLDS = {
         noise=60,
         shade=75,
         curated=2000,
+    ),
+    "both": World(
+        places=teacher.COMPASS,
+        orders=("above", "below"),
+        known=0.5,
+        noise=12,
+        shade=25,
+        curated=1100,
+        own=0.5,
+        others=("fixed", "own"),
     ),
 }
 
@@ -270,6 +286,13 @@ def foreign(scene: tuple, question: str, rng: random.Random, world: World) -> st
     return three_parts(caption, sentences, answer)
 
 
+def fixed(scene: tuple, question: str, world: World) -> str:
+    """The foreign teacher's words, always in one form."""
+    _, answer = solve(scene, question)
+    caption, sentences = teacher.demonstrate_plainly(things_of(scene, question, world), answer)
+    return three_parts(caption, sentences, answer)
+
+
 def things_of(scene: tuple, question: str, world: World) -> list[teacher.Thing]:
     """All objects of a scene, as the teacher sees them."""
     steps, _ = solve(scene, question)
@@ -353,6 +376,8 @@ def is_foreign(name: str, world: World, rng: random.Random) -> bool:
         return False
     if name in BASE_FILES:
         return world.known > 0 and rng.random() < world.known
+    if name == "curated":
+        return world.own == 0 or rng.random() >= world.own
     return True
 
 
@@ -418,6 +443,19 @@ def make_row(
     if name != "rl":
         row["teacher_response"] = response
     return row
+
+
+def restate(rows: list[dict], manner: str, seed: int, world: World) -> list[dict]:
+    """The rows of align.jsonl with a response in another manner, "fixed" or "own", to each."""
+    result = []
+    for row, item in zip(rows, items("align", len(rows), seed), strict=True):
+        _, scene, question, _ = item
+        if manner == "own":
+            response = good(scene, question)
+        else:
+            response = fixed(scene, question, world)
+        result.append({**row, "teacher_response": response})
+    return result
 
 
 def mix(public: list[dict], curated: list[dict], seed: int) -> list[dict]:
@@ -515,6 +553,9 @@ def main() -> None:
         owned |= scenes
         print(f"{name:10s} {len(rows):7,d} rows on {len(scenes):7,d} scenes", flush=True)
 
+    for manner in world.others:
+        rows = restate(files["align"], manner, args.seed, world)
+        write(args.out / f"align_{manner}.jsonl", rows)
     write(args.out / "sft.json", mix(files["public"], files["curated"], args.seed))
     write(args.out / "words.json", [{"text": vocabulary(world)}])
 
