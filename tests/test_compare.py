@@ -66,11 +66,11 @@ def test_tables_of_four_seeds(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == "accuracy, %, 4 seeds; prompts: hard 10"
     # The mean of OURS is 84.0, its standard deviation 4.32; t with 3 degrees is 3.182.
-    assert "| align-grpo | 84.0 ± 6.9 |" in lines
+    assert "| SFT → alignment → GRPO | 84.0 ± 6.9 |" in lines
     # Differences 10, 6, 2, 6: mean 6, standard deviation 3.266, half 3.182 * 3.266 / 2 = 5.196.
-    (line,) = [line for line in lines if line.startswith("| align-grpo − sft-grpo")]
+    (line,) = [line for line in lines if line.startswith("| SFT → alignment → GRPO − SFT → GRPO")]
     # Of four seeds the bootstrap is not shown.
-    assert line == "| align-grpo − sft-grpo | +6.0 [+0.8, +11.2] * |"
+    assert line == "| SFT → alignment → GRPO − SFT → GRPO | +6.0 [+0.8, +11.2] * |"
     assert "from 8 seeds on" in lines[-2] and "( )" not in lines[-2]
     assert lines[-1].startswith("Of N intervals in a table about N/20 exclude 0 by chance")
 
@@ -87,7 +87,7 @@ def test_the_bootstrap_is_shown_from_eight_seeds_on(tmp_path, run):
     files = write_seeds(tmp_path, {"align-grpo": ours, "sft-grpo": [0.5] * 8})
     lines = run(*files)
     # Of 8 draws of the seeds none is the last one in 34 %, three or more in 7 %, four in 1 %.
-    assert "| align-grpo − sft-grpo | +5.5 [+4.3, +6.7] (+5.0, +6.5) * |" in lines
+    assert "| SFT → alignment → GRPO − SFT → GRPO | +5.5 [+4.3, +6.7] (+5.0, +6.5) * |" in lines
     assert "( ): 95 % by the bootstrap over the seeds" in lines[-2]
     assert not any("(" in line for line in run(*files[:7]) if " − " in line)
 
@@ -131,11 +131,11 @@ def test_counts_are_shown_as_they_are_and_shares_in_percent(tmp_path, run):
     files = write_seeds(tmp_path, {"sft": [3.0, 5.0]}, metric="items")
     lines = run(*files, "--metric", "items")
     assert lines[0] == "items, 2 seeds; prompts: hard 10"
-    assert "| sft | 4.00 ± 12.71 |" in lines
+    assert "| SFT | 4.00 ± 12.71 |" in lines
     files = write_seeds(tmp_path, {"sft": [0.4, 0.6]}, metric="steps")
-    assert "| sft | 0.50 ± 1.27 |" in run(*files, "--metric", "steps")
+    assert "| SFT | 0.50 ± 1.27 |" in run(*files, "--metric", "steps")
     files = write_seeds(tmp_path, {"sft": [0.4, 0.6]}, metric="pass@4")
-    assert "| sft | 50.0 ± 127.1 |" in run(*files, "--metric", "pass@4")
+    assert "| SFT | 50.0 ± 127.1 |" in run(*files, "--metric", "pass@4")
 
 
 def test_shares_are_those_that_eval_writes():
@@ -252,7 +252,7 @@ def test_a_seed_may_be_a_folder_of_runs(tmp_path, run):
         folders.append(write_folder(tmp_path / f"seed-{seed}", arms))
     lines = run(*folders)
     arms = [line.split(" | ")[0] for line in lines if " ± " in line]
-    assert arms[:3] == ["| sft", "| align", "| refs"]
+    assert arms[:3] == ["| SFT", "| SFT → alignment", "| SFT → SFT on references"]
     (tmp_path / "empty").mkdir()
     assert "empty: no run in it has an eval.json" in run(tmp_path / "empty")
 
@@ -262,7 +262,7 @@ def test_an_arm_that_is_not_read_may_be_of_another_evaluation(tmp_path, run):
     file = folder / "refs/eval.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"args": {"limit": 5}}))
     assert "refs/eval.json: --limit is 5" in run(folder)
-    assert "| align | 60.0 |" in run(folder, "--arms", "sft", "align")
+    assert "| SFT → alignment | 60.0 |" in run(folder, "--arms", "sft", "align")
 
 
 @pytest.mark.parametrize(

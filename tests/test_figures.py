@@ -214,12 +214,12 @@ def test_arms_without_sft_are_not_counted_from_it(seeds):
 
 
 def test_names_are_words():
-    assert figures.name_of("align-dense-grpo") == "SFT → alignment (dense) → GRPO"
-    assert figures.name_of("refs-align") == "SFT → SFT on references → alignment"
-    assert figures.name_of("sft-grpo-tokens") == "SFT → GRPO (equal tokens)"
+    assert compare.name_of("align-dense-grpo") == "SFT → alignment (dense) → GRPO"
+    assert compare.name_of("refs-align") == "SFT → SFT on references → alignment"
+    assert compare.name_of("sft-grpo-tokens") == "SFT → GRPO (equal tokens)"
     assert figures.label_of("refs-align-grpo") == "SFT → SFT on references\n→ alignment → GRPO"
-    assert figures.name_of("base-align") == "base → alignment"
-    assert figures.name_of("teacher") == "teacher"
+    assert compare.name_of("base-align") == "base → alignment"
+    assert compare.name_of("teacher") == "teacher"
 
 
 def test_smoothing_is_over_ten_updates():

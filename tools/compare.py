@@ -56,6 +56,19 @@ PAIRS = (
     "refs-align-grpo:refs-grpo",
     "refs-align-grpo:align-grpo",
 )
+# What the words of an arm's name mean, as in runs/miniature.sh
+STAGE_NAMES = {
+    "sft": "SFT",
+    "base": "base",
+    "half": "half of SFT",
+    "refs": "SFT on references",
+    "align": "alignment",
+    "grpo": "GRPO",
+    "dapo": "DAPO",
+    "gspo": "GSPO",
+}
+FIRST_STAGES = ("sft", "base", "half")  # all other arms begin with SFT
+VARIANT_NAMES = {"tokens": "equal tokens"}  # others are shown as they are
 DRAWS = 10_000
 BOOTSTRAP_FROM = 8  # seeds
 SETTINGS = ("limit", "samples", "temperature", "max_response")  # of eval.py: the same in all files
@@ -297,6 +310,20 @@ def names_in(values, place):
     return list(dict.fromkeys(key[place] for key in values))
 
 
+def name_of(arm):
+    """Return an arm's name in words: "align-dense-grpo" is "SFT → alignment (dense) → GRPO"."""
+    first, *_ = words = arm.split("-")
+    if first not in STAGE_NAMES:
+        return arm
+    stages = [] if first in FIRST_STAGES else [STAGE_NAMES["sft"]]
+    for word in words:
+        if word in STAGE_NAMES:
+            stages.append(STAGE_NAMES[word])
+        else:
+            stages[-1] += f" ({VARIANT_NAMES.get(word, word)})"
+    return " → ".join(stages)
+
+
 def means_table(values, mode, scale, digits):
     """Return the lines of a table: an arm per line, its mean and interval on each test."""
     tests = names_in(values, 1)
@@ -306,7 +333,7 @@ def means_table(values, mode, scale, digits):
         for test in tests:
             of_seeds = [scale * value for value in values[arm, test, mode]]
             cells.append(mean_cell(of_seeds, digits))
-        lines.append(table_row(arm, cells))
+        lines.append(table_row(name_of(arm), cells))
     return lines
 
 
@@ -342,7 +369,7 @@ def differences_table(values, pairs, mode, scale, digits):
             theirs = values[second, test, mode]
             differences = [scale * (x - y) for x, y in zip(ours, theirs, strict=True)]
             cells.append(difference_cell(differences, digits))
-        lines.append(table_row(f"{first} − {second}", cells))
+        lines.append(table_row(f"{name_of(first)} − {name_of(second)}", cells))
     return lines
 
 

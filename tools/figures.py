@@ -48,6 +48,7 @@ from tools.budget import tokens_per_update, warmup_tokens  # noqa: E402
 from tools.compare import (  # noqa: E402
     NotMeasured,
     Result,
+    name_of,
     names_in,
     number,
     read_seeds,
@@ -62,19 +63,6 @@ POINTS = 45  # of a curve, at most
 DRIFT_TEST = "hard"
 DRIFT_MODES = ("T=1", "greedy")  # the first that there is
 
-# What the words of an arm's name mean, as in runs/miniature.sh
-STAGE_NAMES = {
-    "sft": "SFT",
-    "base": "base",
-    "half": "half of SFT",
-    "refs": "SFT on references",
-    "align": "alignment",
-    "grpo": "GRPO",
-    "dapo": "DAPO",
-    "gspo": "GSPO",
-}
-FIRST_STAGES = ("sft", "base", "half")  # all other arms begin with SFT
-VARIANT_NAMES = {"tokens": "equal tokens"}  # others are shown as they are
 TEST_NAMES = {
     "id": "id: as in SFT's data",
     "hard": "hard: as in GRPO's data",
@@ -418,20 +406,6 @@ def curve_of_seeds(trainings, along):
 
 
 # ----------------------------------------------------------------------------- drawing
-def name_of(arm):
-    """Return an arm's name in words: "align-dense-grpo" is "SFT → alignment (dense) → GRPO"."""
-    first, *_ = words = arm.split("-")
-    if first not in STAGE_NAMES:
-        return arm
-    stages = [] if first in FIRST_STAGES else [STAGE_NAMES[START]]
-    for word in words:
-        if word in STAGE_NAMES:
-            stages.append(STAGE_NAMES[word])
-        else:
-            stages[-1] += f" ({VARIANT_NAMES.get(word, word)})"
-    return " → ".join(stages)
-
-
 def label_of(arm):
     """Return an arm's name in lines of at most LABEL characters, none of which ends in an arrow."""
     tied = name_of(arm).replace("→ ", "→\N{NO-BREAK SPACE}")
