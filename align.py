@@ -116,6 +116,9 @@ class Args(Common):
     malformed_penalty: float = option(1.5, "subtracted from a malformed rollout's advantage")
     std_floor: float = option(0.0, "least standard deviation that a group is divided by")
     disc_lr: float = option(1e-6, "of the discriminator in the game")
+    disc_updates: int = option(
+        1, "of the discriminator on each step's rollouts, each with a forward of its own", least=1
+    )
     disc_weight_decay: float = option(0.01, "AdamW's, on matrices only")
     score_clip: float = option(
         10.0, "bound on the scores as rewards, never in the discriminator's loss", above=0
@@ -877,10 +880,13 @@ def main(args):
         groups = data.draw(order, args.prompts_per_step, build)
         roll(groups, sampler.refresh(), encoder, args, (args.seed, 0, step))
         # 2) score, and 3) update the discriminator: one forward serves both
-        disc_loss, expert_load = discriminator_pass(disc, groups, args, ranks.device)
-        disc_norm, disc_skipped = step_if_finite(
-            disc_opt, disc_loss, args.grad_clip, "discriminator"
-        )
+        disc_skipped = False
+        for _ in range(args.disc_updates):  # the scores are those of the last forward
+            disc_loss, expert_load = discriminator_pass(disc, groups, args, ranks.device)
+            disc_norm, skipped = step_if_finite(
+                disc_opt, disc_loss, args.grad_clip, "discriminator"
+            )
+            disc_skipped = disc_skipped or skipped
         # 4) advantage
         weights = span_weights(args.spans, args.alpha)
         for group in groups:

@@ -3,12 +3,14 @@ No stage runs here: commands are written down, and what they would leave is put 
 
 import argparse
 import json
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -17,9 +19,10 @@ import align
 import rlvr
 import sft
 from engine.arguments import parse
-from tools import arms, compare
+from engine.rows import BadRow
+from tools import arms, compare, rubric
 
-STAGES = {"sft.py": sft, "align.py": align, "rlvr.py": rlvr}
+STAGES = {"sft.py": sft, "align.py": align, "rlvr.py": rlvr, "tools/rubric.py": rlvr}
 
 
 def seed_of(run, *, show=False, number=7):
@@ -66,12 +69,15 @@ def test_every_arm_s_command_is_one_of_its_stage():
     seed = seed_of(run=None, show=True)
     for name, arm in arms.ARMS.items():
         _, script, *words = seed.command(name)
+        assert flags_of(words, "config") == f"runs/tiny-{STAGES[script].__name__}.json"
         if arm.more:
             words = words[: words.index("--steps")]
         args = parse(STAGES[script].Args, words, with_paths=False)
         assert args.out == f"out/arms-tiny-7/{name}"
         assert (args.seed, args.max_response, args.resume) == (7, 160, True)
-        if script == "rlvr.py" and not arm.more:
+        if name == "rubric":
+            assert (args.steps, args.prompts_per_step, args.group_size) == (40, 16, 8)
+        elif STAGES[script] is rlvr and not arm.more:
             assert arms.updates_behind_sft(arms.ARMS, name) == 140
             assert args.steps == arm.updates and name.endswith(f"-{args.algo}")
         if script == "align.py":
@@ -134,7 +140,9 @@ def test_variants_change_what_they_say():
         "clip": {"score_clip": 1.0},
         "discslow": {"disc_lr": 1.5e-4},
         "discfast": {"disc_lr": 1.5e-3},
+        "disc2": {"disc_updates": 2},
         "short": {"steps": 20},
+        "long": {"steps": 120},
     }
 
 
@@ -151,6 +159,49 @@ def test_tables_compare_arms_that_they_have():
     for wrong in ("foo-grpo", "align-x", "refs-align-dense-grpo", "refs-grpo-tokens"):
         with pytest.raises(ValueError, match=f"there is no arm {wrong}"):
             arms.with_starts([wrong])
+
+
+def test_a_rubric_is_scored_by_the_reference():
+    def response(caption, think, answer):
+        return (
+            f"<caption>\n{caption}\n</caption>\n<think>\n{think}\n</think>\n"
+            f"<answer>\n{answer}\n</answer>"
+        )
+
+    reference = response("tl red circle ; br blue square", "tl red circle 1 . so 1 .", 1)
+    example = SimpleNamespace(
+        response=reference, answer="1", choices=(), equivalent=(), where="f:1"
+    )
+    cases = {
+        reference: (1, 1, 1),
+        response("br blue square ; tl red circle", "so 1 .", 1): (1, 1 / 2, 1),
+        response("tl red circle ; tc red circle", "so 2 .", 2): (1 / 3, 0, 0),
+        response("tl red circle ; tl red circle ; br blue square", "so 1 .", 2): (2 / 3, 1 / 2, 0),
+        "no form": (0, 0, 0),
+    }
+    for text, (caption, reasoning, answer) in cases.items():
+        verdict = rubric.judge(text, example)
+        assert verdict["caption"] == pytest.approx(caption)
+        assert verdict["reasoning"] == pytest.approx(reasoning)
+        assert verdict["accuracy"] == answer
+        assert verdict["reward"] == pytest.approx((caption + reasoning + answer) / 3)
+    example.response = None
+    with pytest.raises(BadRow, match="f:1: there is no reference"):
+        rubric.judge(reference, example)
+
+
+def test_the_rubric_is_the_reward_of_rlvr(monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(rlvr, "main", lambda args: begun.append((args.steps, rlvr.verify)))
+    monkeypatch.setattr(rlvr, "verify", rlvr.verify)  # put back behind this test
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    flags = ["--policy", str(tmp_path), "--data", str(tmp_path / "d.jsonl"), "--steps", "3"]
+    flags += ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["rubric.py", *flags])
+    runpy.run_path(str(ROOT / "tools/rubric.py"), run_name="__main__")
+    ((steps, verify),) = begun
+    assert steps == 3 and verify.__name__ == "judge"
+    assert "sample_groups(hf, encoder, drawn, verify, args" in (ROOT / "rlvr.py").read_text()
 
 
 # -------------------------------------------------------------------------------------- one seed

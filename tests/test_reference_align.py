@@ -69,7 +69,7 @@ CASES = {
     "whole": dict(
         disc_path="moe", spans="whole", malformed_penalty=0.5, sample_every=1, **SOME_TOO_LONG
     ),
-    "split": dict(disc_path="moe", pack_tokens=70, alpha=0.2, prompts_per_step=3),
+    "split": dict(disc_path="moe", pack_tokens=70, alpha=0.2, prompts_per_step=3, disc_updates=2),
     "top 1 of 3": dict(
         experts=3, experts_per_token=1, upcycle_noise=0.3, steps=1, disc_init="other"
     ),

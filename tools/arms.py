@@ -26,9 +26,11 @@ An arm's name says what follows what:
     refs-grpo         then GRPO
     refs-align        SFT on the references, then alignment
     refs-align-grpo   then GRPO
+    rubric            RLVR on the references' prompts with a rubric as the reward (tools/rubric.py)
+    rubric-grpo       then GRPO
 
-Behind SFT, alignment and SFT on the references take 40 updates of the policy each, and RLVR what is
-left of 140; -dapo and -gspo are other algorithms in GRPO's place. `base` in the place of SFT begins
+Behind SFT, alignment and its rivals take 40 updates of the policy each, and RLVR what is left of
+140; -dapo and -gspo are other algorithms in GRPO's place. `base` in the place of SFT begins
 without it, `half` with half of it (base-refs, half-align-grpo). The variants of alignment are in
 VARIANTS: align-dense, say. Other references are in REFERENCES: align-50 and refs-50 have the first
 50 of all 1,500; of the world `both` there are some in another manner, align-own and refs-own.
@@ -80,8 +82,12 @@ VARIANTS = {  # of alignment: what they change
     "clip": ("--score_clip", "1"),
     "discslow": ("--disc_lr", "1.5e-4"),
     "discfast": ("--disc_lr", "1.5e-3"),
-    "short": (),  # half of the updates: see ARMS
+    "disc2": ("--disc_updates", "2"),
+    "short": (),  # LENGTHS says how many updates
+    "long": (),
 }
+LENGTHS = {"short": 20, "long": 120}  # updates of a variant, where not EACH
+RUBRIC = "tools/rubric.py"  # RLVR with another reward
 ALGORITHMS = {
     "grpo": ("--algo", "grpo"),
     "dapo": ("--algo", "dapo", "--overlong", "32", "--prompts_per_draw", "48"),
@@ -102,7 +108,8 @@ class Arm:
 
     @property
     def stage(self):
-        return self.script.removesuffix(".py")
+        """Of the settings in runs/tiny-STAGE.json."""
+        return "rlvr" if self.script == RUBRIC else self.script.removesuffix(".py")
 
 
 def make_arms():
@@ -124,8 +131,11 @@ def make_arms():
         arms[f"refs-{references}"] = Arm("sft.py", "sft", file, EACH)
         arms[f"align-{references}"] = Arm("align.py", "sft", file, EACH)
     for variant, flags in VARIANTS.items():
-        updates = EACH // 2 if variant == "short" else EACH
+        updates = LENGTHS.get(variant, EACH)
         arms[f"align-{variant}"] = Arm("align.py", "sft", "align.jsonl", updates, flags)
+    # As many rollouts a step as alignment has.
+    step = ("--prompts_per_step", "16", "--group_size", "8")
+    arms["rubric"] = Arm(RUBRIC, "sft", "align.jsonl", EACH, step)
     for name in ["base", *arms]:
         left = UPDATES - updates_behind_sft(arms, name)
         for algorithm, flags in ALGORITHMS.items():
@@ -150,11 +160,13 @@ COST = (
     "nodecay",
     "nofloor",
     "short",
+    "long",
     "slow",
     "group16",
     "clip",
     "discslow",
     "discfast",
+    "disc2",
 )
 
 
@@ -189,12 +201,15 @@ TABLES = {
             "base-align-grpo",
             "half-align-grpo",
             *(f"align-{variant}-grpo" for variant in ABLATED),
+            "rubric-grpo",
         ),
         pairs=(
             "base-align-grpo:align-grpo",
             "half-align-grpo:align-grpo",
             *(f"align-{variant}:align" for variant in ABLATED),
             *(f"align-{variant}-grpo:align-grpo" for variant in ABLATED),
+            "rubric:align",
+            "rubric-grpo:align-grpo",
         ),
     ),
     "cost": Table(

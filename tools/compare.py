@@ -63,6 +63,7 @@ STAGE_NAMES = {
     "half": "half of SFT",
     "refs": "SFT on references",
     "align": "alignment",
+    "rubric": "rubric",
     "grpo": "GRPO",
     "dapo": "DAPO",
     "gspo": "GSPO",

@@ -107,15 +107,17 @@ class Alignment:
         return groups
 
     # ------------------------------------------------------------------------ the discriminator
-    def update_disc(self, disc, update, found, groups, rate):
-        """Check the discriminator's pass over groups and its update -> what is logged of it."""
+    def update_disc(self, disc, update, found, groups, rate, is_last=True):
+        """Check the discriminator's pass over groups and its update -> what is logged of it. The
+        scores of the last pass of a step are kept."""
         self.disc.take(update["before"])
         loss, routed = steps.discriminate(self.disc, groups, self.kinds, self.args)
         if loss is not None:
             loss.backward()
         gradient = self.disc.gradient()
-        for one, group in zip(found, groups, strict=True):
-            same_scores(one, group)
+        if is_last:
+            for one, group in zip(found, groups, strict=True):
+                same_scores(one, group)
         disc.check(update, gradient, rate)
         measured = steps.discriminator_measures(groups, self.kinds, routed, self.args)
         loss = math.nan if loss is None else float(loss.detach())
@@ -301,7 +303,8 @@ def check_game(trace, args, disc_weights, weights, length_probe):
     order = run.reader.order(args.seed)
     assert [step["step"] for step in trace] == list(range(1, args.steps + 1))
     for number, step in enumerate(trace):
-        disc_update, policy_update = step["updates"]
+        *disc_updates, policy_update = step["updates"]
+        assert len(disc_updates) == args.disc_updates
         # 1) rollouts, of the policy as it is before this step's update
         rows = run.take_rows(run.reader, order, args.prompts_per_step)
         ((seed, found),) = step["calls"]
@@ -309,9 +312,11 @@ def check_game(trace, args, disc_weights, weights, length_probe):
         run.policy.take(policy_update["before"])
         groups = run.sampled(found, seed)
         # 2) score, and 3) the discriminator's update
-        disc_loss, disc_norm, expected = run.update_disc(
-            disc, disc_update, found, groups, args.disc_lr
-        )
+        for disc_update in disc_updates:
+            is_last = disc_update is disc_updates[-1]
+            disc_loss, disc_norm, expected = run.update_disc(
+                disc, disc_update, found, groups, args.disc_lr, is_last
+            )
         if args.probe_every and number % args.probe_every == 0:
             expected |= run.probes(groups)
         # 4) advantage
