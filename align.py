@@ -906,6 +906,7 @@ def main(args):
         # 6) log
         pairs = health.scored_pairs(groups, names)
         metrics |= health.game_metrics(pairs, expert_load, args.score_clip)
+        metrics |= health.canary_metrics(groups, names)
         if args.probe_every and step % args.probe_every == 0:
             metrics |= health.probe_metrics(health.probes_of(groups, names))
         metrics |= rollout_metrics(groups)  # the canary among them

@@ -118,6 +118,26 @@ def accuracy(margin):
     return _mean((sign + 1) / 2)
 
 
+def canary_metrics(groups, names):
+    """
+    Return {"<span>/auc": float}: of all two rollouts of one prompt, of which the verifier takes one
+    for right and one for wrong, the share in which the right one's span has the higher score. Ties
+    count one half, malformed rollouts nothing. 1/2 is chance; NaN: no prompt has both kinds.
+
+    Nothing is trained to tell them apart: it says whether the reward knows what is right, or only
+    what is written in the references' manner.
+    """
+    metrics = {}
+    for s, name in enumerate(names):
+        margins = []
+        for group in groups:
+            score = group.score[s][group.well_formed]
+            right = group.verdicts["accuracy"][group.well_formed] > 0
+            margins.append((score[right].unsqueeze(1) - score[~right]).flatten())
+        metrics[f"{name}/auc"] = accuracy(torch.cat(margins))
+    return metrics
+
+
 def moments(scores):
     """
     Return mean, std and absmax of scores (B,). They show a drift of the scores' level, which

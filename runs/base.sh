@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 NAME=${1:-tiny}
 DATA=data/$NAME OUT=ckpt/base-$NAME WORLD=$NAME SIZE= EPOCHS=1
 if [ "$NAME" = quick ]; then WORLD=tiny SIZE=--quick; fi
-if [ "$NAME" = known ]; then EPOCHS=2; fi # there are two manners to learn
+case $NAME in known | both) EPOCHS=2 ;; esac # there are two manners to learn
 
 if [ ! -f "$DATA/words.json" ]; then # words.json comes last
     python tools/scenes.py --world $WORLD --out "$DATA" $SIZE

@@ -38,6 +38,30 @@ def test_span_metrics():
     assert m["flat_groups"] == 0
 
 
+def test_auc_asks_whether_right_rollouts_score_higher_than_wrong_ones():
+    """Within a prompt alone: a prompt whose rollouts all score higher says nothing."""
+
+    def scored(score, accuracy, well_formed=None):
+        group = Group(None)
+        group.score = T([score, [-value for value in score]])
+        group.well_formed = T(well_formed or [True] * len(accuracy))
+        group.verdicts = {"accuracy": T(accuracy)}
+        return group
+
+    groups = [
+        scored([1.0, 2.0, 3.0], [0.0, 1.0, 0.0]),  # 2 is above 1, not above 3
+        scored([9.0, 8.0, 9.0], [1.0, 0.0, 0.0]),  # above the one, as high as the other
+        scored([50.0, 60.0], [1.0, 1.0]),
+        scored([0.0, -5.0, math.nan], [1.0, 0.0, 0.0], [True, True, False]),
+    ]
+    assert health.canary_metrics(groups, ["perception", "reasoning"]) == {
+        "perception/auc": (1 + 0 + 1 + 0.5 + 1) / 5,
+        "reasoning/auc": (0 + 1 + 0 + 0.5 + 0) / 5,
+    }
+    alike = health.canary_metrics(groups[2:3], ["perception"])
+    assert math.isnan(alike["perception/auc"])
+
+
 def test_no_data_is_nan_never_a_number():
     metrics = span_metrics(NONE, NONE, NONE.long(), NONE, NONE)
     metrics["correlation"] = health.correlation(NONE, NONE)

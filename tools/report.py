@@ -55,6 +55,7 @@ CHARTS = [  # in the order of the page
     Chart("eval/steps", "of reasoning, greedy", ("sft", "align", "rlvr")),
     Chart("eval/loss", "of --eval_data", ("sft",)),
     Chart("*/acc", "pairs ordered rightly", ("warm-up", "align")),
+    Chart("*/auc", "right rollouts above wrong ones", ("align",)),
     Chart("*/held_out", "pairs never trained on", ("warm-up",)),
     Chart("*/margin", "reference − rollout", ("warm-up", "align")),
     Chart("loss", "of the stage", ("sft", "warm-up")),

@@ -75,6 +75,17 @@ def of_span(pairs, clip):
     return found
 
 
+def right_above_wrong(groups):
+    """groups: of each the list of its well-formed rollouts' (score of a span, accuracy)."""
+    margins = []
+    for rollouts in groups:
+        for score, accuracy in rollouts:
+            for other, of_other in rollouts:
+                if accuracy == 1 and of_other == 0:
+                    margins.append(score - other)
+    return preferred(margins)
+
+
 def of_experts(tokens):
     """tokens (L, E): how many of a kind of span's tokens each expert got."""
     with np.errstate(invalid="ignore"):

@@ -142,6 +142,17 @@ class Alignment:
                 found[f"{kind}/length_probe"] = self.length_probe(prompts, *lengths)
         return found
 
+    def canary(self, found, groups):
+        """Whether the spans' scores put right rollouts above wrong ones."""
+        values = {}
+        for k, kind in enumerate(self.kinds):
+            scored = []
+            for one, group in zip(found, groups, strict=True):
+                both = zip(group.score[k], one["verdicts"]["accuracy"], group.spans, strict=True)
+                scored.append([(float(s), a) for s, a, spans in both if spans is not None])
+            values[f"{kind}/auc"] = measures.right_above_wrong(scored)
+        return values
+
     def same_metrics(self, found, expected):
         tolerances = {"lr": 1e-9}
         tolerances |= {f"{kind}/length_corr": 1e-3 for kind in self.kinds}
@@ -333,6 +344,7 @@ def check_game(trace, args, disc_weights, weights, length_probe):
         policy.check(policy_update, gradient, rate)
         # 6) log
         expected |= measures.of_rollouts([rollouts_of(one) for one in found])
+        expected |= run.canary(found, groups)
         expected |= {
             "grad_norm": method.total_norm(gradient.values()),
             "skipped": 0,
