@@ -38,6 +38,7 @@ def flags_of(command, name):
 def project(tmp_path, monkeypatch):
     """An empty project, and a `run` that leaves what the commands of a seed would leave."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(ROOT / "runs")
     commands = []
 
     def run(command):
@@ -54,8 +55,8 @@ def project(tmp_path, monkeypatch):
         else:
             out.mkdir(parents=True, exist_ok=True)
             steps = range(1, 1 + int(flags_of(command, "steps")) if "--steps" in command else 2)
-            args = {"prompts_per_step": 16, "group_size": 8}
-            logged = [{"args": args}] if command[1] != "sft.py" else [{"args": {}}]
+            args = parse(STAGES[command[1]].Args, command[2:], with_paths=False)
+            logged = [{"args": vars(args)}]
             logged += [{"step": step, "length": 40.0} for step in steps]
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
 
@@ -255,7 +256,7 @@ def test_references_that_a_world_has_not_are_named():
 def test_the_run_at_equal_tokens_goes_on_from_a_copy(project, monkeypatch):
     seed = seed_of(project)
     seed.make(["sft", "sft-grpo", "align", "align-grpo"])
-    monkeypatch.setattr(arms.budget, "generated", lambda runs: 150 * 16 * 8 * 40)
+    monkeypatch.setattr(arms.budget, "generated", lambda runs: 150 * 24 * 8 * 40)
     out = Path("out/arms-tiny-7")
     project.commands.clear()
 
@@ -274,7 +275,7 @@ def test_the_run_at_equal_tokens_goes_on_from_a_copy(project, monkeypatch):
     assert flags_of(command, "policy") == "out/arms-tiny-7/sft"
     assert not list(out.glob(".*part"))
     # A run that has gone too far already begins anew.
-    monkeypatch.setattr(arms.budget, "generated", lambda runs: 100 * 16 * 8 * 40)
+    monkeypatch.setattr(arms.budget, "generated", lambda runs: 100 * 24 * 8 * 40)
     arms.shutil.rmtree(out / "sft-grpo-tokens")
     assert flags_of(seed.command("sft-grpo-tokens"), "steps") == "100"
     assert not (out / "sft-grpo-tokens").exists()
@@ -283,10 +284,29 @@ def test_the_run_at_equal_tokens_goes_on_from_a_copy(project, monkeypatch):
 def test_a_copy_is_the_run_without_its_evaluation(project, monkeypatch):
     seed = seed_of(project)
     seed.make(["sft", "sft-grpo", "align", "align-grpo"])
-    monkeypatch.setattr(arms.budget, "generated", lambda runs: 150 * 16 * 8 * 40)
+    monkeypatch.setattr(arms.budget, "generated", lambda runs: 150 * 24 * 8 * 40)
     seed.command("sft-grpo-tokens")
     left = [path.name for path in Path("out/arms-tiny-7/sft-grpo-tokens").iterdir()]
     assert left == ["log.jsonl"]
+
+
+def test_a_run_with_other_settings_is_no_arm_of_today(project):
+    """After a change of settings an old run would be one arm among new ones."""
+    seed = seed_of(project)
+    seed.make(["sft", "align", "align-slow", "align-grpo", "base-grpo", "rubric"])
+    assert seed.missing(["sft", "align", "align-slow", "align-grpo", "base-grpo", "rubric"]) == []
+    log = Path("out/arms-tiny-7/align-slow/log.jsonl")
+    whole = log.read_text()
+    for old, new, why in (
+        ('"lr": 5e-05', '"lr": 0.00015', "--lr 0.00015, the arm has 5e-05 today"),
+        ('"std_floor": 0.5', '"std_floor": 0.0', "--std_floor 0.0, the arm has 0.5"),
+        ('"steps": 40', '"steps": 41', "--steps 41"),
+        ('"seed": 7', '"seed": 8', "--seed 8"),
+    ):
+        log.write_text(whole.replace(old, new))
+        with pytest.raises(ValueError, match=f"align-slow: its log has {why}"):
+            seed.missing(["sft", "align-slow"])
+        assert seed.missing(["sft", "align"]) == []
 
 
 # -------------------------------------------------------------------------------- all of them

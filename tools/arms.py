@@ -9,8 +9,9 @@ The arms of the comparison, over seeds of an embedded world: what does an alignm
     bash runs/miniature.sh --show                  print what is still to be run, and run nothing
 
 An arm of a seed is a run folder with an eval.json in it, out/arms-WORLD-SEED/ARM. What is there is
-not made again, so the same command goes on after a stop, and a table uses what another one made;
-after a change of settings or of a world, remove the folders that it concerns.
+not made again, so the same command goes on after a stop, and a table uses what another one made. A
+run whose log has other settings than runs/tiny-STAGE.json and the arm's flags is an error; after a
+change of the code or of a world, remove the folders that it concerns.
 How long it will take is printed first (for the world's base, which is made once, runs/base.sh);
 what a seed's runs print is in its log.txt. At the end come the tables of tools/compare.py: each
 arm's mean, and paired differences with their intervals.
@@ -38,6 +39,7 @@ VARIANTS: align-dense, say. Other references are in REFERENCES: align-50 and ref
 
 import argparse
 import fcntl
+import json
 import math
 import shlex
 import shutil
@@ -50,12 +52,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
 from tools import budget, compare  # noqa: E402
 from tools.scenes import WORLDS  # noqa: E402
 
 UPDATES = 140  # of the policy behind SFT, in every arm that ends with RLVR
 EACH = 40  # of a stage before RLVR
+PATHS = ("data", "disc_init")  # settings that a seed has its own of
 REFERENCES = {  # other than all of align.jsonl: a file of the seed's data
     "50": "align_50.jsonl",
     "300": "align_300.jsonl",
@@ -317,8 +321,31 @@ class Seed:
         return Path(f"out/arms-{self.args.world}-{self.number}")
 
     def missing(self, arms):
-        """Return those of the arms that have no evaluation with these settings."""
+        """Return those of the arms that have no evaluation with these settings. Raises ValueError
+        where a run was made with others."""
+        for arm in arms:
+            if (self.out / arm / "log.jsonl").exists():
+                self.expect_settings(arm)
         return [arm for arm in arms if not is_evaluated(self.out / arm, self.args.limit)]
+
+    def expect_settings(self, name):
+        """Raise ValueError where a run's log has another setting than the arm has today."""
+        arm = ARMS[name]
+        folder = self.out / name
+        wanted = compare.read_json(PROJECT / f"runs/tiny-{arm.stage}.json")
+        wanted |= {"seed": self.number, "max_response": int(MAX_RESPONSE)}
+        if arm.updates:
+            wanted["steps"] = arm.updates
+        if arm.more:
+            del wanted["steps"]  # the tokens decide
+        wanted |= settings_of(arm.flags)
+        made_with, _ = budget.read_log(folder / "log.jsonl")
+        for setting, value in wanted.items():
+            if setting not in PATHS and made_with.get(setting) != value:
+                raise ValueError(
+                    f"{folder}: its log has --{setting} {made_with.get(setting)}, the arm has "
+                    f"{value} today: remove the folder, and those of arms that begin with it"
+                )
 
     def make(self, arms):
         """Make the seed's data, then run and evaluate each arm that is missing."""
@@ -375,6 +402,21 @@ class Seed:
         command += ["--max_response", MAX_RESPONSE]
         command += ["--out", str(self.out / name / "eval.json")]
         return command
+
+
+def settings_of(flags):
+    """Return {name: value} of a command's flags, the values as a log has them."""
+    settings = {}
+    for word in flags:
+        if word.startswith("--"):
+            name = word.removeprefix("--")
+            settings[name] = True
+            continue
+        try:
+            settings[name] = json.loads(word)
+        except ValueError:
+            settings[name] = word
+    return settings
 
 
 def is_evaluated(folder, limit):
@@ -519,4 +561,6 @@ def run_all(args, arms):
 
 
 if __name__ == "__main__":
+    # `| head` ends this command as it ends others, without a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -15,6 +15,7 @@ run named last has generated as many, or would have, had it gone on as in its la
 
 import argparse
 import math
+import signal
 import sys
 from itertools import accumulate
 from pathlib import Path
@@ -142,4 +143,6 @@ def main():
 
 
 if __name__ == "__main__":
+    # `| head` ends this command as it ends others, without a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

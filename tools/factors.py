@@ -16,6 +16,7 @@ seeds with Student's 95 % interval. --out needs the extra `plot`.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -146,4 +147,6 @@ def levels_of(given):
 
 
 if __name__ == "__main__":
+    # `| head` ends this command as it ends others, without a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -27,6 +27,7 @@ left in --out go. The same runs give the same bytes (with the same matplotlib, t
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -645,4 +646,6 @@ def main():
 
 
 if __name__ == "__main__":
+    # `| head` ends this command as it ends others, without a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()
