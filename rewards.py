@@ -67,6 +67,7 @@ def measure(example, rollout, text):
         "reference_items": None,
         "reference_steps": None,
         "same_caption": None,  # as the reference's, up to white space
+        "same_reasoning": None,  # the same
     }
     written = parts(text)  # None: malformed
     reference = parts(example.response or "")
@@ -77,6 +78,8 @@ def measure(example, rollout, text):
         measured["reference_items"] = count_items(reference["caption"])
         measured["reference_steps"] = count_steps(reference["think"])
         measured["same_caption"] = False
+        measured["same_reasoning"] = False
     if written and reference:
         measured["same_caption"] = written["caption"].split() == reference["caption"].split()
+        measured["same_reasoning"] = written["think"].split() == reference["think"].split()
     return measured

@@ -132,7 +132,8 @@ def summarise(records, pass_at=()):
     summary["format"] = mean_of(records, "format")
     summary["length"] = mean_of(records, "length")
     summary["truncated"] = mean([s == "length" for record in records for s in record["stop"]])
-    for name in ("items", "reference_items", "steps", "reference_steps", "same_caption"):
+    of_parts = ("items", "reference_items", "steps", "reference_steps")
+    for name in (*of_parts, "same_caption", "same_reasoning"):
         summary[name] = mean_of(records, name)
     return summary
 

@@ -142,7 +142,8 @@ def test_shares_are_those_that_eval_writes():
     """Of all that eval.py's summary has: what is between 0 and 1 by what it is."""
     response = {"accuracy": [1.0], "format": [1.0], "length": [5], "stop": ["length"]}
     written = dict.fromkeys(("items", "reference_items", "steps", "reference_steps"), [2.0])
-    records = [response | written | {"same_caption": [1.0], "decided_by": ["judge"]}]
+    shared = {"same_caption": [1.0], "same_reasoning": [1.0]}
+    records = [response | written | shared | {"decided_by": ["judge"]}]
     metrics = summarise(records, pass_at=(1,)) | eval_script.shares_of_judge(records)
     shares = [name for name in metrics if compare.is_share(name)]
     counts = ["prompts", "length", *written]

@@ -78,6 +78,10 @@ def test_judge_and_summarise():
     assert with_reference["accuracy"] == [1, 0, 0, 1]
     assert with_reference["items"] == [2, 1, None, 1]
     assert with_reference["same_caption"] == [True, False, False, True]
+    assert with_reference["same_reasoning"] == [True, False, False, True]
+    other_steps = [response(think="1. look")]
+    record = evaluation.record_of(example, rollouts[:1], other_steps, measure)
+    assert (record["same_caption"], record["same_reasoning"]) == ([True], [False])
     assert (with_reference["row"], with_reference["where"]) == (3, "f:4")
 
     without_reference = evaluation.record_of(an_example(None), rollouts, texts, measure)
@@ -91,13 +95,14 @@ def test_judge_and_summarise():
     assert evaluation.summarise([with_reference, worse], [1])["pass@1"] == 0.375
     # only where there is a reference
     assert (m["reference_items"], m["reference_steps"], m["same_caption"]) == (2, 2, 0.5)
+    assert m["same_reasoning"] == 0.5
 
 
 def test_a_mean_of_nothing_is_nan():
     rollouts = [Rollout([1], [0.0], "end")]
     malformed = evaluation.record_of(an_example(None), rollouts, ["2"], measure)
     summary = evaluation.summarise([malformed])
-    for name in ("items", "steps", "reference_items", "same_caption"):
+    for name in ("items", "steps", "reference_items", "same_caption", "same_reasoning"):
         assert math.isnan(summary[name])
     nothing = evaluation.summarise([], [1])
     assert nothing.pop("prompts") == 0

@@ -74,7 +74,7 @@ DRAWS = 10_000
 BOOTSTRAP_FROM = 8  # seeds
 SETTINGS = ("limit", "samples", "temperature", "max_response")  # of eval.py: the same in all files
 # Metrics of eval.py that are shares of something, shown in %; pass@k is one for each k.
-SHARES = ("accuracy", "format", "truncated", "same_caption", "judged", "ungraded")
+SHARES = ("accuracy", "format", "truncated", "same_caption", "same_reasoning", "judged", "ungraded")
 
 
 # ----------------------------------------------------------------------------- reading
