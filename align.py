@@ -10,7 +10,8 @@ section 3.2).
 3. The game, in each step: sample N rollouts for each prompt; score their spans and the reference's;
    update the discriminator by Bradley-Terry; update the policy on the advantage
    alpha * GN(perception) + (1 - alpha) * GN(reasoning) - 1.5 * [malformed], where GN normalises
-   within the group, and the scores are those of the forward that the discriminator's update used.
+   within the group, and the scores are those of the forward that the discriminator's last update
+   used (there is one in a step, or --disc_updates).
    The verifier's accuracy is logged as a canary and never trained on.
 
 Differs from the released code: both sides' spans go through one function and end in the same token;
