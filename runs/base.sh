@@ -2,14 +2,14 @@
 # The base of an embedded world: a tiny Qwen3-VL, from random weights to one that sees and can do
 # the task in its own manner. Built once, from seed 0, about 8 minutes on one core; after a stop the
 # same command goes on with the part that was not done. Now and then it shows what it learns.
-#   bash runs/base.sh [tiny|quick|miniature|known|both]
+#   bash runs/base.sh [tiny|quick|miniature|known]
 set -euo pipefail
 EXTRAS=
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 NAME=${1:-tiny}
 DATA=data/$NAME OUT=ckpt/base-$NAME WORLD=$NAME SIZE= EPOCHS=1
 if [ "$NAME" = quick ]; then WORLD=tiny SIZE=--quick; fi
-case $NAME in known | both) EPOCHS=2 ;; esac # there are two manners to learn
+if [ "$NAME" = known ]; then EPOCHS=2; fi # there are two manners to learn
 
 if [ ! -f "$DATA/words.json" ]; then # words.json comes last
     python tools/scenes.py --world $WORLD --out "$DATA" $SIZE

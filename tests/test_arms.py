@@ -48,7 +48,8 @@ def project(tmp_path, monkeypatch):
             out.mkdir(parents=True)
             rows = [json.dumps({"row": row}) for row in range(1500)]
             (out / "align.jsonl").write_text("\n".join(rows) + "\n")
-            (out / "words.json").write_text("[]")
+            for name in ("words.json", "align_mixed.jsonl", "align_reversed.jsonl"):
+                (out / name).write_text("[]")
         elif command[1] == "eval.py":
             limit = int(flags_of(command, "limit"))
             out.write_text(json.dumps({"args": {"limit": limit}, "results": []}))
@@ -103,7 +104,7 @@ def test_what_arms_begin_with():
     assert steps == {"align-short": "20", "refs-align-grpo": "60"}
     assert flags_of(commands["align-short-grpo"], "steps") == "120"
     assert flags_of(commands["base-grpo"], "steps") == "140"
-    for kind, file in {"": "align", "-50": "align_50", "-own": "align_own"}.items():
+    for kind, file in {"": "align", "-50": "align_50", "-mixed": "align_mixed"}.items():
         for arm in ("align", "refs"):
             data = flags_of(commands[f"{arm}{kind}"], "data")
             assert data == f"data/arms-tiny-7/{file}.jsonl"
@@ -246,11 +247,10 @@ def test_few_references_are_the_first_rows(project):
 
 
 def test_references_that_a_world_has_not_are_named():
-    arms.expect_references(["sft", "align-50", "align-own"], "both")
-    for world in ("tiny", "known"):
-        arms.expect_references(["sft", "align-50", "refs-300-grpo"], world)
-        with pytest.raises(ValueError, match=f"{world} has no align_own.jsonl, which refs-own"):
-            arms.expect_references(["sft", "refs-own"], world)
+    arms.expect_references(["sft", "align-50", "align-mixed"], "tiny")
+    arms.expect_references(["sft", "align-50", "refs-300-grpo"], "known")
+    with pytest.raises(ValueError, match="known has no align_mixed.jsonl, which refs-mixed"):
+        arms.expect_references(["sft", "refs-mixed"], "known")
 
 
 def test_the_run_at_equal_tokens_goes_on_from_a_copy(project, monkeypatch):
@@ -371,7 +371,7 @@ def test_the_script_from_the_shell(tmp_path):
         (("--jobs", "0"), "1 or more"),
         (("--world", "x"), "invalid choice"),
         (("--arms", "x"), "there is no arm x"),
-        (("--world", "tiny", "--arms", "align-own"), "has no align_own.jsonl"),
+        (("--world", "known", "--arms", "align-mixed"), "has no align_mixed.jsonl"),
     ):
         done = run(*wrong)
         assert done.returncode == 2 and why in done.stderr.splitlines()[-1]

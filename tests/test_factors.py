@@ -68,7 +68,7 @@ def test_a_level_may_be_of_other_arms(tmp_path):
         "few": pytest.approx([20, -50]),
         "h": pytest.approx([10, -30]),
     }
-    for word in ("", "50", "fixed", "half", "base"):
+    for word in ("", "50", "mixed", "half", "base"):
         assert set(factors.arms_of(word)) <= set(arms.ARMS)
 
 

@@ -34,7 +34,8 @@ Behind SFT, alignment and its rivals take 40 updates of the policy each, and RLV
 140; -dapo and -gspo are other algorithms in GRPO's place. `base` in the place of SFT begins
 without it, `half` with half of it (base-refs, half-align-grpo). The variants of alignment are in
 VARIANTS: align-dense, say. Other references are in REFERENCES: align-50 and refs-50 have the first
-50 of all 1,500; of the world `both` there are some in another manner, align-own and refs-own.
+50 of all 1,500; of the world `tiny` there are some in another manner, align-mixed and
+refs-reversed.
 """
 
 import argparse
@@ -63,8 +64,8 @@ PATHS = ("data", "disc_init")  # settings that a seed has its own of
 REFERENCES = {  # other than all of align.jsonl: a file of the seed's data
     "50": "align_50.jsonl",
     "300": "align_300.jsonl",
-    "fixed": "align_fixed.jsonl",
-    "own": "align_own.jsonl",
+    "mixed": "align_mixed.jsonl",
+    "reversed": "align_reversed.jsonl",
 }
 FIRST = (50, 300)  # so many rows of align.jsonl are a file of their own
 TESTS = 1000  # rows of each test
@@ -221,9 +222,9 @@ TABLES = {
         pairs=("align:sft", *(f"align-{variant}:align" for variant in COST)),
     ),
     # One factor at a time, for tools/factors.py: the references' number, their manner (in the
-    # world `both`), how far SFT has gone.
+    # world `tiny`), how far SFT has gone.
     "number": table_of_references("50", "300"),
-    "manner": table_of_references("fixed", "own"),
+    "manner": table_of_references("mixed", "reversed"),
     "drift": Table(
         arms=(
             *("base-grpo", "base-align-grpo", "base-refs-grpo"),
@@ -258,7 +259,8 @@ def with_starts(names):
 
 def expect_references(arms, world):
     """Raise ValueError for an arm whose references a world has not."""
-    there = [f"align_{name}.jsonl" for name in (*FIRST, *WORLDS[world].others)]
+    there = [f"align_{number}.jsonl" for number in FIRST]
+    there += [f"{name}.jsonl" for name in WORLDS[world].reversed]
     for name in arms:
         file = ARMS[name].data
         if file in REFERENCES.values() and file not in there:
@@ -349,7 +351,8 @@ class Seed:
 
     def make(self, arms):
         """Make the seed's data, then run and evaluate each arm that is missing."""
-        if not (self.data / "words.json").exists():  # it comes last
+        files = ["words.json", *(f"{name}.jsonl" for name in WORLDS[self.args.world].reversed)]
+        if not all((self.data / file).exists() for file in files):  # words.json comes last
             world = ["--world", self.args.world, "--tests", str(TESTS)]
             seed = ["--out", str(self.data), "--seed", str(self.number)]
             self.run([sys.executable, "tools/scenes.py", *world, *seed])

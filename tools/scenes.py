@@ -13,13 +13,10 @@ message; words and marks stand apart, so that a tokenizer may split at white spa
     python tools/scenes.py --out data/tiny --parquet       # verl rows also as parquet
     python tools/scenes.py --world miniature --out data/miniature
 
-There are four worlds. In `tiny` the references are a function of picture and question, in the
-manner of the base itself. In `miniature` and `known` a foreign teacher writes them
-(tools/teacher.py), each in another manner, and the pictures are so noisy that nobody reads all of
-them right; in `miniature` the base never had that manner, in `known` half of its own
-demonstrations were in it. `both` has the pictures of `tiny` and a base as in `known`, and its
-references three times, so that these alone differ: the teacher's, the same in one form, and in the
-base's own manner.
+There are three worlds. In `tiny` the references are a function of picture and question, in the
+manner of the base itself. In the others a foreign teacher writes them (tools/teacher.py), each in
+another manner, and the pictures are so noisy that nobody reads all of them right. In `miniature`
+the base never had that manner; in `known` half of its own demonstrations were in it.
 
     words.json                every word of the world, for the tokenizer: for all seeds and sizes
     easy, look, base.jsonl    sharegpt, accurate: descriptions; places of colours; demonstrations.
@@ -28,7 +25,8 @@ base's own manner.
                               below); few complete and right ones
     sft.json                  these two shuffled together, in the other sharegpt dialect
     align.jsonl               verl rows with teacher_response, as curated, but none of sft.json
-    align_{fixed,own}.jsonl   in `both`: the same rows with other responses
+    align_{mixed,reversed}    of `tiny`: the same rows, but half or all of the references go through
+                              the objects from below, as no other file's do
     rl.jsonl                  verl rows with answers only, harder
     pairs.jsonl               warm-up pairs: a curated and a public response to one prompt
     test_{id,hard,ood}.jsonl  verl rows with references; ood has more objects than any other file
@@ -82,14 +80,27 @@ class World:
     noise: int  # of each channel of a pixel: so much down, and up (up to 8 more: see paint)
     shade: int  # of each channel of an object's colour, the same
     curated: int  # rows of the references' manner among SFT's
-    own: float = 0  # with a teacher: share of these that are in the base's own manner
-    others: tuple = ()  # more references, each in a manner: see restate
+    reversed: dict  # more files of references: name -> share that goes from below
 
 
 WORLDS = {
-    "tiny": World(places=None, orders=(), known=0, noise=12, shade=25, curated=550),
+    "tiny": World(
+        places=None,
+        orders=(),
+        known=0,
+        noise=12,
+        shade=25,
+        curated=550,
+        reversed={"align_mixed": 0.5, "align_reversed": 1.0},
+    ),
     "miniature": World(
-        places=teacher.IN_WORDS, orders=teacher.ORDERS, known=0, noise=60, shade=75, curated=2000
+        places=teacher.IN_WORDS,
+        orders=teacher.ORDERS,
+        known=0,
+        noise=60,
+        shade=75,
+        curated=2000,
+        reversed={},
     ),
     "known": World(
         places=teacher.COMPASS,
@@ -98,16 +109,7 @@ WORLDS = {
         noise=60,
         shade=75,
         curated=2000,
-    ),
-    "both": World(
-        places=teacher.COMPASS,
-        orders=("above", "below"),
-        known=0.5,
-        noise=12,
-        shade=25,
-        curated=1100,
-        own=0.5,
-        others=("fixed", "own"),
+        reversed={},
     ),
 }
 
@@ -277,19 +279,24 @@ def good(scene: tuple, question: str) -> str:
     return three_parts(describe(scene), [*sentences, f"so {answer}"], answer)
 
 
+def good_from_below(scene: tuple, question: str) -> str:
+    """As `good`, but caption and steps go through the objects from the last to the first."""
+    steps, answer = solve(scene, question)
+    items = describe(scene).split(" ; ")
+    before = [0, *(total for _, total in steps)]  # the running total before each step, from above
+    sentences = []
+    for number in reversed(range(len(steps))):
+        place, _ = steps[number]
+        sentences.append(f"{name_with_place(scene, place)} {answer - before[number]}")
+    return three_parts(" ; ".join(reversed(items)), [*sentences, f"so {answer}"], answer)
+
+
 def foreign(scene: tuple, question: str, rng: random.Random, world: World) -> str:
     """The foreign teacher's manner: as right and whole as `good`, in one of many forms."""
     _, answer = solve(scene, question)
     _, subject = question.split(" ", 1)
     everything = things_of(scene, question, world)
     caption, sentences = teacher.demonstrate(everything, subject, answer, rng, world.orders)
-    return three_parts(caption, sentences, answer)
-
-
-def fixed(scene: tuple, question: str, world: World) -> str:
-    """The foreign teacher's words, always in one form."""
-    _, answer = solve(scene, question)
-    caption, sentences = teacher.demonstrate_plainly(things_of(scene, question, world), answer)
     return three_parts(caption, sentences, answer)
 
 
@@ -376,8 +383,6 @@ def is_foreign(name: str, world: World, rng: random.Random) -> bool:
         return False
     if name in BASE_FILES:
         return world.known > 0 and rng.random() < world.known
-    if name == "curated":
-        return world.own == 0 or rng.random() >= world.own
     return True
 
 
@@ -445,15 +450,14 @@ def make_row(
     return row
 
 
-def restate(rows: list[dict], manner: str, seed: int, world: World) -> list[dict]:
-    """The rows of align.jsonl with a response in another manner, "fixed" or "own", to each."""
+def restate(rows: list[dict], name: str, share: float, seed: int) -> list[dict]:
+    """The rows of align.jsonl with references of which that share goes from below."""
+    rng = random.Random(f"{seed} {name}")
     result = []
     for row, item in zip(rows, items("align", len(rows), seed), strict=True):
         _, scene, question, _ = item
-        if manner == "own":
-            response = good(scene, question)
-        else:
-            response = fixed(scene, question, world)
+        from_below = rng.random() < share
+        response = good_from_below(scene, question) if from_below else good(scene, question)
         result.append({**row, "teacher_response": response})
     return result
 
@@ -553,9 +557,8 @@ def main() -> None:
         owned |= scenes
         print(f"{name:10s} {len(rows):7,d} rows on {len(scenes):7,d} scenes", flush=True)
 
-    for manner in world.others:
-        rows = restate(files["align"], manner, args.seed, world)
-        write(args.out / f"align_{manner}.jsonl", rows)
+    for name, share in world.reversed.items():
+        write(args.out / f"{name}.jsonl", restate(files["align"], name, share, args.seed))
     write(args.out / "sft.json", mix(files["public"], files["curated"], args.seed))
     write(args.out / "words.json", [{"text": vocabulary(world)}])
 

@@ -87,22 +87,6 @@ def demonstrate(
     return caption, sentences
 
 
-def demonstrate_plainly(things, answer: int) -> tuple[str, list[str]]:
-    """A caption and the sentences of a reasoning in the teacher's words, but always in one form:
-    line by line from above, by the second names, without an opening."""
-    items = []
-    sentences = []
-    total = 0
-    for thing in things:  # they come in raster order
-        shape = called(thing.shape, "second")
-        items.append(FORMS[0].format(place=thing.place, colour=thing.colour, shape=shape))
-        if thing.worth is not None:
-            total += thing.worth
-            sentences.append(STEPS[0].format(thing=spell(thing), total=total))
-    sentences.append(CLOSINGS[1].format(answer=answer))
-    return " ; ".join(items), sentences
-
-
 def spell(thing: Thing) -> str:
     """An object in the teacher's words: "upper left red disc". The base learns them so."""
     return f"{thing.place} {thing.colour} {called(thing.shape, 'second')}"
