@@ -118,7 +118,7 @@ class Args(Common):
     std_floor: float = option(0.0, "least standard deviation that a group is divided by")
     disc_lr: float = option(1e-6, "of the discriminator in the game")
     disc_updates: int = option(
-        1, "of the discriminator on each step's rollouts, each with a forward of its own", least=1
+        1, "of the discriminator on each step's rollouts; the last one's scores count", least=1
     )
     disc_weight_decay: float = option(0.01, "AdamW's, on matrices only")
     score_clip: float = option(

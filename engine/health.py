@@ -120,12 +120,13 @@ def accuracy(margin):
 
 def canary_metrics(groups, names):
     """
-    Return {"<span>/auc": float}: of all two rollouts of one prompt, of which the verifier takes one
-    for right and one for wrong, the share in which the right one's span has the higher score. Ties
-    count one half, malformed rollouts nothing. 1/2 is chance; NaN: no prompt has both kinds.
+    Return {"<span>/auc": float, "<span>/auc_pairs": int}, of every pair of rollouts of one prompt
+    of which the verifier takes one for right and one for wrong: in what share of them the right
+    one's span has the higher score (equal scores count one half; 1/2 is chance, NaN without a
+    pair), and how many there are. Malformed rollouts are in none.
 
-    Nothing is trained to tell them apart: it says whether the reward knows what is right, or only
-    what is written in the references' manner.
+    No score is trained to tell them apart: it says whether what the policy is rewarded for goes
+    along with being right.
     """
     metrics = {}
     for s, name in enumerate(names):
@@ -134,7 +135,9 @@ def canary_metrics(groups, names):
             score = group.score[s][group.well_formed]
             right = group.verdicts["accuracy"][group.well_formed] > 0
             margins.append((score[right].unsqueeze(1) - score[~right]).flatten())
-        metrics[f"{name}/auc"] = accuracy(torch.cat(margins))
+        margin = torch.cat(margins)
+        metrics[f"{name}/auc"] = accuracy(margin)
+        metrics[f"{name}/auc_pairs"] = len(margin)
     return metrics
 
 

@@ -2,7 +2,9 @@
 No stage runs here: commands are written down, and what they would leave is put in its place."""
 
 import argparse
+import itertools
 import json
+import random
 import runpy
 import signal
 import subprocess
@@ -19,10 +21,10 @@ import align
 import rlvr
 import sft
 from engine.arguments import parse
-from engine.rows import BadRow
-from tools import arms, compare, rubric
+from tools import arms, compare, rubric, scenes
+from tools.init import init
 
-STAGES = {"sft.py": sft, "align.py": align, "rlvr.py": rlvr, "tools/rubric.py": rlvr}
+STAGES = {"sft.py": sft, "align.py": align, "rlvr.py": rlvr, "tools/rubric.py": rubric}
 
 
 def seed_of(run, *, show=False, number=7):
@@ -40,6 +42,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(ROOT / "runs")
     commands = []
+    clock = itertools.count(1)
 
     def run(command):
         commands.append(command)
@@ -48,7 +51,8 @@ def project(tmp_path, monkeypatch):
             out.mkdir(parents=True)
             rows = [json.dumps({"row": row}) for row in range(1500)]
             (out / "align.jsonl").write_text("\n".join(rows) + "\n")
-            for name in ("words.json", "align_mixed.jsonl", "align_reversed.jsonl"):
+            others = ("words.json", "sft.json", "rl.jsonl", "align_mixed.jsonl")
+            for name in (*others, "align_reversed.jsonl"):
                 (out / name).write_text("[]")
         elif command[1] == "eval.py":
             limit = int(flags_of(command, "limit"))
@@ -57,7 +61,7 @@ def project(tmp_path, monkeypatch):
             out.mkdir(parents=True, exist_ok=True)
             steps = range(1, 1 + int(flags_of(command, "steps")) if "--steps" in command else 2)
             args = parse(STAGES[command[1]].Args, command[2:], with_paths=False)
-            logged = [{"args": vars(args)}]
+            logged = [{"args": vars(args), "time": next(clock)}]
             logged += [{"step": step, "length": 40.0} for step in steps]
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
 
@@ -71,7 +75,8 @@ def test_every_arm_s_command_is_one_of_its_stage():
     seed = seed_of(run=None, show=True)
     for name, arm in arms.ARMS.items():
         _, script, *words = seed.command(name)
-        assert flags_of(words, "config") == f"runs/tiny-{STAGES[script].__name__}.json"
+        stage = "rlvr" if name == "rubric" else STAGES[script].__name__
+        assert flags_of(words, "config") == f"runs/tiny-{stage}.json"
         if arm.more:
             words = words[: words.index("--steps")]
         args = parse(STAGES[script].Args, words, with_paths=False)
@@ -79,7 +84,8 @@ def test_every_arm_s_command_is_one_of_its_stage():
         assert (args.seed, args.max_response, args.resume) == (7, 160, True)
         if name == "rubric":
             assert (args.steps, args.prompts_per_step, args.group_size) == (40, 16, 8)
-        elif STAGES[script] is rlvr and not arm.more:
+            assert (args.schedule, args.data) == ("cosine", "data/arms-tiny-7/align.jsonl")
+        if script == "rlvr.py" and not arm.more:
             assert arms.updates_behind_sft(arms.ARMS, name) == 140
             assert args.steps == arm.updates and name.endswith(f"-{args.algo}")
         if script == "align.py":
@@ -104,7 +110,9 @@ def test_what_arms_begin_with():
     assert steps == {"align-short": "20", "refs-align-grpo": "60"}
     assert flags_of(commands["align-short-grpo"], "steps") == "120"
     assert flags_of(commands["base-grpo"], "steps") == "140"
-    for kind, file in {"": "align", "-50": "align_50", "-mixed": "align_mixed"}.items():
+    kinds = {"": "align", "-50": "align_50", "-300": "align_300"}
+    kinds |= {"-mixed": "align_mixed", "-reversed": "align_reversed"}
+    for kind, file in kinds.items():
         for arm in ("align", "refs"):
             data = flags_of(commands[f"{arm}{kind}"], "data")
             assert data == f"data/arms-tiny-7/{file}.jsonl"
@@ -176,6 +184,7 @@ def test_a_rubric_is_scored_by_the_reference():
     )
     cases = {
         reference: (1, 1, 1),
+        reference.replace(" ; ", "  ;\n").replace(" . ", "\n."): (1, 1, 1),  # white space alone
         response("br blue square ; tl red circle", "so 1 .", 1): (1, 1 / 2, 1),
         response("tl red circle ; tc red circle", "so 2 .", 2): (1 / 3, 0, 0),
         response("tl red circle ; tl red circle ; br blue square", "so 1 .", 2): (2 / 3, 1 / 2, 0),
@@ -187,23 +196,34 @@ def test_a_rubric_is_scored_by_the_reference():
         assert verdict["reasoning"] == pytest.approx(reasoning)
         assert verdict["accuracy"] == answer
         assert verdict["reward"] == pytest.approx((caption + reasoning + answer) / 3)
-    example.response = None
-    with pytest.raises(BadRow, match="f:1: there is no reference"):
-        rubric.judge(reference, example)
+    assert rubric.common([" "], []) == 1  # nothing in either
 
 
 def test_the_rubric_is_the_reward_of_rlvr(monkeypatch, tmp_path):
-    begun = []
-    monkeypatch.setattr(rlvr, "main", lambda args: begun.append((args.steps, rlvr.verify)))
+    """A step is made with it, its shares are logged, and the log says what the reward was."""
+    scene = (None,) * 8 + (("red", "circle"),)
+    reference = scenes.good(scene, "count red")
+    row = {"image": "a.png", "prompt": "count red", "answer": "1", "teacher_response": reference}
+    scenes.paint(scene, random.Random(0), scenes.WORLDS["tiny"]).save(tmp_path / "a.png")
+    data = tmp_path / "align.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps([{"text": scenes.vocabulary(scenes.WORLDS["tiny"])}]))
+    init(ROOT / "runs/tiny.json", tmp_path / "init", [words])
     monkeypatch.setattr(rlvr, "verify", rlvr.verify)  # put back behind this test
-    (tmp_path / "d.jsonl").write_text("{}\n")
-    flags = ["--policy", str(tmp_path), "--data", str(tmp_path / "d.jsonl"), "--steps", "3"]
-    flags += ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    flags = ["--policy", str(tmp_path / "init"), "--data", str(data), "--steps", "1"]
+    flags += ["--out", str(tmp_path / "out"), "--device", "cpu", "--max_response", "8"]
+    flags += ["--prompts_per_step", "1", "--group_size", "2", "--save_every", "0"]
     monkeypatch.setattr(sys, "argv", ["rubric.py", *flags])
     runpy.run_path(str(ROOT / "tools/rubric.py"), run_name="__main__")
-    ((steps, verify),) = begun
-    assert steps == 3 and verify.__name__ == "judge"
-    assert "sample_groups(hf, encoder, drawn, verify, args" in (ROOT / "rlvr.py").read_text()
+    header, step = [json.loads(line) for line in (tmp_path / "out/log.jsonl").open()]
+    assert header["args"]["reward"] == "rubric"
+    assert (step["caption"], step["reasoning"], step["reward"]) == (0, 0, 0)
+    del row["teacher_response"]
+    data.write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(sys, "argv", ["rubric.py", *flags, "--out", str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match="rubric.py: .*align.jsonl:1: the reference is not"):
+        runpy.run_path(str(ROOT / "tools/rubric.py"), run_name="__main__")
 
 
 # -------------------------------------------------------------------------------------- one seed
@@ -293,20 +313,79 @@ def test_a_copy_is_the_run_without_its_evaluation(project, monkeypatch):
 def test_a_run_with_other_settings_is_no_arm_of_today(project):
     """After a change of settings an old run would be one arm among new ones."""
     seed = seed_of(project)
-    seed.make(["sft", "align", "align-slow", "align-grpo", "base-grpo", "rubric"])
-    assert seed.missing(["sft", "align", "align-slow", "align-grpo", "base-grpo", "rubric"]) == []
+    names = ["sft", "align", "align-slow", "align-grpo", "sft-grpo", "base-grpo", "rubric"]
+    names.append("sft-grpo-tokens")  # of which the tokens say how many updates
+    seed.make(names)
+    assert seed.missing(names) == []
     log = Path("out/arms-tiny-7/align-slow/log.jsonl")
     whole = log.read_text()
     for old, new, why in (
         ('"lr": 5e-05', '"lr": 0.00015', "--lr 0.00015, the arm has 5e-05 today"),
         ('"std_floor": 0.5', '"std_floor": 0.0', "--std_floor 0.0, the arm has 0.5"),
+        ('"disc": "moe"', '"disc": "dense"', "--disc dense, the arm has moe"),  # by its default
         ('"steps": 40', '"steps": 41', "--steps 41"),
         ('"seed": 7', '"seed": 8', "--seed 8"),
     ):
+        assert old in whole
         log.write_text(whole.replace(old, new))
         with pytest.raises(ValueError, match=f"align-slow: its log has {why}"):
             seed.missing(["sft", "align-slow"])
         assert seed.missing(["sft", "align"]) == []
+    log.write_text(whole.replace('"balance": 0.01, ', ""))  # a run before the flag was there
+    assert seed.missing(["align-slow"]) == []
+
+
+def test_what_a_stop_left_of_a_log_is_gone_on_with(project):
+    """A header without a step, half a header, half a step: the stage mends them with --resume."""
+    seed = seed_of(project)
+    seed.make(["sft", "align"])
+    log = Path("out/arms-tiny-7/align/log.jsonl")
+    header, first, *_ = log.read_text().splitlines()
+    Path("out/arms-tiny-7/align/eval.json").unlink()
+    for left in (f"{header}\n", header[:50], f"{header}\n{first[:5]}", ""):
+        log.write_text(left)
+        assert seed.missing(["sft", "align"]) == ["align"]
+
+
+def test_an_arm_older_than_its_start_is_an_error(project):
+    seed = seed_of(project)
+    seed.make(["sft", "align"])
+    log = Path("out/arms-tiny-7/sft/log.jsonl")
+    header, *steps = log.read_text().splitlines()
+    later = json.dumps(json.loads(header) | {"time": 2e9})
+    log.write_text("\n".join([later, *steps]))
+    with pytest.raises(ValueError, match="arms-tiny-7/align is older than sft"):
+        seed.missing(["sft", "align"])
+    assert seed.missing(["sft"]) == []
+
+
+def test_files_that_an_arm_needs_are_named(project):
+    seed = seed_of(project)
+    seed.make(["sft"])
+    Path("data/arms-tiny-7/align_mixed.jsonl").unlink()
+    with pytest.raises(ValueError, match="align_mixed.jsonl is missing.*remove data/arms-tiny-7"):
+        seed.make(["sft", "refs-mixed"])
+    Path("out/arms-tiny-7/sft/log.jsonl").unlink()
+    with pytest.raises(ValueError, match="sft: an eval.json without the run's log.jsonl"):
+        seed.missing(["sft"])
+    few = Path("data/arms-tiny-7/align.jsonl")
+    few.write_text("{}\n" * 299)
+    with pytest.raises(ValueError, match="align.jsonl has 299 rows, 300 are needed"):
+        seed.make([])
+
+
+def test_the_expected_time_is_of_what_is_missing(project):
+    seed = seed_of(project)
+    args = argparse.Namespace(world="tiny", jobs=1)
+    # An evaluation is 30 s, SFT 60 s, alignment 30 s and 1.5 s an update, GRPO 0.8 s an update.
+    assert arms.minutes([seed], ["sft"], args) == 2
+    assert arms.minutes([seed], ["sft", "align", "align-grpo"], args) == 6  # 90 + 120 + 110 s
+    assert arms.minutes([seed], ["sft-grpo-tokens"], args) == 4
+    args.world = "known"
+    assert arms.minutes([seed], ["sft", "align", "align-grpo"], args) == 8
+    seed.make(["sft"])
+    args.world = "tiny"
+    assert arms.minutes([seed], ["sft", "align", "align-grpo"], args) == 4
 
 
 # -------------------------------------------------------------------------------- all of them
@@ -316,6 +395,7 @@ def test_what_fails_is_named_with_its_last_line(project, tmp_path):
     (tmp_path / "tools").mkdir()
     making = "import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
     making += "out.mkdir(parents=True)\n(out / 'align.jsonl').write_text('{}\\n' * 1500)\n"
+    making += "(out / 'sft.json').write_text('[]')\n"
     Path("tools/scenes.py").write_text(making + "(out / 'words.json').write_text('[]')\n")
     reason = arms.make_seed(3, args, ["sft", "align"], arms.Runner())
     assert reason == "sft.py ended with 3: not enough (more in out/arms-tiny-3/log.txt)"
@@ -362,6 +442,10 @@ def test_the_script_from_the_shell(tmp_path):
     broken = tmp_path / "out/arms-tiny-9/sft/eval.json"
     broken.parent.mkdir(parents=True)
     broken.write_text("{")
+    (tmp_path / "runs").symlink_to(ROOT / "runs")
+    words = seed_of(None, show=True, number=9).command("sft")[2:]
+    args = vars(parse(sft.Args, words, with_paths=False))
+    (broken.parent / "log.jsonl").write_text(json.dumps({"args": args, "time": 1}) + "\n")
     done = run("--show", "--world", "tiny", "--seeds", "9", "--arms", "sft")
     assert done.returncode == 1 and "sft/eval.json: not JSON" in done.stderr
     assert "Traceback" not in done.stderr

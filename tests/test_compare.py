@@ -138,6 +138,25 @@ def test_counts_are_shown_as_they_are_and_shares_in_percent(tmp_path, run):
     assert "| SFT | 50.0 ± 127.1 |" in run(*files, "--metric", "pass@4")
 
 
+def test_arms_have_names_in_words():
+    names = {
+        "align-dense-grpo": "SFT → alignment (dense) → GRPO",
+        "refs-align": "SFT → SFT on references → alignment",
+        "sft-grpo-tokens": "SFT → GRPO (equal tokens)",
+        "base-align": "base → alignment",
+        "half-refs-grpo": "half of SFT → SFT on references → GRPO",
+        "rubric-grpo": "SFT → rubric → GRPO",
+        **{name: name for name in ("teacher", "grpo", "align-", "my-align")},
+    }
+    assert compare.names_of(names) == names
+    # Two with the same words are told apart by their folders.
+    assert compare.names_of(["sft-align", "align", "refs"]) == {
+        "sft-align": "sft-align",
+        "align": "align",
+        "refs": "SFT → SFT on references",
+    }
+
+
 def test_shares_are_those_that_eval_writes():
     """Of all that eval.py's summary has: what is between 0 and 1 by what it is."""
     response = {"accuracy": [1.0], "format": [1.0], "length": [5], "stop": ["length"]}

@@ -42,7 +42,7 @@ def run(*arguments):
 
 
 def test_gains_are_paired_and_greedy(levels):
-    found = factors.gains(levels["own"])["hard"]
+    found = factors.gains(factors.read_level(levels["own"]))["hard"]
     nothing, references = found["over no alignment"], found["over SFT on the references"]
     assert nothing.of_seeds == pytest.approx([20, 30])
     assert references.of_seeds == pytest.approx([-20, 0])
@@ -86,12 +86,34 @@ def test_table_and_figure(levels, tmp_path):
     assert ">own<" in text and ">foreign<" in text and ">over no alignment<" in text
 
 
+def test_levels_are_evaluated_alike_and_arms_have_all_tests(levels, tmp_path):
+    given = [["own", *levels["own"]], ["foreign", *levels["foreign"]]]
+    file = tmp_path / "foreign/0/refs-grpo/eval.json"
+    whole = file.read_text()
+    content = json.loads(whole)
+    content["results"].append(content["results"][0] | {"data": "d0/test_id.jsonl"})
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="there is no result of sft-grpo id greedy"):
+        factors.levels_of(given)
+    file.write_text(whole)
+    for arm in (tmp_path / "foreign/0").iterdir():
+        content = json.loads((arm / "eval.json").read_text())
+        for result in content["results"]:
+            result["prompts"] = 20
+        (arm / "eval.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="--level foreign was evaluated otherwise"):
+        factors.levels_of(given)
+
+
 def test_what_is_wrong_is_named(levels, tmp_path):
     own = levels["own"]
     for given, why in (
         ([["own"]], "name the seeds' folders"),
         ([["a", *own], ["a", *own]], "--level a is given twice"),
         ([["a", *own, own[0]]], "twice"),
+        ([["=", *own]], "write NAME, or NAME=WORD"),
+        ([["a=", *own]], "write NAME, or NAME=WORD"),
+        ([["lr=5e-5", *own]], "no result of the arm align-5e-5-grpo"),
     ):
         with pytest.raises(ValueError, match=why):
             factors.levels_of(given)
@@ -100,7 +122,7 @@ def test_what_is_wrong_is_named(levels, tmp_path):
         content["results"] = [r for r in content["results"] if r["mode"] != "greedy"]
         file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="no greedy result"):
-        factors.gains(levels["foreign"])
+        factors.read_level(levels["foreign"])
     (tmp_path / "own/1/refs-grpo/eval.json").unlink()
     done = run("--level", "a", *own)
     assert done.returncode == 1 and "refs-grpo" in done.stderr

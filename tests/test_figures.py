@@ -213,13 +213,8 @@ def test_arms_without_sft_are_not_counted_from_it(seeds):
     assert "base-grpo" in figures.accuracies(comparison)[0]["id"]
 
 
-def test_names_are_words():
-    assert compare.name_of("align-dense-grpo") == "SFT → alignment (dense) → GRPO"
-    assert compare.name_of("refs-align") == "SFT → SFT on references → alignment"
-    assert compare.name_of("sft-grpo-tokens") == "SFT → GRPO (equal tokens)"
+def test_labels_break_before_an_arrow():
     assert figures.label_of("refs-align-grpo") == "SFT → SFT on references\n→ alignment → GRPO"
-    assert compare.name_of("base-align") == "base → alignment"
-    assert compare.name_of("teacher") == "teacher"
 
 
 def test_smoothing_is_over_ten_updates():

@@ -56,10 +56,12 @@ def test_auc_asks_whether_right_rollouts_score_higher_than_wrong_ones():
     ]
     assert health.canary_metrics(groups, ["perception", "reasoning"]) == {
         "perception/auc": (1 + 0 + 1 + 0.5 + 1) / 5,
+        "perception/auc_pairs": 5,
         "reasoning/auc": (0 + 1 + 0 + 0.5 + 0) / 5,
+        "reasoning/auc_pairs": 5,
     }
     alike = health.canary_metrics(groups[2:3], ["perception"])
-    assert math.isnan(alike["perception/auc"])
+    assert math.isnan(alike["perception/auc"]) and alike["perception/auc_pairs"] == 0
 
 
 def test_no_data_is_nan_never_a_number():

@@ -129,6 +129,23 @@ def test_distance_to_the_sampler_is_logged(files, tmp_path, monkeypatch):
     compare.near(step["metrics"]["logp_diff_max"], 0.2, "logp_diff_max", 1e-4)
 
 
+def test_one_of_several_updates_left_out_is_logged(files, tmp_path, monkeypatch):
+    """The first of two, not the last: the policy's update is left out too."""
+    calls = []
+
+    def step_if_finite(optimizer, loss, max_norm, who, plain=align.step_if_finite):
+        calls.append(who)
+        if len(calls) == 1:
+            return 0.0, 1
+        return plain(optimizer, loss, max_norm, who)
+
+    monkeypatch.setattr(align, "step_if_finite", step_if_finite)
+    flags = GAME | dict(steps=1, disc="dense", disc_path="dense", disc_updates=2)
+    (step,) = watch.record("align", complete(flags, files, tmp_path))
+    assert calls == ["discriminator", "discriminator", "policy"]
+    assert (step["metrics"]["disc_skipped"], step["metrics"]["skipped"]) == (1, 1)
+
+
 def test_prolonged(files, tmp_path):
     flags = GAME | dict(disc="dense", disc_path="dense", prompts_per_step=1)
     flags = complete(flags, files, tmp_path)

@@ -344,7 +344,7 @@ def test_the_base_of_the_known_world_has_half_of_its_own_manner_and_half_of_the_
 # -------------------------------------------------------------------- references in another order
 def test_other_references_differ_in_the_order_alone(world):
     plain = lines(world / "align.jsonl")
-    for name, share in scenes.WORLDS["tiny"].reversed.items():
+    for name, share in {"align_mixed": 0.5, "align_reversed": 1.0}.items():
         rows = lines(world / f"{name}.jsonl")
         from_below = 0
         for row, first in zip(rows, plain, strict=True):
@@ -352,7 +352,7 @@ def test_other_references_differ_in_the_order_alone(world):
             assert row == {field: value for field, value in first.items() if field in row}
             if response == first["teacher_response"]:
                 continue
-            from_below += 1
+            from_below += 1  # a caption has three objects or more, so its order shows
             scene = row["extra_info"]["scene"]
             things, answer = asked(row["prompt"][0]["content"].removeprefix("<image>"), scene)
             caption, think, given = parts(response).values()
@@ -369,7 +369,7 @@ def test_other_references_differ_in_the_order_alone(world):
 
 
 FROZEN = {  # of each world: a digest of its rows in these fixtures
-    "world": "7ed6b9ba6cce9017",
+    "world": "da5dba189c399154",
     "miniature": "3fd8cfea970ef50d",
     "known": "a51a25368eeaffb7",
 }
@@ -382,7 +382,5 @@ def test_a_world_that_results_were_measured_in_stays_as_it_is(name, request):
     folder = request.getfixturevalue(name)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.json*")):
-        if file.stem in scenes.WORLDS["tiny"].reversed:  # they came later, and change no other
-            continue
         digest.update(file.read_bytes())
     assert digest.hexdigest()[:16] == FROZEN[name]

@@ -4,14 +4,14 @@ The arms of the comparison, over seeds of an embedded world: what does an alignm
     bash runs/miniature.sh                         the main table on seed 0 of the world "miniature"
     bash runs/miniature.sh --seeds 0-9 --jobs 2    ten seeds, two at a time, a core each
     bash runs/miniature.sh --world tiny            the world of runs/tiny.sh (tools/scenes.py)
-    bash runs/miniature.sh --table cost            another of the tables: see TABLES
+    bash runs/miniature.sh --table cost            another table, see below
     bash runs/miniature.sh --arms align-dense      some arms, with those that they begin with
     bash runs/miniature.sh --show                  print what is still to be run, and run nothing
 
 An arm of a seed is a run folder with an eval.json in it, out/arms-WORLD-SEED/ARM. What is there is
 not made again, so the same command goes on after a stop, and a table uses what another one made. A
-run whose log has other settings than runs/tiny-STAGE.json and the arm's flags is an error; after a
-change of the code or of a world, remove the folders that it concerns.
+run with other settings than its arm has today is an error, and so is one that is older than the
+run it begins with; after a change of the code or of a world, remove the folders that it concerns.
 How long it will take is printed first (for the world's base, which is made once, runs/base.sh);
 what a seed's runs print is in its log.txt. At the end come the tables of tools/compare.py: each
 arm's mean, and paired differences with their intervals.
@@ -30,16 +30,23 @@ An arm's name says what follows what:
     rubric            RLVR on the references' prompts with a rubric as the reward (tools/rubric.py)
     rubric-grpo       then GRPO
 
-Behind SFT, alignment and its rivals take 40 updates of the policy each, and RLVR what is left of
-140; -dapo and -gspo are other algorithms in GRPO's place. `base` in the place of SFT begins
-without it, `half` with half of it (base-refs, half-align-grpo). The variants of alignment are in
-VARIANTS: align-dense, say. Other references are in REFERENCES: align-50 and refs-50 have the first
-50 of all 1,500; of the world `tiny` there are some in another manner, align-mixed and
-refs-reversed.
+Behind SFT, alignment and its rivals take 40 updates of the policy each (align-short 20, align-long
+120), and RLVR what is left of 140; -dapo and -gspo are other algorithms in GRPO's place. `base` in
+the place of SFT begins without it, `half` with half of it (base-refs, half-align-grpo). The
+variants of alignment are in VARIANTS: align-dense, say. Other references are in REFERENCES:
+align-50 and refs-50 learn from the first 50 of all 1,500; with --world tiny align-reversed and
+refs-reversed learn from references that go through the objects from below, align-mixed and
+refs-mixed from half and half.
+
+The tables: main; algorithms (DAPO, GSPO); ablations (of the paper, and the rubric); cost (settings
+of alignment, before RLVR); and one factor at a time, for tools/factors.py: number (of references),
+manner (their order, --world tiny), drift (how much of SFT came before).
 """
 
 import argparse
+import difflib
 import fcntl
+import importlib
 import json
 import math
 import shlex
@@ -49,18 +56,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Event, Lock
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engine.arguments import parse  # noqa: E402
 from tools import budget, compare  # noqa: E402
 from tools.scenes import WORLDS  # noqa: E402
 
 UPDATES = 140  # of the policy behind SFT, in every arm that ends with RLVR
 EACH = 40  # of a stage before RLVR
-PATHS = ("data", "disc_init")  # settings that a seed has its own of
+# Arguments of a stage that say where files are, or that a log has in another form.
+PATHS = ("policy", "data", "out", "disc_init", "config", "resume")
 REFERENCES = {  # other than all of align.jsonl: a file of the seed's data
     "50": "align_50.jsonl",
     "300": "align_300.jsonl",
@@ -138,9 +146,9 @@ def make_arms():
     for variant, flags in VARIANTS.items():
         updates = LENGTHS.get(variant, EACH)
         arms[f"align-{variant}"] = Arm("align.py", "sft", "align.jsonl", updates, flags)
-    # As many rollouts a step as alignment has.
-    step = ("--prompts_per_step", "16", "--group_size", "8")
-    arms["rubric"] = Arm(RUBRIC, "sft", "align.jsonl", EACH, step)
+    # As many rollouts a step as alignment has, and its schedule. RLVR has no --std_floor.
+    like_alignment = ("--prompts_per_step", "16", "--group_size", "8", "--schedule", "cosine")
+    arms["rubric"] = Arm(RUBRIC, "sft", "align.jsonl", EACH, like_alignment)
     for name in ["base", *arms]:
         left = UPDATES - updates_behind_sft(arms, name)
         for algorithm, flags in ALGORITHMS.items():
@@ -246,8 +254,10 @@ def with_starts(names):
     found = {}
     for name in names:
         if name not in ARMS:
-            known = ", ".join(name for name in ARMS if not name.endswith(("-dapo", "-gspo")))
-            raise ValueError(f"there is no arm {name}; there are {known}; -dapo, -gspo for -grpo")
+            near = difflib.get_close_matches(name, ARMS, 3, 0)
+            raise ValueError(
+                f"there is no arm {name}; nearest are {', '.join(near)} (all: see --help)"
+            )
         chain = [name]
         while ARMS[chain[-1]].start != "base":
             chain.append(ARMS[chain[-1]].start)
@@ -260,7 +270,7 @@ def with_starts(names):
 def expect_references(arms, world):
     """Raise ValueError for an arm whose references a world has not."""
     there = [f"align_{number}.jsonl" for number in FIRST]
-    there += [f"{name}.jsonl" for name in WORLDS[world].reversed]
+    there += [f"{name}.jsonl" for name in WORLDS[world].from_below]
     for name in arms:
         file = ARMS[name].data
         if file in REFERENCES.values() and file not in there:
@@ -324,47 +334,63 @@ class Seed:
 
     def missing(self, arms):
         """Return those of the arms that have no evaluation with these settings. Raises ValueError
-        where a run was made with others."""
-        for arm in arms:
-            if (self.out / arm / "log.jsonl").exists():
-                self.expect_settings(arm)
+        where a run is not what its arm is today."""
+        for name in arms:
+            headers = headers_of(self.out / name / "log.jsonl")
+            for header in headers:
+                self.expect_settings(name, header["args"])
+            start = headers_of(self.out / ARMS[name].start / "log.jsonl")
+            if headers and start and headers[0]["time"] < start[0]["time"]:
+                raise ValueError(
+                    f"{self.out / name} is older than {ARMS[name].start}, which it begins with: "
+                    "remove it, so that it is made again"
+                )
         return [arm for arm in arms if not is_evaluated(self.out / arm, self.args.limit)]
 
-    def expect_settings(self, name):
-        """Raise ValueError where a run's log has another setting than the arm has today."""
+    def expect_settings(self, name, args):
+        """Raise ValueError where a run's arguments are not those of the arm today. An argument that
+        the run did not know counts as at its default."""
         arm = ARMS[name]
-        folder = self.out / name
-        wanted = compare.read_json(PROJECT / f"runs/tiny-{arm.stage}.json")
-        wanted |= {"seed": self.number, "max_response": int(MAX_RESPONSE)}
-        if arm.updates:
-            wanted["steps"] = arm.updates
-        if arm.more:
-            del wanted["steps"]  # the tokens decide
-        wanted |= settings_of(arm.flags)
-        made_with, _ = budget.read_log(folder / "log.jsonl")
-        for setting, value in wanted.items():
-            if setting not in PATHS and made_with.get(setting) != value:
+        stage = importlib.import_module(arm.script.removesuffix(".py").replace("/", "."))
+        words = self.command(name, steps="1" if arm.more else None)[2:]
+        today = json.loads(json.dumps(vars(parse(stage.Args, words, with_paths=False))))
+        defaults = {field.name: field.default for field in fields(stage.Args)}
+        for setting, value in today.items():
+            if setting in PATHS or (arm.more and setting == "steps"):  # the tokens say how many
+                continue
+            had = args.get(setting, defaults[setting])
+            if had != value:
                 raise ValueError(
-                    f"{folder}: its log has --{setting} {made_with.get(setting)}, the arm has "
-                    f"{value} today: remove the folder, and those of arms that begin with it"
+                    f"{self.out / name}: its log has --{setting} {had}, the arm has {value} today: "
+                    "remove the folder, and those of arms that begin with it"
+                )
+
+    def expect_data(self, arms):
+        """Raise ValueError where a file that an arm learns from is not there."""
+        for name in arms:
+            file = self.data / ARMS[name].data
+            if not file.exists():
+                raise ValueError(
+                    f"{file} is missing, an older tools/scenes.py made its folder: remove "
+                    f"{self.data}, it is made again (worlds are the same rows from the same seed)"
                 )
 
     def make(self, arms):
         """Make the seed's data, then run and evaluate each arm that is missing."""
-        files = ["words.json", *(f"{name}.jsonl" for name in WORLDS[self.args.world].reversed)]
-        if not all((self.data / file).exists() for file in files):  # words.json comes last
+        if not (self.data / "words.json").exists():  # it comes last
             world = ["--world", self.args.world, "--tests", str(TESTS)]
             seed = ["--out", str(self.data), "--seed", str(self.number)]
             self.run([sys.executable, "tools/scenes.py", *world, *seed])
         if not self.args.show:
             write_first_references(self.data)
+            self.expect_data(arms)
         for arm in self.missing(arms):
             self.run(self.command(arm))
             self.run(self.evaluation(arm))
 
-    def command(self, name):
+    def command(self, name, steps=None):
         """Return the command that runs an arm's stage. All take --resume: what a stop cut short
-        goes on."""
+        goes on. steps: where another arm's tokens decide, so many and no look at them."""
         arm = ARMS[name]
         base = f"ckpt/base-{self.args.world}"
         start = ARMS[arm.start].start if arm.more else arm.start
@@ -376,7 +402,7 @@ class Seed:
         if arm.stage == "align":
             command += ["--disc_init", base]
         if arm.more:
-            command += ["--steps", self.as_many_tokens(name)]
+            command += ["--steps", steps or self.as_many_tokens(name)]
         elif arm.updates:
             command += ["--steps", str(arm.updates)]
         return command
@@ -407,30 +433,41 @@ class Seed:
         return command
 
 
-def settings_of(flags):
-    """Return {name: value} of a command's flags, the values as a log has them."""
-    settings = {}
-    for word in flags:
-        if word.startswith("--"):
-            name = word.removeprefix("--")
-            settings[name] = True
-            continue
+def headers_of(log):
+    """Return the headers of a run's log, one for each time that it was begun or gone on with; none
+    where there is no log, or a stop came before its first line was whole."""
+    if not log.exists():
+        return []
+    headers = []
+    for line in log.read_text().splitlines():
         try:
-            settings[name] = json.loads(word)
-        except ValueError:
-            settings[name] = word
-    return settings
+            record = json.loads(line)
+        except ValueError:  # a stop cut it short: the stage goes on before it
+            continue
+        if isinstance(record, dict) and "args" in record:
+            headers.append(record)
+    return headers
 
 
 def is_evaluated(folder, limit):
     """Whether a run was evaluated on the first `limit` rows of each test."""
     file = folder / "eval.json"
-    return file.exists() and compare.read_json(file).get("args", {}).get("limit") == limit
+    if not file.exists():
+        return False
+    if not headers_of(folder / "log.jsonl"):
+        raise ValueError(f"{folder}: an eval.json without the run's log.jsonl: remove the folder")
+    args = compare.read_json(file).get("args")
+    if not isinstance(args, dict):
+        raise ValueError(f"{file}: no arguments of eval.py in it: remove it")
+    return args.get("limit") == limit
 
 
 def write_first_references(data):
-    """Write the first rows of align.jsonl, as many as FIRST says, as files of their own."""
+    """Write the first rows of align.jsonl, as many as FIRST says, as files of their own. Raises
+    ValueError where there are fewer."""
     rows = (data / "align.jsonl").read_text().splitlines(keepends=True)
+    if len(rows) < max(FIRST):
+        raise ValueError(f"{data}/align.jsonl has {len(rows)} rows, {max(FIRST)} are needed")
     for number in FIRST:
         (data / f"align_{number}.jsonl").write_text("".join(rows[:number]))
 
@@ -521,19 +558,18 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     seeds = [Seed(number, args, run=print_command) for number in args.seeds]
-    if args.show:
-        try:
-            for seed in seeds:
-                seed.make(arms)
-        except ValueError as error:
-            sys.exit(f"arms.py: {error}")
-        return
-    if subprocess.run(["bash", "runs/base.sh", args.world]).returncode:
-        sys.exit(f"arms.py: runs/base.sh {args.world} failed: the same command goes on")
     try:
         about = minutes(seeds, arms, args)
-    except ValueError as error:
+        if args.show:
+            # `| head` ends this as it ends other commands, without a traceback.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            for seed in seeds:
+                seed.make(arms)
+            return
+    except (OSError, ValueError) as error:
         sys.exit(f"arms.py: {error}")
+    if subprocess.run(["bash", "runs/base.sh", args.world]).returncode:
+        sys.exit(f"arms.py: runs/base.sh {args.world} failed: the same command goes on")
     print(f"=== about {about} minutes; what happens is in {seeds[0].out}/log.txt ..", flush=True)
     run_all(args, arms)
     folders = [str(seed.out) for seed in seeds]
@@ -564,6 +600,4 @@ def run_all(args, arms):
 
 
 if __name__ == "__main__":
-    # `| head` ends this command as it ends others, without a traceback.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -8,7 +8,9 @@ Compare arms over seeds: each arm's mean, and paired differences with 95 % inter
 Of each seed there is a file that eval.py wrote of all its arms, or a folder in which each arm's run
 has an eval.json. An arm has the name of its run's folder. All arms of a seed are evaluated on the
 same files, and all seeds with as many prompts of each test and with the same settings; whatever is
-not so is an error. Only what eval.py found of the arms of --arms is looked at.
+not so is an error. The tables name arms of runs/miniature.sh in words ("SFT → alignment" is the
+folder align), others by their folders; --arms and --pairs take the folders' names. Only what
+eval.py found of the arms of --arms is looked at.
 
 A pair is compared seed by seed, so what is common to the two (data, the SFT run that both begin
 with) cancels out. The interval of the mean difference is Student's t over the seeds, which takes
@@ -68,7 +70,8 @@ STAGE_NAMES = {
     "dapo": "DAPO",
     "gspo": "GSPO",
 }
-FIRST_STAGES = ("sft", "base", "half")  # all other arms begin with SFT
+FIRST_STAGES = ("sft", "base", "half")  # an arm of another beginning comes behind SFT
+SECOND_STAGES = ("refs", "align", "rubric")
 VARIANT_NAMES = {"tokens": "equal tokens"}  # others are shown as they are
 DRAWS = 10_000
 BOOTSTRAP_FROM = 8  # seeds
@@ -311,12 +314,21 @@ def names_in(values, place):
     return list(dict.fromkeys(key[place] for key in values))
 
 
+def names_of(arms):
+    """Return {arm: its name in words}. Where the words of two are the same, both keep the names of
+    their folders."""
+    names = {arm: name_of(arm) for arm in arms}
+    known = list(names.values())
+    return {arm: name if known.count(name) == 1 else arm for arm, name in names.items()}
+
+
 def name_of(arm):
-    """Return an arm's name in words: "align-dense-grpo" is "SFT → alignment (dense) → GRPO"."""
-    first, *_ = words = arm.split("-")
-    if first not in STAGE_NAMES:
+    """Return an arm's name in words: "align-dense-grpo" is "SFT → alignment (dense) → GRPO". What
+    does not begin as an arm of runs/miniature.sh does stays as it is."""
+    words = arm.split("-")
+    if words[0] not in (*FIRST_STAGES, *SECOND_STAGES) or "" in words:
         return arm
-    stages = [] if first in FIRST_STAGES else [STAGE_NAMES["sft"]]
+    stages = [] if words[0] in FIRST_STAGES else [STAGE_NAMES["sft"]]
     for word in words:
         if word in STAGE_NAMES:
             stages.append(STAGE_NAMES[word])
@@ -329,12 +341,12 @@ def means_table(values, mode, scale, digits):
     """Return the lines of a table: an arm per line, its mean and interval on each test."""
     tests = names_in(values, 1)
     lines = heading(f"arm, {mode}", tests)
-    for arm in names_in(values, 0):
+    for arm, name in names_of(names_in(values, 0)).items():
         cells = []
         for test in tests:
             of_seeds = [scale * value for value in values[arm, test, mode]]
             cells.append(mean_cell(of_seeds, digits))
-        lines.append(table_row(name_of(arm), cells))
+        lines.append(table_row(name, cells))
     return lines
 
 
@@ -361,6 +373,7 @@ def differences_table(values, pairs, mode, scale, digits):
     """Return the lines of a table: a pair per line, its mean difference on each test with its
     intervals, marked with * where Student's excludes 0."""
     tests = names_in(values, 1)
+    names = names_of(names_in(values, 0))
     lines = heading(f"paired difference, {mode}", tests)
     for pair in pairs:
         first, second = pair.split(":")
@@ -370,7 +383,7 @@ def differences_table(values, pairs, mode, scale, digits):
             theirs = values[second, test, mode]
             differences = [scale * (x - y) for x, y in zip(ours, theirs, strict=True)]
             cells.append(difference_cell(differences, digits))
-        lines.append(table_row(f"{name_of(first)} − {name_of(second)}", cells))
+        lines.append(table_row(f"{names[first]} − {names[second]}", cells))
     return lines
 
 

@@ -9,10 +9,11 @@ many references there are ..), as a table and a figure.
 
 A level is a name and its seeds' folders, as runs/miniature.sh leaves them. Of each level it shows
 greedy accuracy gained, in points, over the two rivals at as many updates: over nothing (align-grpo
-less sft-grpo), and over SFT on the references (align-grpo less refs-grpo). A word behind = says
-that other arms are meant: those on other references (align-50-grpo, refs-50-grpo), or those behind
-another beginning (half-align-grpo, half-grpo, half-refs-grpo). They are paired differences over the
-seeds with Student's 95 % interval. --out needs the extra `plot`.
+less sft-grpo), and over SFT on the references (align-grpo less refs-grpo). A word behind a level's
+name and = says that other arms are meant: those on other references (=50: align-50-grpo and
+refs-50-grpo), or those behind another beginning (=half: half-align-grpo, half-grpo,
+half-refs-grpo). The differences are paired over the seeds, with Student's 95 % interval. All levels
+have to be evaluated alike. --out needs the extra `plot`.
 """
 
 import argparse
@@ -44,14 +45,20 @@ def arms_of(word):
     return f"align-{word}-grpo", "sft-grpo", f"refs-{word}-grpo"
 
 
-def gains(folders, word=""):
-    """Return {test: {rival: Estimate of the gain in points}} of a level's seeds; word: as arms_of
-    takes it. Raises ValueError as compare.read_seeds does."""
-    ours, *rivals = arms_of(word)
+def read_level(folders, word=""):
+    """Return the seeds of a level as compare.read_seeds does, whose errors it raises; word: as
+    arms_of takes it. Raises ValueError where there is no greedy result too."""
     folders = compare.without_logs(folders)
-    seeds = compare.read_seeds(folders, (ours, *rivals))
+    seeds = compare.read_seeds(folders, arms_of(word))
+    compare.values_of(seeds, "accuracy")  # each arm has all tests and modes
     if MODE not in compare.names_in(seeds[0], 2):
         raise ValueError(f"{folders[0]}: there is no {MODE} result: evaluate with --greedy")
+    return seeds
+
+
+def gains(seeds, word=""):
+    """Return {test: {rival: Estimate of the gain in points}} of read_level's seeds."""
+    ours, *rivals = arms_of(word)
     found = {}
     for test in compare.names_in(seeds[0], 1):
         found[test] = {}
@@ -131,19 +138,32 @@ def main():
 def levels_of(given):
     """Return {name: gains()} of what --level gave. Raises ValueError."""
     levels = {}
-    for first, *folders in given:
-        name, _, word = first.partition("=")
+    of_first = None  # how the first level was evaluated
+    for words, *folders in given:
+        name, equals, word = words.partition("=")
+        if not name or (equals and not word):
+            raise ValueError(f"--level {words}: write NAME, or NAME=WORD")
         if not folders:
             raise ValueError(f"--level {name}: name the seeds' folders behind it")
         if name in levels:
             raise ValueError(f"--level {name} is given twice")
-        levels[name] = gains(folders, word)
-    tests = {name: set(found) for name, found in levels.items()}
-    of_first = next(iter(tests.values()))
-    for name, of_level in tests.items():
-        if of_level != of_first:
-            raise ValueError(f"--level {name} has other tests than the first level")
+        seeds = read_level(folders, word)
+        of_first = of_first or evaluation_of(seeds)
+        if evaluation_of(seeds) != of_first:
+            raise ValueError(
+                f"--level {name} was evaluated otherwise than the first level: "
+                f"{evaluation_of(seeds)}, there {of_first}"
+            )
+        levels[name] = gains(seeds, word)
     return levels
+
+
+def evaluation_of(seeds):
+    """Return eval.py's settings and the number of prompts of each test, which are the same for all
+    of a level's seeds."""
+    results = seeds[0].values()
+    settings = {name: next(iter(results)).settings.get(name) for name in compare.SETTINGS}
+    return settings | {result.test: result.value("prompts") for result in results}
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class World:
     noise: int  # of each channel of a pixel: so much down, and up (up to 8 more: see paint)
     shade: int  # of each channel of an object's colour, the same
     curated: int  # rows of the references' manner among SFT's
-    reversed: dict  # more files of references: name -> share that goes from below
+    from_below: dict  # more files of references: name -> share that goes from below
 
 
 WORLDS = {
@@ -91,7 +91,7 @@ WORLDS = {
         noise=12,
         shade=25,
         curated=550,
-        reversed={"align_mixed": 0.5, "align_reversed": 1.0},
+        from_below={"align_mixed": 0.5, "align_reversed": 1.0},
     ),
     "miniature": World(
         places=teacher.IN_WORDS,
@@ -100,7 +100,7 @@ WORLDS = {
         noise=60,
         shade=75,
         curated=2000,
-        reversed={},
+        from_below={},
     ),
     "known": World(
         places=teacher.COMPASS,
@@ -109,7 +109,7 @@ WORLDS = {
         noise=60,
         shade=75,
         curated=2000,
-        reversed={},
+        from_below={},
     ),
 }
 
@@ -456,8 +456,8 @@ def restate(rows: list[dict], name: str, share: float, seed: int) -> list[dict]:
     result = []
     for row, item in zip(rows, items("align", len(rows), seed), strict=True):
         _, scene, question, _ = item
-        from_below = rng.random() < share
-        response = good_from_below(scene, question) if from_below else good(scene, question)
+        manner = good_from_below if rng.random() < share else good
+        response = manner(scene, question)
         result.append({**row, "teacher_response": response})
     return result
 
@@ -557,7 +557,7 @@ def main() -> None:
         owned |= scenes
         print(f"{name:10s} {len(rows):7,d} rows on {len(scenes):7,d} scenes", flush=True)
 
-    for name, share in world.reversed.items():
+    for name, share in world.from_below.items():
         write(args.out / f"{name}.jsonl", restate(files["align"], name, share, args.seed))
     write(args.out / "sft.json", mix(files["public"], files["curated"], args.seed))
     write(args.out / "words.json", [{"text": vocabulary(world)}])

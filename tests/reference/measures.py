@@ -83,7 +83,7 @@ def right_above_wrong(groups):
             for other, of_other in rollouts:
                 if accuracy == 1 and of_other == 0:
                     margins.append(score - other)
-    return preferred(margins)
+    return preferred(margins), len(margins)
 
 
 def of_experts(tokens):

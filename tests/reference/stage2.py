@@ -150,7 +150,8 @@ class Alignment:
             for one, group in zip(found, groups, strict=True):
                 both = zip(group.score[k], one["verdicts"]["accuracy"], group.spans, strict=True)
                 scored.append([(float(s), a) for s, a, spans in both if spans is not None])
-            values[f"{kind}/auc"] = measures.right_above_wrong(scored)
+            share, pairs = measures.right_above_wrong(scored)
+            values |= {f"{kind}/auc": share, f"{kind}/auc_pairs": pairs}
         return values
 
     def same_metrics(self, found, expected):
