@@ -16,8 +16,9 @@ caption from the list of objects, the reasoning from its verification of the sta
 tower. Its verdict is the reference's answer; the answer that is rewarded is NLVR's own.
 
     words.json              every word of the world, for the tokenizer: for all seeds and sizes
-    easy, base.jsonl        sharegpt, accurate: descriptions, single towers; demonstrations. The
-                            base model learns from them in this order.
+    easy, base.jsonl        sharegpt, accurate: descriptions and single towers; then what statements
+                            say, answers, and demonstrations. The base model learns from them in
+                            this order.
     public, curated.jsonl   sharegpt: many terse and partly wrong demonstrations (the rates are
                             below); few complete and right ones
     sft.json                these two shuffled together, in the other sharegpt dialect
@@ -54,7 +55,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import scenes  # noqa: E402
-from tools.statements import COLOURS, TOWERS, Statement, parse, verify  # noqa: E402
+from tools.statements import COLOURS, TOWERS, Statement, parse, spell_out, verify  # noqa: E402
 
 SIDE = 100  # pixels, of a box
 LEFT_EDGES = (0, 150, 300)  # of the boxes, in pixels; between them are bars
@@ -75,13 +76,14 @@ class File:
     """A file that is learnt from: its rows, and how likely each kind of row is in it."""
 
     rows: int
-    kinds: tuple = (0, 0, 0, 1)  # weights: describe, one tower, short answer, all three parts
+    # Weights: describe, one tower, what a statement says, short answer, all three parts.
+    kinds: tuple = (0, 0, 0, 0, 1)
     per_picture: int = 1  # rows about one picture
 
 
 FILES = {
-    "easy": File(6_000, (1, 1, 0, 0), 2),
-    "base": File(24_000, (1, 1, 2, 12), 4),
+    "easy": File(5_000, (1, 1, 0, 0, 0), 2),
+    "base": File(30_000, (1, 1, 3, 2, 13), 4),
     "public": File(8_000),
     "curated": File(500),
     "pairs": File(1_000),
@@ -276,10 +278,15 @@ def yes_or_no(answer: bool) -> str:
 
 
 def good(towers: tuple, statement: Statement) -> str:
-    """The references' manner: every block with its place, every tower with the running total."""
+    """The references' manner.
+
+    Every block stands with its place; then what the statement says, and every tower with the
+    running total.
+    """
     sentences, verdict = verify(statement, towers)
     answer = yes_or_no(verdict)
-    return scenes.three_parts(describe(towers), [*sentences, f"so {answer}"], answer)
+    think = [spell_out(statement), *sentences, f"so {answer}"]
+    return scenes.three_parts(describe(towers), think, answer)
 
 
 def terse(towers: tuple, statement: Statement, rng: random.Random) -> str:
@@ -341,6 +348,7 @@ def demonstrate(
     kinds = [
         ("describe", describe(towers)),
         (f"look {tower}", describe(towers, (tower,))),
+        (f"read {sentence}", spell_out(statement)),
         (f"short {sentence}", yes_or_no(verdict)),
         (sentence, response),
     ]
@@ -412,8 +420,8 @@ def make_verl(
 
 def vocabulary(examples: list[Example]) -> str:
     """Every word of the world, in one text."""
-    marks = scenes.three_parts("; describe look short true false so yes no", ["none"], 0)
-    seen = "base top second above size stacked colours only"
+    marks = scenes.three_parts("; describe look read short true false so yes no", ["none"], 0)
+    seen = "base second top above only size different stacked count tower and exactly at least most"
     numbers = " ".join(str(number) for number in range(13))
     sentences = [example.sentence for example in examples]
     return " ".join([" ".join(marks.split()), seen, numbers, *TOWERS, *COLOURS, *sentences])

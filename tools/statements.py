@@ -8,6 +8,7 @@ fulfil some conditions ("there are exactly two towers with a blue block at the b
 blocks of a colour the picture has ("there are 3 yellow blocks").
 
     statement = parse("there is a tower with 3 blocks and a blue block at the base")    # or None
+    spell_out(statement)                 # "at least 1 tower size exactly 3 and base blue"
     sentences, verdict = verify(statement, towers)    # ["left size 3 base blue yes 1", ..], True
 
 None: not understood; the caller has to refuse it. What is understood depends on the words alone,
@@ -66,9 +67,15 @@ PALETTE = f"{COLOUR}(?: and {COLOUR})?"  # two groups
 
 @dataclass(frozen=True)
 class Condition:
-    """What a tower has to fulfil: a number between `least` and `most`, or colours, by its kind."""
+    """What a tower has to fulfil.
 
-    kind: str  # a key of EVIDENCE
+    base, second, top: the colour of that block; above: a block of the first colour directly on one
+    of the second; only: these colours and no other; size, different, stacked, count: the number of
+    blocks, of different colours, of blocks of a colour directly on each other, and of blocks of a
+    colour, from `least` to `most`.
+    """
+
+    kind: str  # base, second, top, above, only, size, different, stacked or count
     colours: tuple = ()
     least: int = 1
     most: int = MANY
@@ -134,18 +141,18 @@ def place_is(match) -> list[Condition]:
 
 
 def only_colours(match) -> list[Condition]:
-    return [Condition("colours", palette(match[1], match[2]))]
+    return [Condition("only", palette(match[1], match[2]))]
 
 
 def size_and_colours(match) -> list[Condition]:
     least, most = limits(match[1], match[2])
-    return [Condition("size", (), least, most), Condition("colours", palette(match[3], match[4]))]
+    return [Condition("size", (), least, most), Condition("only", palette(match[3], match[4]))]
 
 
 def number_of_colours(match) -> list[Condition]:
     number = match[1]
     count = int(number) if number.isdigit() else 1  # "the same"
-    return [Condition("number", (), count, count)]
+    return [Condition("different", (), count, count)]
 
 
 def stacked(match) -> list[Condition]:
@@ -223,7 +230,7 @@ def parse(sentence: str) -> Statement | None:
         return statement_of(relation[2], relation[3], relation[1])
     coloured = re.fullmatch(f"there is (?:a|an) {COLOUR} tower(?: with (.+))?", text)
     if coloured:
-        return statement_of(None, "a", coloured[2], Condition("colours", (coloured[1],)))
+        return statement_of(None, "a", coloured[2], Condition("only", (coloured[1],)))
     total = re.fullmatch(f"there (?:is|are) {HOW_MANY} ?{COLOUR} block", text)
     if total:
         least, most = limits(total[1], total[2])
@@ -258,6 +265,36 @@ def statement_of(
 
 
 # -------------------------------------------------------------------------------------- verifying
+def spell_out(statement: Statement) -> str:
+    """What the statement was understood to say, in words that always mean the same."""
+    number = spell_limits(statement.least, statement.most)
+    if statement.total:
+        return f"{number} {statement.total}"
+    return f"{number} tower {' and '.join(spell_condition(c) for c in statement.conditions)}"
+
+
+def spell_limits(least: int, most: int) -> str:
+    """ "exactly 2", "at least 2" or "at most 2"."""
+    if least == most:
+        return f"exactly {least}"
+    if most == MANY:
+        return f"at least {least}"
+    return f"at most {most}"
+
+
+def spell_condition(condition: Condition) -> str:
+    """A condition in the words of `check`."""
+    kind = condition.kind
+    if kind == "above":
+        return " above ".join(condition.colours)
+    if kind == "only":
+        return f"only {' '.join(condition.colours)}"
+    if kind in ("base", "second", "top"):
+        return f"{kind} {condition.colours[0]}"
+    number = spell_limits(condition.least, condition.most)
+    return " ".join([kind, *condition.colours, number])
+
+
 def longest_run(tower: tuple, colour: str) -> int:
     """The most blocks of a colour that lie directly on each other."""
     longest = 0
@@ -281,20 +318,18 @@ def check(condition: Condition, tower: tuple) -> tuple[str, bool]:
         upper, lower = condition.colours
         holds = (lower, upper) in zip(tower, tower[1:], strict=False)
         return (f"{upper} above {lower}" if holds else "none"), holds
-    if kind == "colours":
+    if kind == "only":
         present = palette(*tower)
         return f"only {' '.join(present)}", present == condition.colours
     if kind == "size":
-        number, words = len(tower), f"size {len(tower)}"
-    elif kind == "number":
+        number = len(tower)
+    elif kind == "different":
         number = len(set(tower))
-        words = f"colours {number}"
     elif kind == "stacked":
         number = longest_run(tower, condition.colours[0])
-        words = f"stacked {number}"
     else:
         number = tower.count(condition.colours[0])
-        words = f"{condition.colours[0]} {number}"
+    words = " ".join([kind, *condition.colours, str(number)])
     return words, condition.least <= number <= condition.most
 
 
