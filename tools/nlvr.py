@@ -3,9 +3,10 @@ The world of NLVR's towers: real pictures and human-written statements (lil-lab/
 the files of an embedded world. Nothing is drawn here and nothing is downloaded.
 
 A picture of NLVR is three grey boxes, 400 x 100 pixels in all. In about seven of ten pictures each
-box holds a tower of one to four blocks, black, blue or yellow; the others, scattered shapes of
-three sizes, are left out: models of the embedded worlds' size are too small for them. A prompt is a
-statement, as a person wrote it, in small letters and with marks apart; the answer is true or false.
+box holds a tower of one to four blocks, black, blue or yellow. The others, scattered shapes of three
+sizes, are left out: the model of runs/nlvr.sh sees pictures at a fifth of their width and height,
+where a small shape is two pixels. A prompt is a statement, as a person wrote it, in small letters
+and with marks apart; the answer is true or false.
 
     python tools/nlvr.py --data ../shared/data/nlvr --out data/nlvr --seed 0
     python tools/nlvr.py --data ../shared/data/nlvr --out data/nlvr-quick --quick    # 1/20 of rows
@@ -13,7 +14,8 @@ statement, as a person wrote it, in small letters and with marks apart; the answ
 `--data` holds dev.jsonl, whose rows list the objects of each box, train.jsonl, whose rows have
 answers only, and their images. References are written by the program of tools/statements.py: the
 caption from the list of objects, the reasoning from its verification of the statement, tower by
-tower. Its verdict is the reference's answer; the answer that is rewarded is NLVR's own.
+tower. Its verdict is the reference's answer; the answer that is rewarded is NLVR's own. How often
+the two are the same is printed, for dev.jsonl and, from the pixels, for train.jsonl.
 
     words.json              every word of the world, for the tokenizer: for all seeds and sizes
     easy, base.jsonl        sharegpt, accurate: descriptions and single towers; then what statements

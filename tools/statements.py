@@ -12,7 +12,8 @@ blocks of a colour the picture has ("there are 3 yellow blocks").
     sentences, verdict = verify(statement, towers)    # ["left size 3 base blue yes 1", ..], True
 
 None: not understood; the caller has to refuse it. What is understood depends on the words alone,
-never on an answer. What words mean was chosen kind by kind, as NLVR's answers have it:
+never on an answer. What words mean was chosen kind by kind, so that verdicts are NLVR's answers as
+often as can be (one choice was open, that bare numbers are exact, in bench/NOTES.md):
 
     a, the                     at least one
     1, two, 3                  exactly so many, as with "exactly" and "only" before the number
