@@ -2,11 +2,11 @@
 The world of NLVR's towers: real pictures and human-written statements (lil-lab/nlvr, CC-BY-4.0) in
 the files of an embedded world. Nothing is drawn here and nothing is downloaded.
 
-A picture of NLVR is three grey boxes, 400 x 100 pixels in all. In about seven of ten pictures each
-box holds a tower of one to four blocks, black, blue or yellow. The others, scattered shapes of three
-sizes, are left out: the model of runs/nlvr.sh sees pictures at a fifth of their width and height,
-where a small shape is two pixels. A prompt is a statement, as a person wrote it, in small letters
-and with marks apart; the answer is true or false.
+A picture of NLVR is three grey boxes, 400 x 100 pixels in all. In dev.jsonl two thirds of the
+pictures have a tower of one to four blocks, black, blue or yellow, in each box. The others,
+scattered shapes of three sizes, are left out: the model of runs/nlvr.sh sees pictures at a fifth of
+their width and height, where a small shape is two pixels. A prompt is a statement, as a person
+wrote it, in small letters and with marks apart; the answer is true or false.
 
     python tools/nlvr.py --data ../shared/data/nlvr --out data/nlvr --seed 0
     python tools/nlvr.py --data ../shared/data/nlvr --out data/nlvr-quick --quick    # 1/20 of rows

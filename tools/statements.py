@@ -1,6 +1,6 @@
 """
 A short program that understands statements about three towers of blocks and verifies them step by
-step: human-written ones (NLVR's), and those that it makes itself in the same phrasings.
+step: human-written ones, NLVR's.
 
 A picture is three towers, left to right; a tower is the colours of its blocks from its base up:
 (("yellow",), ("blue", "black"), ("black", "black", "yellow")). A statement says how many towers
