@@ -2,11 +2,12 @@
 # All three stages on real pictures and human-written statements, NLVR's towers (tools/nlvr.py), from
 # random weights on a CPU: a base that learns to see and to verify (made once), then SFT, alignment
 # and RLVR as in runs/tiny.sh, with the rival, SFT on alignment's references, and one table of every
-# checkpoint, greedy and at temperature 1. One process at a time, 25 minutes on one idle core, of
-# which the base takes 10. What is there is not made again: the same command goes on after a stop.
+# checkpoint, greedy and at temperature 1. One process at a time on one core: 35 minutes on a machine
+# that was busy with other runs, the base 17 of them. What is there is not made again: the same
+# command goes on after a stop.
 #   bash runs/nlvr.sh ../shared/data/nlvr [OUT]      OUT: run folders, out/nlvr-SEED by default
-#   bash runs/nlvr.sh ../shared/data/nlvr --quick    everything smaller, within 2 minutes: shows that
-#                                                    it runs, not that it works
+#   bash runs/nlvr.sh ../shared/data/nlvr --quick    everything smaller, 110 seconds of CPU: shows
+#                                                    that it runs, not that it works
 #   SEED=1 bash runs/nlvr.sh ../shared/data/nlvr     other rows to learn from, other rollouts; the
 #                                                    same base, the same rows of NLVR for alignment,
 #                                                    RLVR and tests
@@ -15,15 +16,17 @@
 set -euo pipefail
 NLVR=$(realpath "${1:?the folder of NLVR: dev.jsonl, train.jsonl and images}")
 SEED=${SEED:-0}
-QUICK=
+QUICK="" OUT=""
 if [ "${2:-}" = --quick ]; then QUICK=yes; elif [ "${2:-}" ]; then OUT=$(realpath -m "$2"); fi
 EXTRAS=
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-NAME=nlvr SIZE="" LIMIT=0 WARMUP="" EACH=40 LEFT=60 ALL=100 # updates: a stage, the rest, together
+NAME=nlvr SIZE="" LIMIT=0 SAMPLES=2 WARMUP=""
+EACH=40 LEFT=60 ALL=100 # updates of the policy: of a stage before GRPO, of GRPO then, of GRPO alone
 if [ "$QUICK" ]; then
-    NAME=nlvr-quick SIZE=--quick LIMIT=20 WARMUP="--warmup_steps 4" EACH=2 LEFT=2 ALL=4
+    NAME=nlvr-quick SIZE=--quick LIMIT=5 SAMPLES=1 WARMUP="--warmup_steps 2"
+    EACH=1 LEFT=1 ALL=2
 fi
 DATA=data/$NAME BASE=ckpt/base-$NAME
 OUT=${OUT:-out/$NAME-$SEED}
@@ -77,7 +80,7 @@ stage sft "$OUT/sft" align.jsonl "$OUT/refs" --steps $EACH
 stage rlvr "$OUT/refs" rl.jsonl "$OUT/refs-grpo" $grpo --steps $LEFT
 
 python eval.py --policy "$BASE" "$OUT"/{sft,sft-grpo,align,align-grpo,refs,refs-grpo} \
-    --data "$DATA"/test_{id,hard,ood}.jsonl --limit $LIMIT --samples 2 --device cpu $SIGHT \
+    --data "$DATA"/test_{id,hard,ood}.jsonl --limit $LIMIT --samples $SAMPLES --device cpu $SIGHT \
     --max_response 128 --out "$OUT/eval.json"
 echo "=== what to compare with: a coin is right in 50 %, who always says true in"
 for test in id hard ood; do

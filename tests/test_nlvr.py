@@ -227,7 +227,7 @@ def write_nlvr(folder):
 def run(monkeypatch, source, out, *flags):
     arguments = ["nlvr.py", "--data", str(source), "--out", str(out), "--quick", *flags]
     monkeypatch.setattr("sys.argv", arguments)
-    small = {name: replace(file, rows=min(file.rows, 2000)) for name, file in nlvr.FILES.items()}
+    small = {name: replace(file, rows=min(file.rows, 4000)) for name, file in nlvr.FILES.items()}
     monkeypatch.setattr(nlvr, "FILES", small)
     nlvr.main()
 
@@ -476,7 +476,7 @@ def test_the_script_gives_every_arm_as_many_updates(project, source, size, monke
         "refs-grpo": ["refs", "refs-grpo"],
     }
     updates = {sum(runs[name].steps for name in names) for names in behind.values()}
-    assert updates == {4 if size else 100}
+    assert updates == {2 if size else 100}
     assert runs["align"].policy == runs["refs"].policy == runs["sft-grpo"].policy == runs["sft"].out
     assert runs["align-grpo"].policy == runs["align"].out
     assert runs["refs-grpo"].policy == runs["refs"].out

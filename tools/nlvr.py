@@ -9,7 +9,7 @@ their width and height, where a small shape is two pixels. A prompt is a stateme
 wrote it, in small letters and with marks apart; the answer is true or false.
 
     python tools/nlvr.py --data ../shared/data/nlvr --out data/nlvr --seed 0
-    python tools/nlvr.py --data ../shared/data/nlvr --out data/nlvr-quick --quick    # 1/20 of rows
+    python tools/nlvr.py --data ../shared/data/nlvr --out data/nlvr-quick --quick    # 1/40 of rows
 
 `--data` holds dev.jsonl, whose rows list the objects of each box, train.jsonl, whose rows have
 answers only, and their images. References are written by the program of tools/statements.py: the
@@ -437,7 +437,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/nlvr"), help="folder for the files")
     parser.add_argument("--seed", type=int, default=0, help="of the files that are learnt from")
     parser.add_argument(
-        "--quick", action="store_true", help="a smoke test's sizes: 1/20 of the rows, at least 40"
+        "--quick",
+        action="store_true",
+        help="a smoke test's sizes: 1/40 of the rows that are learnt from, 40 at least",
     )
     args = parser.parse_args()
 
@@ -473,7 +475,7 @@ def main() -> None:
 
     files = {}  # name -> rows
     for name, file in FILES.items():
-        number = max(40, file.rows // 20) if args.quick else file.rows
+        number = max(40, file.rows // 40) if args.quick else file.rows
         files[name] = make_learnt(args.out, name, number, args.seed, stock)
     files["align"] = make_verl(args.out, "align", align, len(ORDERS), references=True)
     files["rl"] = make_verl(args.out, "rl", rl, 1, references=False)
