@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All three stages on real pictures and human-written statements, NLVR's towers (tools/nlvr.py), from
-# random weights on a CPU: a base that learns to see and to verify (made once), then SFT, alignment
-# and RLVR as in runs/tiny.sh, with the rival, SFT on alignment's references, and one table of every
-# checkpoint, greedy and at temperature 1. One process at a time on one core: 35 minutes on a machine
-# that was busy with other runs, the base 17 of them. What is there is not made again: the same
-# command goes on after a stop.
+# All three stages on real pictures and human-written statements, NLVR's towers (tools/nlvr.py),
+# from random weights on a CPU: a base that learns to see and to verify (made once), then SFT,
+# alignment and RLVR as in runs/tiny.sh, with the rival, SFT on alignment's references, and one
+# table of every checkpoint, greedy and at temperature 1. One process at a time on one core: 35
+# minutes on a machine that was busy with other runs, the base 17 of them. What is there is not made
+# again: the same command goes on after a stop.
 #   bash runs/nlvr.sh ../shared/data/nlvr [OUT]      OUT: run folders, out/nlvr-SEED by default
 #   bash runs/nlvr.sh ../shared/data/nlvr --quick    everything smaller, 110 seconds of CPU: shows
 #                                                    that it runs, not that it works
