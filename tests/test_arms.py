@@ -425,8 +425,8 @@ def test_a_stop_ends_what_runs_and_begins_nothing(tmp_path):
     assert "\nbegun" not in log.read_text()
 
 
-def test_the_script_from_the_shell(tmp_path):
-    """--show runs nothing; a wrong value is one message; a stop leaves no run behind."""
+def test_the_script_from_the_shell(tmp_path, monkeypatch, capsys):
+    """--show runs nothing; a broken file or a wrong value is one message."""
 
     def run(*arguments):
         command = [sys.executable, str(ROOT / "tools/arms.py"), *arguments]
@@ -457,8 +457,10 @@ def test_the_script_from_the_shell(tmp_path):
         (("--arms", "x"), "there is no arm x"),
         (("--world", "known", "--arms", "align-mixed"), "has no align_mixed.jsonl"),
     ):
-        done = run(*wrong)
-        assert done.returncode == 2 and why in done.stderr.splitlines()[-1]
+        monkeypatch.setattr(sys, "argv", ["arms.py", *wrong])
+        with pytest.raises(SystemExit) as end:
+            arms.main()
+        assert end.value.code == 2 and why in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_jobs_share_the_seeds_and_a_failure_is_the_exit_status(project, monkeypatch, capsys):

@@ -172,6 +172,7 @@ def with_plan(file):
     return str(new)
 
 
+@pytest.mark.slow
 def test_recipe_third_span(recipe, world, tmp_path):
     """From random weights: a policy that knows the new tag, then the game on three spans."""
     curated = with_plan(world.curated)

@@ -435,6 +435,7 @@ def test_verdicts_are_nlvrs_answers(real):
             assert ours.isdisjoint(theirs), (one, other, key)
 
 
+@pytest.mark.slow
 def test_nlvrs_own_orders_are_those_made_here(real):
     """train.jsonl has each picture in two orders of its boxes: the one makes the other."""
     pairs = {}
