@@ -14,7 +14,7 @@ if [ "$NAME" = known ]; then EPOCHS=2; fi # there are two manners to learn
 if [ ! -f "$DATA/words.json" ]; then # words.json comes last
     python tools/scenes.py --world $WORLD --out "$DATA" $SIZE
 fi
-[ -d "$OUT/last" ] && exit
+[ -f "$OUT/whole" ] && exit # last/ alone may be what a stop left
 
 learn() { # from, file of demonstrations, run folder, epochs
     python sft.py --policy "$1" --data "$DATA/$2.jsonl" --out "$3" --batch 32 --lr 1.5e-3 \
@@ -33,3 +33,4 @@ fi
 learn "$OUT/init" easy "$OUT/easy" 1
 learn "$OUT/easy" look "$OUT/look" 1
 learn "$OUT/look" base "$OUT" $EPOCHS
+touch "$OUT/whole"

@@ -3,8 +3,8 @@
 # from random weights on a CPU: a base that learns to see and to verify (made once), then SFT,
 # alignment and RLVR as in runs/tiny.sh, with the rival, SFT on alignment's references, and one
 # table of every checkpoint, greedy and at temperature 1. One process at a time on one core: 35
-# minutes on a machine that was busy with other runs, the base 17 of them. What is there is not made
-# again: the same command goes on after a stop.
+# minutes on a machine that was busy with other runs, the base 17 of them. After a stop the same
+# command goes on: updates that were made are not made again.
 #   bash runs/nlvr.sh ../shared/data/nlvr [OUT]      OUT: run folders, out/nlvr-SEED by default
 #   bash runs/nlvr.sh ../shared/data/nlvr --quick    everything smaller, 110 seconds of CPU: shows
 #                                                    that it runs, not that it works
@@ -17,7 +17,14 @@ set -euo pipefail
 NLVR=$(realpath "${1:?the folder of NLVR: dev.jsonl, train.jsonl and images}")
 SEED=${SEED:-0}
 QUICK="" OUT=""
-if [ "${2:-}" = --quick ]; then QUICK=yes; elif [ "${2:-}" ]; then OUT=$(realpath -m "$2"); fi
+case "${2:-}" in
+--quick) QUICK=yes ;;
+-*)
+    echo "nlvr.sh: $2 is no flag: --quick, or a folder for the runs" >&2
+    exit 2
+    ;;
+?*) OUT=$(realpath -m "$2") ;;
+esac
 EXTRAS=
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -38,7 +45,6 @@ if [ ! -f "$DATA/words.json" ]; then # words.json comes last
 fi
 
 learn() { # from, file of demonstrations, run folder, passes
-    [ -f "$3/last/model.safetensors" ] && return
     python sft.py --policy "$1" --data "$DATA/$2.jsonl" --out "$3" --batch 32 --lr 1.5e-3 $SIGHT \
         --warmup 0.05 --device cpu --log_every 50 --sample_every 0 --save_every 0 --resume \
         --epochs "$4" --no-freeze_vision # it starts from random weights
@@ -65,7 +71,6 @@ fi
 stage() { # stage, from, file of data, run folder, further flags
     local script=$1 from=$2 data=$3 to=$4
     shift 4
-    [ -f "$to/last/model.safetensors" ] && return
     echo "=== $to"
     python "$script.py" --config "runs/tiny-$script.json" --seed "$SEED" --policy "$from" \
         --data "$DATA/$data" --out "$to" $SIGHT --resume "$@"

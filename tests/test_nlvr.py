@@ -4,6 +4,7 @@ files of the world on a small NLVR that is drawn here, and NLVR itself where ../
 import json
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -386,7 +387,7 @@ def test_same_seed_same_bytes_other_seed_other_rows(world, source, tmp_path, mon
         assert (tmp_path / "other" / file).read_bytes() == (world / file).read_bytes()
 
 
-def test_bad_input_is_named(source, tmp_path):
+def test_bad_input_is_named(source, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="dev.jsonl is missing.*--data"):
         nlvr.load(tmp_path, "dev")
     row = lines(source / "dev.jsonl")[0]
@@ -399,15 +400,23 @@ def test_bad_input_is_named(source, tmp_path):
         return nlvr.load(tmp_path, "dev")
 
     assert len(load(row)) == 1
-    with pytest.raises(ValueError, match=r"dev.jsonl, row 0.*other towers"):
+    with pytest.raises(ValueError, match=r"dev.jsonl:1: .*other towers"):
         load({**row, "boxes": row["boxes"][1:] + row["boxes"][:1]})
-    with pytest.raises(ValueError, match=r"row 0 lacks \['sentence'\].*not a file of NLVR"):
+    with pytest.raises(ValueError, match=r"dev.jsonl:1 lacks \['sentence'\].*not a file of NLVR"):
         load({name: value for name, value in row.items() if name != "sentence"})
-    with pytest.raises(ValueError, match="row 0 has answer 'yes'"):
+    with pytest.raises(ValueError, match="dev.jsonl:1 has answer 'yes'"):
         load({**row, "answer": "yes"})
+    for text, why in (('{"x', "not JSON"), ("[1]", "a JSON list where an object is expected")):
+        (tmp_path / "dev.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=f"dev.jsonl:1: {why}"):
+            nlvr.load(tmp_path, "dev")
     image.unlink()
     with pytest.raises(FileNotFoundError, match="dev-0.png"):
         load(row)
+    # From the shell it is one message.
+    monkeypatch.setattr(sys, "argv", ["nlvr.py", "--data", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="nlvr.py: .*dev-0.png"):
+        nlvr.main()
 
 
 # -------------------------------------------------------------------------------------- NLVR itself
@@ -468,9 +477,9 @@ def test_the_script_gives_every_arm_as_many_updates(project, source, size, monke
             assert args.max_pixels == 1700
             if script != "eval.py":
                 runs[Path(args.out).name] = args
-    assert [
-        runs[name].data.split("/")[-1] for name in ("easy", "base-nlvr" + "-quick" * bool(size))
-    ]
+    learnt = [runs[name].data.split("/")[-1] for name in ("easy", "base")]
+    assert learnt == ["easy.jsonl", "base.jsonl"]
+    assert all(runs[name].resume for name in runs)  # what a stop cut short goes on
     behind = {
         "sft-grpo": ["sft-grpo"],
         "align-grpo": ["align", "align-grpo"],

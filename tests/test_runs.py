@@ -347,3 +347,16 @@ def test_a_data_file_from_the_hub(mirror, monkeypatch):
     assert asked == [("MathLLMs/MathVision", pattern)]
     with pytest.raises(FileNotFoundError, match="hf://datasets/MathLLMs/MathVision/x.parquet: no"):
         files.find_data("hf://datasets/MathLLMs/MathVision/x.parquet")
+
+
+def test_a_base_is_whole_only_where_all_its_parts_are(project):
+    """A stop in the last part leaves last/, too: the same command has to go on."""
+    (project / "data/tiny").mkdir(parents=True)
+    (project / "data/tiny/words.json").write_text("[]")
+    base = project / "ckpt/base-tiny"
+    (base / "last").mkdir(parents=True)
+    scripts = [words[1] for words, _ in commands(project, "base.sh", "tiny")]
+    assert scripts == ["tools/init.py", *["sft.py", "eval.py"] * 3]
+    assert (base / "whole").exists()
+    subprocess.run(["bash", "runs/base.sh", "tiny"], cwd=project, check=True)
+    assert not (project / "commands").exists()

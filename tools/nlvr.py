@@ -42,7 +42,6 @@ The same seed and sizes give the same bytes (of PNG files: with the same Pillow)
 """
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -57,6 +56,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import scenes  # noqa: E402
+from tools.compare import json_object  # noqa: E402
 from tools.statements import COLOURS, TOWERS, Statement, parse, spell_out, verify  # noqa: E402
 
 SIDE = 100  # pixels, of a box
@@ -132,15 +132,15 @@ def load(data: Path, split: str) -> list[Example]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: name the folder that holds it with --data")
     examples = []
-    for index, line in enumerate(file.read_text().splitlines()):
-        row = json.loads(line)
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        row = json_object(line, f"{file}:{number}")
         missing = {"id", "image", "sentence", "statement_id", "answer"} - row.keys()
         if missing or row["answer"] not in ("true", "false"):
             problem = f"lacks {sorted(missing)}" if missing else f"has answer {row['answer']!r}"
-            raise ValueError(f"{file}, row {index} {problem}: this is not a file of NLVR")
+            raise ValueError(f"{file}:{number} {problem}: this is not a file of NLVR")
         towers = read_towers(Image.open(data / row["image"]))
         if "boxes" in row and towers_of(row["boxes"]) != towers:
-            raise ValueError(f"{file}, row {index}: `boxes` and {row['image']} show other towers")
+            raise ValueError(f"{file}:{number}: `boxes` and {row['image']} show other towers")
         if towers is None:
             continue
         example = Example(
@@ -153,6 +153,8 @@ def load(data: Path, split: str) -> list[Example]:
             answer=row["answer"] == "true",
         )
         examples.append(example)
+    if not any(example.statement for example in examples):
+        raise ValueError(f"{file}: no row has towers and a statement that is understood")
     return examples
 
 
@@ -443,9 +445,14 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    dev = load(args.data, "dev")
-    train = load(args.data, "train")
-    print(f"dev.jsonl, towers: {agreement(dev)}\ntrain.jsonl, towers: {agreement(train)}")
+    try:
+        dev = load(args.data, "dev")
+        train = load(args.data, "train")
+    except (OSError, ValueError) as error:
+        sys.exit(f"nlvr.py: {error}")
+    for name, examples in (("dev", dev), ("train", train)):
+        rows = len((args.data / f"{name}.jsonl").read_text().splitlines())
+        print(f"{name}.jsonl: {len(examples)} of {rows} rows are on towers; {agreement(examples)}")
     parts = split(dev)
     test_sentences = {example.sentence for example in parts["test"]}
     test_pictures = {example.picture for example in parts["test"]}
