@@ -27,8 +27,8 @@ from tools.init import init
 STAGES = {"sft.py": sft, "align.py": align, "rlvr.py": rlvr, "tools/rubric.py": rubric}
 
 
-def seed_of(run, *, show=False, number=7):
-    args = argparse.Namespace(world="tiny", limit=1000, show=show)
+def seed_of(run, *, show=False, number=7, own_bases=False):
+    args = argparse.Namespace(world="tiny", limit=1000, show=show, own_bases=own_bases)
     return arms.Seed(number, args, run)
 
 
@@ -86,7 +86,7 @@ def test_every_arm_s_command_is_one_of_its_stage():
             assert (args.steps, args.prompts_per_step, args.group_size) == (40, 16, 8)
             assert (args.schedule, args.data) == ("cosine", "data/arms-tiny-7/align.jsonl")
         if script == "rlvr.py" and not arm.more:
-            assert arms.updates_behind_sft(arms.ARMS, name) == 140
+            assert arms.counted_behind_sft(arms.ARMS, name) == 140
             assert args.steps == arm.updates and name.endswith(f"-{args.algo}")
         if script == "align.py":
             assert args.disc_init == "ckpt/base-tiny"
@@ -116,6 +116,28 @@ def test_what_arms_begin_with():
         for arm in ("align", "refs"):
             data = flags_of(commands[f"{arm}{kind}"], "data")
             assert data == f"data/arms-tiny-7/{file}.jsonl"
+
+
+def test_the_rival_s_variants():
+    """Lower rates, and as long as alignment takes: RLVR behind it has what it has behind that."""
+    for kind, file in {"": "align", "-reversed": "align_reversed"}.items():
+        seen = {}
+        for variant in ("", "-slow", "-slower", "-long"):
+            command = seed_of(run=None, show=True).command(f"refs{kind}{variant}")
+            args = parse(sft.Args, command[2:], with_paths=False)
+            assert (args.data, args.schedule) == (f"data/arms-tiny-7/{file}.jsonl", "cosine")
+            assert args.policy == "out/arms-tiny-7/sft"
+            behind = seed_of(run=None, show=True).command(f"refs{kind}{variant}-grpo")
+            assert flags_of(behind, "policy") == f"out/arms-tiny-7/refs{kind}{variant}"
+            seen[variant] = args.lr, args.steps, flags_of(behind, "steps")
+        assert seen == {
+            "": (1e-3, 40, "100"),
+            "-slow": (3e-4, 40, "100"),
+            "-slower": (1e-4, 40, "100"),
+            "-long": (1e-3, 400, "100"),
+        }
+    assert "align-reversed-grpo:refs-reversed-slow-grpo" in arms.TABLES["rivals-reversed"].pairs
+    assert "align-grpo:refs-long-grpo" in arms.TABLES["rivals"].pairs
 
 
 def test_variants_change_what_they_say():
@@ -376,7 +398,7 @@ def test_files_that_an_arm_needs_are_named(project):
 
 def test_the_expected_time_is_of_what_is_missing(project):
     seed = seed_of(project)
-    args = argparse.Namespace(world="tiny", jobs=1)
+    args = argparse.Namespace(world="tiny", jobs=1, own_bases=False)
     # An evaluation is 30 s, SFT 60 s, alignment 30 s and 1.5 s an update, GRPO 0.8 s an update.
     assert arms.minutes([seed], ["sft"], args) == 2
     assert arms.minutes([seed], ["sft", "align", "align-grpo"], args) == 6  # 90 + 120 + 110 s
@@ -390,7 +412,7 @@ def test_the_expected_time_is_of_what_is_missing(project):
 
 # -------------------------------------------------------------------------------- all of them
 def test_what_fails_is_named_with_its_last_line(project, tmp_path):
-    args = argparse.Namespace(world="tiny", limit=1000, show=False)
+    args = argparse.Namespace(world="tiny", limit=1000, show=False, own_bases=False)
     Path("sft.py").write_text("import sys\nprint('not enough')\nsys.exit(3)\n")
     (tmp_path / "tools").mkdir()
     making = "import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
@@ -402,7 +424,7 @@ def test_what_fails_is_named_with_its_last_line(project, tmp_path):
 
 
 def test_a_seed_belongs_to_one_process(project):
-    args = argparse.Namespace(world="tiny", limit=1000, show=False)
+    args = argparse.Namespace(world="tiny", limit=1000, show=False, own_bases=False)
     folder = Path("out/arms-tiny-3")
     folder.mkdir(parents=True)
     with open(folder / ".lock", "w") as lock:

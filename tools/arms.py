@@ -6,14 +6,19 @@ The arms of the comparison, over seeds of an embedded world: what does an alignm
     bash runs/miniature.sh --world tiny            the world of runs/tiny.sh (tools/scenes.py)
     bash runs/miniature.sh --table cost            another table, see below
     bash runs/miniature.sh --arms align-dense      some arms, with those that they begin with
+    bash runs/miniature.sh --own_bases             each seed behind a base of its own
     bash runs/miniature.sh --show                  print what is still to be run, and run nothing
 
 An arm of a seed is a run folder with an eval.json in it, out/arms-WORLD-SEED/ARM. What is there is
 not made again, so the same command goes on after a stop, and a table uses what another one made. A
 run with other settings than its arm has today is an error, and so is one that is older than the
 run it begins with; after a change of the code or of a world, remove the folders that it concerns.
-How long it will take is printed first (for the world's base, which is made once, runs/base.sh);
-what a seed's runs print is in its log.txt. At the end come the tables of tools/compare.py: each
+One base (runs/base.sh), from seed 0, serves all seeds of a world, so that what they have in common
+may be that base's. With --own_bases each begins from one of its own seed, and its runs are in
+out/arms-WORLD-own-SEED.
+
+How long it will take is printed first (beside the base, about 8 minutes); what a seed's runs print
+is in its log.txt. At the end come the tables of tools/compare.py: each
 arm's mean, and paired differences with their intervals.
 
 An arm's name says what follows what:
@@ -38,9 +43,11 @@ align-50 and refs-50 learn from the first 50 of all 1,500; with --world tiny ali
 refs-reversed learn from references that go through the objects from below, align-mixed and
 refs-mixed from half and half.
 
-The tables: main; algorithms (DAPO, GSPO); ablations (of the paper, and the rubric); cost (settings
-of alignment, before RLVR); and one factor at a time, for tools/factors.py: number (of references),
-manner (their order, --world tiny), drift (how much of SFT came before).
+The tables: main; algorithms (DAPO, GSPO); ablations (of the paper, and the rubric); rivals (SFT on
+the references at lower rates: refs-slow, refs-slower, and for as long as alignment takes:
+refs-long, whose RLVR has as many updates as alignment's) and rivals-reversed (--world tiny); cost
+(settings of alignment, before RLVR); and one factor at a time, for tools/factors.py: number (of
+references), manner (their order, --world tiny), drift (how much of SFT came before).
 """
 
 import argparse
@@ -49,6 +56,7 @@ import fcntl
 import importlib
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -56,6 +64,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Event, Lock
@@ -100,6 +109,13 @@ VARIANTS = {  # of alignment: what they change
     "long": (),
 }
 LENGTHS = {"short": 20, "long": 120}  # updates of a variant, where not EACH
+RIVALS = {  # variants of SFT on the references: what they change (else --lr is 1e-3)
+    "slow": ("--lr", "3e-4"),
+    "slower": ("--lr", "1e-4"),
+    "long": (),
+}
+# As many updates of SFT take about as long as alignment's 40, with their rollouts and its warm-up.
+RIVAL_LENGTHS = {"long": 400}
 RUBRIC = "tools/rubric.py"  # RLVR with another reward
 ALGORITHMS = {
     "grpo": ("--algo", "grpo"),
@@ -118,6 +134,12 @@ class Arm:
     updates: int  # of the policy; SFT itself is not counted
     flags: tuple[str, ...] = ()
     more: bool = False  # the run `start` itself, on for as many updates as the tokens allow
+
+    @property
+    def counted(self):
+        """Of `updates`, those that RLVR behind it has fewer: SFT on the references for as long as
+        alignment takes counts as alignment does."""
+        return min(self.updates, EACH) if self.script == "sft.py" else self.updates
 
     @property
     def stage(self):
@@ -143,6 +165,10 @@ def make_arms():
     for references, file in REFERENCES.items():
         arms[f"refs-{references}"] = Arm("sft.py", "sft", file, EACH)
         arms[f"align-{references}"] = Arm("align.py", "sft", file, EACH)
+    for name in ("refs", "refs-reversed"):
+        for variant, flags in RIVALS.items():
+            updates = RIVAL_LENGTHS.get(variant, EACH)
+            arms[f"{name}-{variant}"] = Arm("sft.py", "sft", arms[name].data, updates, flags)
     for variant, flags in VARIANTS.items():
         updates = LENGTHS.get(variant, EACH)
         arms[f"align-{variant}"] = Arm("align.py", "sft", "align.jsonl", updates, flags)
@@ -150,18 +176,18 @@ def make_arms():
     like_alignment = ("--prompts_per_step", "16", "--group_size", "8", "--schedule", "cosine")
     arms["rubric"] = Arm(RUBRIC, "sft", "align.jsonl", EACH, like_alignment)
     for name in ["base", *arms]:
-        left = UPDATES - updates_behind_sft(arms, name)
+        left = UPDATES - counted_behind_sft(arms, name)
         for algorithm, flags in ALGORITHMS.items():
             arms[f"{name}-{algorithm}"] = Arm("rlvr.py", name, "rl.jsonl", left, flags)
     arms["sft-grpo-tokens"] = Arm("rlvr.py", "sft-grpo", "rl.jsonl", 0, ALGORITHMS["grpo"], True)
     return arms
 
 
-def updates_behind_sft(arms, name):
-    """Return the updates of an arm and of those that it begins with, in all."""
+def counted_behind_sft(arms, name):
+    """Return the updates that count of an arm and of those that it begins with, in all."""
     total = 0
     while name != "base":
-        total += arms[name].updates
+        total += arms[name].counted
         name = arms[name].start
     return total
 
@@ -199,6 +225,17 @@ def table_of_references(*kinds):
     return Table(tuple(arms), tuple(pairs))
 
 
+def table_of_rivals(references):
+    """Return the table of SFT on some references at other rates and for longer. references: a word
+    of REFERENCES, or none for all."""
+    refs, align = (f"{name}-{references}" if references else name for name in ("refs", "align"))
+    variants = [refs, *(f"{refs}-{variant}" for variant in RIVALS)]
+    return Table(
+        arms=("sft", "sft-grpo", f"{align}-grpo", *(f"{variant}-grpo" for variant in variants)),
+        pairs=tuple(f"{align}-grpo:{variant}-grpo" for variant in variants),
+    )
+
+
 TABLES = {
     "main": Table(compare.ARMS, compare.PAIRS),
     "algorithms": Table(
@@ -225,6 +262,9 @@ TABLES = {
             "rubric-grpo:align-grpo",
         ),
     ),
+    # The rival's rate and length, not only alignment's settings, were chosen by somebody.
+    "rivals": table_of_rivals(""),
+    "rivals-reversed": table_of_rivals("reversed"),
     "cost": Table(
         arms=("align", *(f"align-{variant}" for variant in COST)),
         pairs=("align:sft", *(f"align-{variant}:align" for variant in COST)),
@@ -298,7 +338,10 @@ class Runner:
             with self.lock:
                 if self.stopping.is_set():
                     raise Stopped
-                process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+                # A group of its own, so that what a shell script has begun is stopped with it.
+                process = subprocess.Popen(
+                    command, stdout=out, stderr=subprocess.STDOUT, process_group=0
+                )
                 self.processes.add(process)
             code = process.wait()
         with self.lock:
@@ -313,7 +356,8 @@ class Runner:
         with self.lock:  # the main thread, which handles signals, never holds it already
             self.stopping.set()
             for process in self.processes:
-                process.terminate()
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(process.pid, signal.SIGTERM)
 
 
 @dataclass
@@ -330,7 +374,14 @@ class Seed:
 
     @property
     def out(self):
-        return Path(f"out/arms-{self.args.world}-{self.number}")
+        own = "own-" if self.args.own_bases else ""
+        return Path(f"out/arms-{self.args.world}-{own}{self.number}")
+
+    @property
+    def base(self):
+        """The base's folder, as runs/base.sh names it."""
+        suffix = f"-{self.number}" if self.args.own_bases and self.number else ""
+        return f"ckpt/base-{self.args.world}{suffix}"
 
     def missing(self, arms):
         """Return those of the arms that have no evaluation with these settings. Raises ValueError
@@ -376,7 +427,10 @@ class Seed:
                 )
 
     def make(self, arms):
-        """Make the seed's data, then run and evaluate each arm that is missing."""
+        """Make the seed's base where it has one of its own, and its data, then run and evaluate
+        each arm that is missing."""
+        if self.args.own_bases:
+            self.run(["bash", "runs/base.sh", self.args.world, str(self.number)])
         if not (self.data / "words.json").exists():  # it comes last
             world = ["--world", self.args.world, "--tests", str(TESTS)]
             seed = ["--out", str(self.data), "--seed", str(self.number)]
@@ -392,15 +446,14 @@ class Seed:
         """Return the command that runs an arm's stage. All take --resume: what a stop cut short
         goes on. steps: where another arm's tokens decide, so many and no look at them."""
         arm = ARMS[name]
-        base = f"ckpt/base-{self.args.world}"
         start = ARMS[arm.start].start if arm.more else arm.start
         command = [sys.executable, arm.script]
-        command += ["--policy", base if start == "base" else str(self.out / start)]
+        command += ["--policy", self.base if start == "base" else str(self.out / start)]
         command += ["--config", f"runs/tiny-{arm.stage}.json", "--data", str(self.data / arm.data)]
         command += ["--out", str(self.out / name), "--seed", str(self.number), "--device", "cpu"]
         command += ["--max_response", MAX_RESPONSE, "--save_every", "0", "--resume", *arm.flags]
         if arm.stage == "align":
-            command += ["--disc_init", base]
+            command += ["--disc_init", self.base]
         if arm.more:
             command += ["--steps", steps or self.as_many_tokens(name)]
         elif arm.updates:
@@ -503,6 +556,8 @@ def minutes(seeds, arms, args):
     times as long in the worlds with a foreign teacher, whose responses are longer."""
     seconds = 0
     for seed in seeds:
+        if args.own_bases and not Path(seed.base, "whole").exists():
+            seconds += 480
         for name in seed.missing(arms):
             arm = ARMS[name]
             seconds += 30
@@ -546,6 +601,7 @@ def main():
     parser.add_argument("--jobs", type=one_or_more, default=1, help="seeds at a time")
     parser.add_argument("--table", choices=TABLES, default="main")
     parser.add_argument("--arms", nargs="+", default=[], help="in the place of a table")
+    parser.add_argument("--own_bases", action="store_true", help="a base per seed")
     parser.add_argument("--limit", type=one_or_more, default=TESTS, help="rows of each test")
     parser.add_argument("--show", action="store_true", help="print what is still to be run")
     args = parser.parse_args()
@@ -568,7 +624,7 @@ def main():
             return
     except (OSError, ValueError) as error:
         sys.exit(f"arms.py: {error}")
-    if subprocess.run(["bash", "runs/base.sh", args.world]).returncode:
+    if not args.own_bases and subprocess.run(["bash", "runs/base.sh", args.world]).returncode:
         sys.exit(f"arms.py: runs/base.sh {args.world} failed: the same command goes on")
     print(f"=== about {about} minutes; what happens is in {seeds[0].out}/log.txt ..", flush=True)
     run_all(args, arms)
@@ -579,7 +635,8 @@ def main():
 
 
 def print_command(command):
-    print(shlex.join(["python", *command[1:]]))
+    program = "bash" if command[0] == "bash" else "python"
+    print(shlex.join([program, *command[1:]]))
 
 
 def run_all(args, arms):
