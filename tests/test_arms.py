@@ -46,6 +46,8 @@ def project(tmp_path, monkeypatch):
 
     def run(command):
         commands.append(command)
+        if command[1] == "runs/base.sh":
+            return
         out = Path(flags_of(command, "out"))
         if command[1] == "tools/scenes.py":
             out.mkdir(parents=True)
@@ -280,6 +282,27 @@ def test_a_seed_is_made_in_order_and_only_what_is_missing(project):
     assert seed.missing(["sft", "align"]) == ["sft", "align"]
 
 
+def test_each_seed_behind_a_base_of_its_own(project):
+    """The base is made first, and is where SFT and the discriminator begin; other runs than those
+    behind the common base."""
+    seed = seed_of(project, own_bases=True)
+    seed.make(["sft", "align"])
+    first, *rest = project.commands
+    assert first == ["bash", "runs/base.sh", "tiny", "7"]
+    assert scripts(rest)[0] == ("tools/scenes.py", "arms-tiny-7")
+    sft_run, align_run = rest[1], rest[3]
+    assert flags_of(sft_run, "policy") == flags_of(align_run, "disc_init") == "ckpt/base-tiny-7"
+    assert flags_of(sft_run, "out") == flags_of(align_run, "policy") == "out/arms-tiny-own-7/sft"
+    assert seed_of(None, own_bases=True, number=0).base == "ckpt/base-tiny"  # of seed 0, too
+    # The base's time counts until it is whole.
+    other = seed_of(project, own_bases=True, number=8)
+    args = argparse.Namespace(world="tiny", jobs=1, own_bases=True)
+    assert arms.minutes([other], ["sft"], args) == 10  # 480 + 90 s
+    Path("ckpt/base-tiny-8").mkdir(parents=True)
+    Path("ckpt/base-tiny-8/whole").touch()
+    assert arms.minutes([other], ["sft"], args) == 2
+
+
 def test_few_references_are_the_first_rows(project):
     seed_of(project).make([])
     rows = Path("data/arms-tiny-7/align.jsonl").read_text().splitlines()
@@ -445,6 +468,23 @@ def test_a_stop_ends_what_runs_and_begins_nothing(tmp_path):
     with pytest.raises(arms.Stopped):
         runner.run([sys.executable, "-c", "print('begun')"], log)
     assert "\nbegun" not in log.read_text()
+
+
+def test_a_stop_ends_what_a_script_has_begun(tmp_path):
+    """runs/base.sh runs stages: they end with it."""
+    pid = tmp_path / "pid"
+    script = f"{sys.executable} -c 'import time; time.sleep(60)' & echo $! > {pid}; wait"
+    runner = arms.Runner()
+    threading.Timer(0.3, runner.stop).start()
+    begin = time.monotonic()
+    with pytest.raises(arms.Stopped):
+        runner.run(["bash", "-c", script], tmp_path / "log.txt")
+    assert time.monotonic() - begin < 30
+    state = ["ps", "-o", "stat=", "-p", pid.read_text().strip()]
+    deadline = time.monotonic() + 10
+    while subprocess.run(state, capture_output=True, text=True).stdout.strip("Z+\n "):
+        assert time.monotonic() < deadline, "what the script has begun still runs"
+        time.sleep(0.02)
 
 
 def test_the_script_from_the_shell(tmp_path, monkeypatch, capsys):

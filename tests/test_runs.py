@@ -360,3 +360,22 @@ def test_a_base_is_whole_only_where_all_its_parts_are(project):
     assert (base / "whole").exists()
     subprocess.run(["bash", "runs/base.sh", "tiny"], cwd=project, check=True)
     assert not (project / "commands").exists()
+
+
+def test_a_base_of_a_seed(project):
+    """Weights, rows and order are the seed's, and it has folders of its own; 0 is the first one."""
+    (project / "data/tiny").mkdir(parents=True)
+    (project / "data/tiny/words.json").write_text("[]")
+    for base in ("base-tiny", "base-tiny-3"):
+        (project / "ckpt" / base).mkdir(parents=True)
+    found = commands(project, "base.sh", "tiny", "3")
+    assert [words[1] for words, _ in found[:2]] == ["tools/scenes.py", "tools/init.py"]
+    for command in found:
+        if command[0][1] != "eval.py":
+            assert flag(command, "seed") == "3"
+    assert flag(found[0], "out") == "data/tiny-3"
+    assert flag(found[-2], "data") == "data/tiny-3/base.jsonl"
+    assert flag(found[-2], "out") == "ckpt/base-tiny-3"
+    found = commands(project, "base.sh", "tiny", "0")
+    assert {flag(command, "seed") for command in found if command[0][1] != "eval.py"} == {"0"}
+    assert flag(found[-2], "out") == "ckpt/base-tiny"
