@@ -75,6 +75,20 @@ def test_tables_of_four_seeds(tmp_path):
     assert lines[-1].startswith("Of N intervals in a table about N/20 exclude 0 by chance")
 
 
+def test_each_seed_s_values(tmp_path, run):
+    """In the order in which the seeds are named."""
+    files = write_seeds(tmp_path, {"align-grpo": OURS, "sft-grpo": THEIRS})
+    lines = run(*reversed(files), "--each", "hard")
+    names = " | ".join(reversed(files))
+    place = lines.index(f"| hard, greedy, each seed | {names} |")
+    assert lines[place + 2 : place + 4] == [
+        "| SFT → GRPO | 84.0 | 80.0 | 78.0 | 70.0 |",
+        "| SFT → alignment → GRPO | 90.0 | 82.0 | 84.0 | 80.0 |",
+    ]
+    assert not any("each seed" in line for line in run(*files))
+    assert "--each odd: the tests are hard" in run(*files, "--each", "odd")
+
+
 def test_a_difference_whose_interval_holds_0_is_not_marked(tmp_path, run):
     files = write_seeds(tmp_path, {"align-grpo": OURS, "sft-grpo": [0.70, 0.90, 0.80, 0.84]})
     (line,) = [line for line in run(*files) if " − " in line]

@@ -4,6 +4,7 @@ Compare arms over seeds: each arm's mean, and paired differences with 95 % inter
     python tools/compare.py out/arms-miniature-*
     python tools/compare.py out/tiny-*/eval.json --pairs align-grpo:sft-grpo --metric items
     python tools/compare.py out/tiny-[0-4] --arms sft sft-grpo
+    python tools/compare.py out/tiny-[0-4] --each hard        each seed's values, too, on a test
 
 Of each seed there is a file that eval.py wrote of all its arms, or a folder in which each arm's run
 has an eval.json. An arm has the name of its run's folder. All arms of a seed are evaluated on the
@@ -369,6 +370,18 @@ def mean_cell(of_seeds, digits):
     return cell
 
 
+def each_table(values, paths, test, mode, scale, digits):
+    """Return the lines of a table: an arm per line, a test's value of each seed. Raises ValueError
+    for a test that there is not."""
+    if test not in names_in(values, 1):
+        raise ValueError(f"--each {test}: the tests are {', '.join(names_in(values, 1))}")
+    lines = heading(f"{test}, {mode}, each seed", paths)
+    for arm, name in names_of(names_in(values, 0)).items():
+        cells = [f"{scale * value:.{digits}f}" for value in values[arm, test, mode]]
+        lines.append(table_row(name, cells))
+    return lines
+
+
 def differences_table(values, pairs, mode, scale, digits):
     """Return the lines of a table: a pair per line, its mean difference on each test with its
     intervals, marked with * where Student's excludes 0."""
@@ -452,18 +465,24 @@ def main():
         "--pairs", nargs="*", default=[], help="ARM:ARM, the first minus the second"
     )
     parser.add_argument("--arms", nargs="*", default=[], help="to read no others; none: all")
+    parser.add_argument("--each", metavar="TEST", help="print each seed's values on a test, too")
     parser.add_argument("--metric", default="accuracy", help="of the results in the files")
     args = parser.parse_args()
+    paths = without_logs(args.files)
+    # Counts (items, steps, tokens) are shown as they are.
+    scale, digits = (100, 1) if is_share(args.metric) else (1, 2)
+    each = {}
     try:
-        seeds = read_seeds(without_logs(args.files), args.arms)
+        seeds = read_seeds(paths, args.arms)
         values = values_of(seeds, args.metric)
         pairs = pairs_of(args.pairs, names_in(values, 0))
+        if args.each:
+            for mode in names_in(values, 2):
+                each[mode] = each_table(values, paths, args.each, mode, scale, digits)
     except NotMeasured as error:
         sys.exit(f"compare.py: {error}; --arms without the arm compares the others")
     except (OSError, ValueError) as error:
         sys.exit(f"compare.py: {error}")
-    # Counts (items, steps, tokens) are shown as they are.
-    scale, digits = (100, 1) if is_share(args.metric) else (1, 2)
     print(first_line(args.metric, seeds))
     for mode in names_in(values, 2):
         print()
@@ -471,6 +490,9 @@ def main():
         if pairs:
             print()
             print("\n".join(differences_table(values, pairs, mode, scale, digits)))
+        if mode in each:
+            print()
+            print("\n".join(each[mode]))
     if len(seeds) > 1:
         print()
         print(legend(len(seeds)))
