@@ -47,6 +47,9 @@ def project(tmp_path, monkeypatch):
     def run(command):
         commands.append(command)
         if command[1] == "runs/base.sh":
+            base = Path("-".join(["ckpt/base", *command[2:]]))
+            base.mkdir(parents=True, exist_ok=True)
+            (base / "log.jsonl").write_text(json.dumps({"args": {}, "time": 0}) + "\n")
             return
         out = Path(flags_of(command, "out"))
         if command[1] == "tools/scenes.py":
@@ -181,7 +184,7 @@ def test_variants_change_what_they_say():
 
 
 def test_tables_compare_arms_that_they_have():
-    assert arms.TABLES["main"].arms == compare.ARMS
+    assert ("base", *arms.TABLES["main"].arms) == compare.ARMS
     for table in arms.TABLES.values():
         there = arms.with_starts(table.arms)
         for pair in table.pairs:
@@ -286,18 +289,25 @@ def test_each_seed_behind_a_base_of_its_own(project):
     """The base is made first, and is where SFT and the discriminator begin; other runs than those
     behind the common base."""
     seed = seed_of(project, own_bases=True)
+    seed.out.mkdir(parents=True)
     seed.make(["sft", "align"])
     first, *rest = project.commands
     assert first == ["bash", "runs/base.sh", "tiny", "7"]
     assert scripts(rest)[0] == ("tools/scenes.py", "arms-tiny-7")
-    sft_run, align_run = rest[1], rest[3]
+    of_base, sft_run, align_run = rest[1], rest[2], rest[4]
+    # It is evaluated as an arm, by a name that is the same at all seeds, and once.
+    assert flags_of(of_base, "policy") == "out/arms-tiny-own-7/base"
+    assert Path("out/arms-tiny-own-7/base").resolve() == Path("ckpt/base-tiny-7").resolve()
+    project.commands.clear()
+    seed.make(["sft", "align"])
+    assert project.commands == [["bash", "runs/base.sh", "tiny", "7"]]
     assert flags_of(sft_run, "policy") == flags_of(align_run, "disc_init") == "ckpt/base-tiny-7"
     assert flags_of(sft_run, "out") == flags_of(align_run, "policy") == "out/arms-tiny-own-7/sft"
     assert seed_of(None, own_bases=True, number=0).base == "ckpt/base-tiny"  # of seed 0, too
     # The base's time counts until it is whole.
     other = seed_of(project, own_bases=True, number=8)
     args = argparse.Namespace(world="tiny", jobs=1, own_bases=True)
-    assert arms.minutes([other], ["sft"], args) == 10  # 480 + 90 s
+    assert arms.minutes([other], ["sft"], args) == 10  # 510 + 90 s
     Path("ckpt/base-tiny-8").mkdir(parents=True)
     Path("ckpt/base-tiny-8/whole").touch()
     assert arms.minutes([other], ["sft"], args) == 2

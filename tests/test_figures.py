@@ -12,7 +12,7 @@ import pytest
 
 from tools import compare, figures
 
-ARMS = [arm for arm in compare.ARMS if arm != "sft-grpo-tokens"]
+ARMS = [arm for arm in compare.ARMS if arm not in ("base", "sft-grpo-tokens")]
 
 needs_matplotlib = pytest.mark.skipif(
     figures.matplotlib is None, reason="the extra `plot` (matplotlib) is not installed"

@@ -14,8 +14,8 @@ not made again, so the same command goes on after a stop, and a table uses what 
 run with other settings than its arm has today is an error, and so is one that is older than the
 run it begins with; after a change of the code or of a world, remove the folders that it concerns.
 One base (runs/base.sh), from seed 0, serves all seeds of a world, so that what they have in common
-may be that base's. With --own_bases each begins from one of its own seed, and its runs are in
-out/arms-WORLD-own-SEED.
+may be that base's. With --own_bases each begins from one of its own seed, which is evaluated as the
+arm `base`, and its runs are in out/arms-WORLD-own-SEED.
 
 How long it will take is printed first (beside the base, about 8 minutes); what a seed's runs print
 is in its log.txt. At the end come the tables of tools/compare.py: each
@@ -74,6 +74,7 @@ from engine.arguments import parse  # noqa: E402
 from tools import budget, compare  # noqa: E402
 from tools.scenes import WORLDS  # noqa: E402
 
+BASE = "base"  # what the first arms begin with
 UPDATES = 140  # of the policy behind SFT, in every arm that ends with RLVR
 EACH = 40  # of a stage before RLVR
 # Arguments of a stage that say where files are, or that a log has in another form.
@@ -129,7 +130,7 @@ class Arm:
     """One run of a stage."""
 
     script: str  # of the stage
-    start: str  # the arm that it begins with; "base": the world's base
+    start: str  # the arm that it begins with, or BASE
     data: str  # a file of the seed's data
     updates: int  # of the policy; SFT itself is not counted
     flags: tuple[str, ...] = ()
@@ -150,15 +151,15 @@ class Arm:
 def make_arms():
     """Return {name: Arm} of all arms that there are, each behind the one that it begins with."""
     arms = {
-        "sft": Arm("sft.py", "base", "sft.json", 0),
-        "half": Arm("sft.py", "base", "sft.json", 0, ("--epochs", "0.5")),
+        "sft": Arm("sft.py", BASE, "sft.json", 0),
+        "half": Arm("sft.py", BASE, "sft.json", 0, ("--epochs", "0.5")),
     }
-    for start, name in (("sft", "refs"), ("base", "base-refs"), ("half", "half-refs")):
+    for start, name in (("sft", "refs"), (BASE, "base-refs"), ("half", "half-refs")):
         arms[name] = Arm("sft.py", start, "align.jsonl", EACH)
     for start, name in (
         ("sft", "align"),
         ("refs", "refs-align"),
-        ("base", "base-align"),
+        (BASE, "base-align"),
         ("half", "half-align"),
     ):
         arms[name] = Arm("align.py", start, "align.jsonl", EACH)
@@ -175,7 +176,7 @@ def make_arms():
     # As many rollouts a step as alignment has, and its schedule. RLVR has no --std_floor.
     like_alignment = ("--prompts_per_step", "16", "--group_size", "8", "--schedule", "cosine")
     arms["rubric"] = Arm(RUBRIC, "sft", "align.jsonl", EACH, like_alignment)
-    for name in ["base", *arms]:
+    for name in [BASE, *arms]:
         left = UPDATES - counted_behind_sft(arms, name)
         for algorithm, flags in ALGORITHMS.items():
             arms[f"{name}-{algorithm}"] = Arm("rlvr.py", name, "rl.jsonl", left, flags)
@@ -186,7 +187,7 @@ def make_arms():
 def counted_behind_sft(arms, name):
     """Return the updates that count of an arm and of those that it begins with, in all."""
     total = 0
-    while name != "base":
+    while name != BASE:
         total += arms[name].counted
         name = arms[name].start
     return total
@@ -237,7 +238,7 @@ def table_of_rivals(references):
 
 
 TABLES = {
-    "main": Table(compare.ARMS, compare.PAIRS),
+    "main": Table(compare.ARMS[1:], compare.PAIRS),
     "algorithms": Table(
         arms=tuple(f"{arm}-{a}" for arm in ("sft", "align", "refs") for a in ("dapo", "gspo")),
         pairs=tuple(
@@ -299,7 +300,7 @@ def with_starts(names):
                 f"there is no arm {name}; nearest are {', '.join(near)} (all: see --help)"
             )
         chain = [name]
-        while ARMS[chain[-1]].start != "base":
+        while ARMS[chain[-1]].start != BASE:
             chain.append(ARMS[chain[-1]].start)
         if ARMS[name].more:  # its length follows from these
             chain[1:1] = ["align-grpo", "align"]
@@ -438,9 +439,20 @@ class Seed:
         if not self.args.show:
             write_first_references(self.data)
             self.expect_data(arms)
+        if self.args.own_bases:
+            self.evaluate_base()
         for arm in self.missing(arms):
             self.run(self.command(arm))
             self.run(self.evaluation(arm))
+
+    def evaluate_base(self):
+        """Evaluate the seed's own base as an arm of that name: what an arm gains depends on it."""
+        link = self.out / BASE
+        if not self.args.show:
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(self.base).resolve())
+        if not is_evaluated(link, self.args.limit):
+            self.run(self.evaluation(BASE))
 
     def command(self, name, steps=None):
         """Return the command that runs an arm's stage. All take --resume: what a stop cut short
@@ -448,7 +460,7 @@ class Seed:
         arm = ARMS[name]
         start = ARMS[arm.start].start if arm.more else arm.start
         command = [sys.executable, arm.script]
-        command += ["--policy", self.base if start == "base" else str(self.out / start)]
+        command += ["--policy", self.base if start == BASE else str(self.out / start)]
         command += ["--config", f"runs/tiny-{arm.stage}.json", "--data", str(self.data / arm.data)]
         command += ["--out", str(self.out / name), "--seed", str(self.number), "--device", "cpu"]
         command += ["--max_response", MAX_RESPONSE, "--save_every", "0", "--resume", *arm.flags]
@@ -557,7 +569,7 @@ def minutes(seeds, arms, args):
     seconds = 0
     for seed in seeds:
         if args.own_bases and not Path(seed.base, "whole").exists():
-            seconds += 480
+            seconds += 510
         for name in seed.missing(arms):
             arm = ARMS[name]
             seconds += 30
@@ -630,6 +642,8 @@ def main():
     run_all(args, arms)
     folders = [str(seed.out) for seed in seeds]
     pairs = ["--pairs", *table.pairs] if table.pairs else []
+    if args.own_bases:
+        arms = [BASE, *arms]
     command = [sys.executable, "tools/compare.py", *folders, "--arms", *arms, *pairs]
     sys.exit(subprocess.run(command).returncode)
 

@@ -39,6 +39,7 @@ from tools.report import half_interval  # noqa: E402
 # The arms of runs/miniature.sh's main table, in the order in which they are shown; others come
 # behind them.
 ARMS = (
+    "base",
     "sft",
     "sft-grpo",
     "sft-grpo-tokens",
