@@ -127,7 +127,7 @@ def test_the_rival_s_variants():
     """Lower rates, and as long as alignment takes: RLVR behind it has what it has behind that."""
     for kind, file in {"": "align", "-reversed": "align_reversed"}.items():
         seen = {}
-        for variant in ("", "-slow", "-slower", "-long"):
+        for variant in ("", "-slow", "-slower", "-time", "-long"):
             command = seed_of(run=None, show=True).command(f"refs{kind}{variant}")
             args = parse(sft.Args, command[2:], with_paths=False)
             assert (args.data, args.schedule) == (f"data/arms-tiny-7/{file}.jsonl", "cosine")
@@ -139,6 +139,7 @@ def test_the_rival_s_variants():
             "": (1e-3, 40, "100"),
             "-slow": (3e-4, 40, "100"),
             "-slower": (1e-4, 40, "100"),
+            "-time": (1e-3, 250, "100"),
             "-long": (1e-3, 400, "100"),
         }
     assert "align-reversed-grpo:refs-reversed-slow-grpo" in arms.TABLES["rivals-reversed"].pairs

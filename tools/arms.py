@@ -44,10 +44,11 @@ refs-reversed learn from references that go through the objects from below, alig
 refs-mixed from half and half.
 
 The tables: main; algorithms (DAPO, GSPO); ablations (of the paper, and the rubric); rivals (SFT on
-the references at lower rates: refs-slow, refs-slower, and for as long as alignment takes:
-refs-long, whose RLVR has as many updates as alignment's) and rivals-reversed (--world tiny); cost
-(settings of alignment, before RLVR); and one factor at a time, for tools/factors.py: number (of
-references), manner (their order, --world tiny), drift (how much of SFT came before).
+the references at lower rates: refs-slow, refs-slower, for as long as alignment takes: refs-time,
+and for longer: refs-long; RLVR behind them has as many updates as alignment's) and rivals-reversed
+(--world tiny); cost (settings of alignment, before RLVR); and one factor at a time, for
+tools/factors.py: number (of references), manner (their order, --world tiny), drift (how much of SFT
+came before).
 """
 
 import argparse
@@ -113,10 +114,12 @@ LENGTHS = {"short": 20, "long": 120}  # updates of a variant, where not EACH
 RIVALS = {  # variants of SFT on the references: what they change (else --lr is 1e-3)
     "slow": ("--lr", "3e-4"),
     "slower": ("--lr", "1e-4"),
+    "time": (),  # RIVAL_LENGTHS says how many updates
     "long": (),
 }
-# As many updates of SFT take about as long as alignment's 40, with their rollouts and its warm-up.
-RIVAL_LENGTHS = {"long": 400}
+# 250 updates of SFT take as long as alignment: its 40, with their rollouts and its warm-up (75 s on
+# a core of an Intel Xeon).
+RIVAL_LENGTHS = {"time": 250, "long": 400}
 RUBRIC = "tools/rubric.py"  # RLVR with another reward
 ALGORITHMS = {
     "grpo": ("--algo", "grpo"),

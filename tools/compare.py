@@ -74,7 +74,7 @@ STAGE_NAMES = {
 }
 FIRST_STAGES = ("sft", "base", "half")  # an arm of another beginning comes behind SFT
 SECOND_STAGES = ("refs", "align", "rubric")
-VARIANT_NAMES = {"tokens": "equal tokens"}  # others are shown as they are
+VARIANT_NAMES = {"tokens": "equal tokens", "time": "equal time"}  # others are shown as they are
 DRAWS = 10_000
 BOOTSTRAP_FROM = 8  # seeds
 SETTINGS = ("limit", "samples", "temperature", "max_response")  # of eval.py: the same in all files
