@@ -125,7 +125,8 @@ def test_what_arms_begin_with():
 
 def test_the_rival_s_variants():
     """Lower rates, and as long as alignment takes: RLVR behind it has what it has behind that."""
-    for kind, file in {"": "align", "-reversed": "align_reversed"}.items():
+    files = {"": "align", "-reversed": "align_reversed", "-50": "align_50", "-300": "align_300"}
+    for kind, file in files.items():
         seen = {}
         for variant in ("", "-slow", "-slower", "-time", "-long"):
             command = seed_of(run=None, show=True).command(f"refs{kind}{variant}")
@@ -144,6 +145,8 @@ def test_the_rival_s_variants():
         }
     assert "align-reversed-grpo:refs-reversed-slow-grpo" in arms.TABLES["rivals-reversed"].pairs
     assert "align-grpo:refs-long-grpo" in arms.TABLES["rivals"].pairs
+    assert "align-50-grpo:refs-50-time-grpo" in arms.TABLES["number"].pairs
+    assert "refs-50-time-grpo" in arms.TABLES["number"].arms
 
 
 def test_variants_change_what_they_say():

@@ -169,7 +169,7 @@ def make_arms():
     for references, file in REFERENCES.items():
         arms[f"refs-{references}"] = Arm("sft.py", "sft", file, EACH)
         arms[f"align-{references}"] = Arm("align.py", "sft", file, EACH)
-    for name in ("refs", "refs-reversed"):
+    for name in ("refs", "refs-reversed", "refs-50", "refs-300"):
         for variant, flags in RIVALS.items():
             updates = RIVAL_LENGTHS.get(variant, EACH)
             arms[f"{name}-{variant}"] = Arm("sft.py", "sft", arms[name].data, updates, flags)
@@ -226,6 +226,9 @@ def table_of_references(*kinds):
     for kind in kinds:
         arms += [f"align-{kind}-grpo", f"refs-{kind}-grpo"]
         pairs += [f"align-{kind}-grpo:sft-grpo", f"align-{kind}-grpo:refs-{kind}-grpo"]
+        if f"refs-{kind}-time" in ARMS:
+            arms += [f"refs-{kind}-time-grpo"]
+            pairs += [f"align-{kind}-grpo:refs-{kind}-time-grpo"]
     return Table(tuple(arms), tuple(pairs))
 
 
