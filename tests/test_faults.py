@@ -26,6 +26,7 @@ from conftest import ROOT, free_ports
 from safetensors.torch import load_file, save_file
 from test_bad_input import as_nobody
 from test_stages import COMMON, ROLLOUTS, leave_no_group, records, same, tensors, weights, world  # noqa: F401
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 
 import align
@@ -533,6 +534,13 @@ class Payload:
         return (os.mkdir, (self.path,))
 
 
+class Reach:
+    """Pickled, an attribute of a class that an index may name."""
+
+    def __reduce__(self):
+        return (getattr, (Path, "mkdir"))
+
+
 INDEX = "resume/.metadata"
 STATE = "resume/state.pt"
 
@@ -569,6 +577,7 @@ def ways_to_spoil(ran):
         "empty index": cut(INDEX, 0),
         "index that runs code": write_bytes(INDEX, payload),
         "index that hides code": write_bytes(INDEX, hidden_code(ran)),
+        "index that reaches for code": write_bytes(INDEX, pickle.dumps(Reach())),
         "cut tensors": of_each_tensor_file(lambda p: p.write_bytes(p.read_bytes()[:900])),
         "no tensors": of_each_tensor_file(Path.unlink),
         "tensors that run code": of_each_tensor_file(lambda p: p.write_bytes(payload * 900)),
@@ -592,6 +601,21 @@ def test_a_broken_checkpoint_is_not_resumed_and_runs_nothing(tmp_path, name):
         checkpoint.restore(folder, toy(-1.0))
     assert len(str(raised.value)) < 500
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_python_3_11_0_is_resumed(tmp_path, monkeypatch):
+    """Up to 3.11.3 an enumeration's member in dcp's index is getattr(enumeration, name)."""
+
+    def reduced(member, protocol):
+        return getattr, (type(member), member.name)
+
+    with monkeypatch.context() as context:
+        context.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
+        save_toy(tmp_path / "last", 1.0)
+    assert b"getattr" in (tmp_path / "last" / INDEX).read_bytes()
+    players = toy(-1.0)
+    assert checkpoint.restore(tmp_path / "last", players) is not None
+    assert all((weights == 1.0).all() for weights in players["toy"][0].parameters())
 
 
 def test_a_checkpoint_of_another_architecture_is_not_resumed(world, tmp_path):  # noqa: F811
