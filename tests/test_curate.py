@@ -603,7 +603,9 @@ def test_an_error_that_concerns_all_stops_at_once(server, problems, tmp_path, co
     assert re.search(
         rf"HTTP {code} from {server.url} .*PRISM_API_KEY.*who are you?", str(stop.value)
     )
-    assert len(server.requests) <= 5 and len(lines(tmp_path / "out/answers.jsonl")) == 2
+    assert len(server.requests) <= 5
+    # What was answered is kept; the second problem may not have been asked by then.
+    assert len(lines(tmp_path / "out/answers.jsonl")) == server.times[0] + server.times[1]
     assert not (tmp_path / "out/sft.jsonl").exists()
 
 
